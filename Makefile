@@ -1,0 +1,137 @@
+# dsv3.h is one header; this builds its program, examples and tests. `make help` lists what there is.
+# Honours CC CFLAGS LDFLAGS PREFIX DESTDIR. Needs GNU make and a C compiler; everything goes to build/.
+
+CC      ?= cc
+CFLAGS  ?= -O2
+PREFIX  ?= /usr/local
+PYTHON  ?= python3
+# Data that lies beside the repository: tests that want it are skipped where it is not.
+SHARED  ?= ../shared
+
+STD      := -std=c99
+WARNINGS := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes -Wvla -Wundef \
+            -Wcast-align -Wformat=2
+LDLIBS   := -lm -pthread
+COMPILE   = $(CC) $(STD) $(WARNINGS) -I. $(CFLAGS)
+
+HEADERS  := dsv3.h $(wildcard examples/*.h tests/*.h bench/*.h)
+EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+TESTS    := $(sort $(wildcard tests/test_*.c))
+FUZZERS  := $(patsubst tests/%.c,build/fuzz/%,$(wildcard tests/fuzz_*.c))
+# Those that run threads of their own.
+TSAN_TESTS := $(filter $(addprefix tests/test_,threads.c session.c api.c matmul.c),$(TESTS))
+
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+TSAN     := -O1 -g -fsanitize=thread
+FUZZ_SECONDS ?= 60
+
+.PHONY: all test run oracle bench lib sanitize tsan fuzz analyze matrix lint format install uninstall clean help
+.DEFAULT_GOAL := all
+
+all: $(EXAMPLES) ## the program build/dsv3 and the other examples
+
+build/%: examples/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+run: build/dsv3 ## builds the program and lets the small model in examples/tiny tell a tale
+	@printf 'Once upon a time'
+	@build/dsv3 generate examples/tiny 'Once upon a time' -n 200 --seed 7
+
+build/test/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+test: build/dsv3 $(TESTS:tests/%.c=build/test/%) ## all tests: no Python, no network
+	@DSV3=build/dsv3 sh tests/run.sh -s "$(SHARED)" $(TESTS:tests/%.c=build/test/%) tests/cli.sh
+
+build/venv/.done: tests/oracle/requirements.txt
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip install -q -r $<
+	@touch $@
+
+oracle: build/dsv3 build/venv/.done ## compares with the transformers library, in a venv of its own (1 GB)
+	build/venv/bin/python tests/oracle/run.py --dsv3 build/dsv3 --work build/oracle --shared "$(SHARED)"
+
+build/bench: bench/bench.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -DBENCH_CFLAGS='"$(CFLAGS)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+BENCH ?= --shape bench-3b --threads 1,2 --what bandwidth,open,decode,prompt --reps 3
+
+bench: build/bench ## speed beside the bound, into bench/RESULTS.md (writes 4.4 GB to build/; BENCH='...' for options)
+	build/bench --commit "$$(git describe --always --dirty 2> /dev/null)" $(BENCH) > build/RESULTS.md
+	@mv build/RESULTS.md bench/RESULTS.md
+	@cat bench/RESULTS.md
+
+# One line of C each: the header is the library.
+build/lib/dsv3.c:
+	@mkdir -p $(@D)
+	@printf '#define DSV3_DLL\n#define DSV3_IMPLEMENTATION\n#include "dsv3.h"\n' > $@
+
+build/lib/dsv3.o: build/lib/dsv3.c dsv3.h
+	$(COMPILE) -fPIC -fvisibility=hidden -c -o $@ $<
+
+build/libdsv3.so: build/lib/dsv3.o
+	$(CC) -shared -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+build/libdsv3.a: build/lib/dsv3.o
+	$(AR) rcs $@ $<
+
+lib: build/libdsv3.so build/libdsv3.a ## a shared and a static library, for other languages (examples/ffi.py)
+
+build/sanitize/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -I. $(SANITIZE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+build/sanitize/dsv3: examples/dsv3.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -I. $(SANITIZE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+sanitize: build/sanitize/dsv3 $(TESTS:tests/%.c=build/sanitize/%) ## all tests under ASan and UBSan
+	@DSV3=build/sanitize/dsv3 sh tests/run.sh -s "$(SHARED)" $(TESTS:tests/%.c=build/sanitize/%) tests/cli.sh
+
+build/tsan/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -I. $(TSAN) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+tsan: $(TSAN_TESTS:tests/%.c=build/tsan/%) ## the tests with threads under TSan
+	@sh tests/run.sh -s "$(SHARED)" $(TSAN_TESTS:tests/%.c=build/tsan/%)
+
+build/fuzz/%: tests/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	clang $(STD) -I. -O1 -g -fsanitize=fuzzer,address,undefined -DDSV3_FUZZER -o $@ $< $(LDLIBS)
+
+fuzz: $(FUZZERS) ## each fuzzer for FUZZ_SECONDS (60), from the seeds in tests/fuzz/
+	@for f in $(FUZZERS); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; \
+	    $$f -max_total_time=$(FUZZ_SECONDS) build/fuzz/corpus/$$n $$(ls -d tests/fuzz/$$n 2>/dev/null) || exit 1; done
+
+analyze: build/lib/dsv3.c ## gcc -fanalyzer, clang --analyze and cppcheck, those that are there
+	@if command -v gcc > /dev/null; then echo gcc -fanalyzer; gcc $(STD) -I. -O1 -fanalyzer -c -o /dev/null build/lib/dsv3.c; fi
+	@if command -v clang > /dev/null; then echo clang --analyze; \
+	    clang $(STD) -I. --analyze --analyzer-output text -o /dev/null build/lib/dsv3.c; fi
+	@if command -v cppcheck > /dev/null; then echo cppcheck; \
+	    cppcheck -q --std=c99 --enable=warning,portability --inline-suppr -I. build/lib/dsv3.c; fi
+
+matrix: build/dsv3 lib ## compilers, standards, switches, aarch64 and Windows; one hash of logits for all
+	@SHARED="$(SHARED)" bash tests/matrix.sh
+
+lint: lib ## names, banners, symbols, versions
+	@sh tests/lint.sh
+
+format: ## clang-format over examples, tests and bench
+	clang-format -i $(wildcard examples/*.[ch] tests/*.[ch] bench/*.[ch])
+
+install: build/dsv3 ## the header and the program, under PREFIX (/usr/local)
+	install -d "$(DESTDIR)$(PREFIX)/include" "$(DESTDIR)$(PREFIX)/bin"
+	install -m 644 dsv3.h "$(DESTDIR)$(PREFIX)/include/dsv3.h"
+	install -m 755 build/dsv3 "$(DESTDIR)$(PREFIX)/bin/dsv3"
+
+uninstall: ## takes them away again
+	rm -f "$(DESTDIR)$(PREFIX)/include/dsv3.h" "$(DESTDIR)$(PREFIX)/bin/dsv3"
+
+clean: ## removes build/
+	rm -rf build
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "  %-10s %s\n", $$1, $$2 }'

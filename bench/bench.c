@@ -1,0 +1,881 @@
+/* How fast dsv3.h runs, beside what this machine allows.
+
+   Writes checkpoints of named shapes with random weights once (shapes.h), and measures in one process, in turn: a plain
+   read of the same mapped bytes, the multiply-add peak of the instruction set in use, decode, prompts and batches of rows.
+   Each figure stands beside its bound, the larger of bytes / bandwidth and multiply-adds / peak. Only the public API is
+   used. bench/README.md says how to read the table. */
+
+#ifndef _GNU_SOURCE
+    #define _GNU_SOURCE /* madvise */
+#endif
+
+#define DSV3_IMPLEMENTATION
+#include "dsv3.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <time.h>
+#include <unistd.h>
+#if defined(__GLIBC__)
+    #include <malloc.h>
+#endif
+
+enum { MAX_LIST = 32, MAX_REPS = 101, MAX_THREADS = 256, MAX_BATCH = 512 };
+
+#define FORMAT __attribute__((format(printf, 1, 2)))
+
+FORMAT static void die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "%sbench: ", isatty(2) ? "\r\033[K" : "");
+    vfprintf(stderr, format, args);
+    fprintf(stderr, "\n");
+    va_end(args);
+    exit(1);
+}
+
+static void must(dsv3_result result, const dsv3_error *error)
+{
+    if (result)
+        die("%s: %s (dsv3.h:%u)", dsv3_result_name(result), error->message, error->line);
+}
+
+static void *need(size_t size)
+{
+    void *p = calloc(size ? size : 1, 1);
+    if (!p)
+        die("out of memory");
+    return p;
+}
+
+/* On a terminal only: one line that says what runs. "" clears it. */
+FORMAT static void progress(const char *format, ...)
+{
+    va_list args;
+    if (!isatty(2))
+        return;
+    va_start(args, format);
+    fprintf(stderr, "\r\033[K");
+    vfprintf(stderr, format, args);
+    fflush(stderr);
+    va_end(args);
+}
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+typedef struct stats {
+    double low, mid, high; /* mid: the median */
+} stats;
+
+static int compare_double(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static stats stats_of(const double *v, uint32_t n)
+{
+    double sorted[MAX_REPS + 1];
+    stats s;
+    memcpy(sorted, v, n * sizeof *v);
+    qsort(sorted, n, sizeof *v, compare_double);
+    s.low = sorted[0], s.high = sorted[n - 1];
+    s.mid = n % 2 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
+    return s;
+}
+
+#include "roof.h"
+#include "shapes.h"
+
+typedef struct list {
+    uint32_t v[MAX_LIST];
+    uint32_t n;
+} list;
+
+enum { WHAT_BANDWIDTH = 1, WHAT_OPEN = 2, WHAT_DECODE = 4, WHAT_PROMPT = 8, WHAT_ROWS = 16, WHAT_ALL = 31, WHAT_TOKENIZER = 32 };
+
+/* The command line. */
+static struct {
+    const char *shape, *dtype, *dir, *commit;
+    list isas, threads, contexts, prompts, rows, n_decode, reps;
+    uint32_t what; /* WHAT_... */
+    bool json;
+    const char *args[64]; /* for the tokenizer: DIR FILE... */
+    uint32_t n_args;
+} opt;
+
+// =============================================================================
+// >>out   Records: one JSON object a line, or the rows of a table with aligned columns (in Markdown).
+//         A field has a JSON key, a heading, or both: it appears where it has a name.
+// =============================================================================
+
+enum { MAX_ROWS = 128, MAX_COLUMNS = 20, MAX_CELL = 48 };
+
+static struct {
+    char cell[MAX_ROWS][MAX_COLUMNS][MAX_CELL]; /* row 0: headings */
+    bool is_text[MAX_COLUMNS];
+    uint32_t row, n_columns, column;
+    bool json_open;
+} out;
+
+static void out_cell(const char *heading, bool is_text, const char *text)
+{
+    uint32_t j = out.column++;
+    if (j >= MAX_COLUMNS || out.row + 1 >= MAX_ROWS)
+        die("the table is too large: shorter lists, please");
+    out.is_text[j] = is_text;
+    out.n_columns = j + 1 > out.n_columns ? j + 1 : out.n_columns;
+    snprintf(out.cell[0][j], MAX_CELL, "%s", heading);
+    snprintf(out.cell[out.row + 1][j], MAX_CELL, "%s", text);
+}
+
+static void out_text(const char *key, const char *heading, const char *text)
+{
+    if (opt.json && key) {
+        printf("%s\"%s\":\"", out.json_open ? "," : "{", key);
+        for (; *text; text++)
+            printf(*text == '"' || *text == '\\' ? "\\%c" : (unsigned char)*text < 0x20 ? "?" : "%c", *text);
+        printf("\"");
+        out.json_open = true;
+    } else if (!opt.json && heading) {
+        out_cell(heading, true, text);
+    }
+}
+
+static void out_number(const char *key, const char *heading, int decimals, double value)
+{
+    char text[MAX_CELL];
+    if (opt.json && key) {
+        printf(value == floor(value) && fabs(value) < 1e15 ? ",\"%s\":%.0f" : ",\"%s\":%.6g", key, value);
+    } else if (!opt.json && heading) {
+        snprintf(text, sizeof text, "%.*f", decimals, value);
+        out_cell(heading, false, text);
+    }
+}
+
+static void out_end(void)
+{
+    if (opt.json)
+        printf("}\n");
+    fflush(stdout);
+    out.row++, out.column = 0, out.json_open = false;
+}
+
+/* Prints the rows collected so far. */
+static void out_table(void)
+{
+    progress("%s", "");
+    for (uint32_t i = 0; !opt.json && out.row && i <= out.row; i++) {
+        for (uint32_t j = 0; j < out.n_columns; j++) {
+            int width = 0;
+            for (uint32_t k = 0; k <= out.row; k++)
+                width = (int)strlen(out.cell[k][j]) > width ? (int)strlen(out.cell[k][j]) : width;
+            printf(out.is_text[j] ? "| %-*s " : "| %*s ", width, out.cell[i][j]);
+            if (i == 0) /* kept for the line below the headings */
+                snprintf(out.cell[MAX_ROWS - 1][j], MAX_CELL, out.is_text[j] ? ":%.*s" : "%.*s:", width + 1,
+                         "-----------------------------------------------");
+        }
+        printf("|\n");
+        for (uint32_t j = 0; i == 0 && j < out.n_columns; j++)
+            printf("|%s%s", out.cell[MAX_ROWS - 1][j], j + 1 == out.n_columns ? "|\n" : "");
+    }
+    if (!opt.json && out.row)
+        printf("\n");
+    fflush(stdout);
+    memset(&out, 0, sizeof out);
+}
+
+/* A number from a file of "key: number" lines such as /proc/self/status; 0 where there is none. */
+static double number_in(const char *path, const char *key)
+{
+    char line[256];
+    double value = 0;
+    size_t n = strlen(key);
+    FILE *f = fopen(path, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (strncmp(line, key, n) == 0 && line[n] == ':')
+            value = atof(line + n + 1);
+    if (f)
+        fclose(f);
+    return value;
+}
+
+/* Resident memory that is no mapped file and not only kept by malloc. */
+static double anonymous_bytes(void)
+{
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+    return 1024 * number_in("/proc/self/status", "RssAnon");
+}
+
+// =============================================================================
+// >>work   A model, and what a pass over n rows of it must read and multiply: counted from its tensors.
+// =============================================================================
+
+typedef struct model {
+    dsv3_model *m;
+    dsv3_config c;
+    const char *name, *isa_name, *dtype, *head_dtype; /* dtype: of most of the weights */
+    dsv3_isa isa;
+    spans mapped;                              /* all tensors */
+    double fixed_bytes, routed_bytes;          /* read for every token; all routed experts */
+    double fixed_macs, routed_macs, head_macs; /* a row; routed: all experts */
+    double cache_bytes;                        /* a token of context, all layers */
+    double anonymous;                          /* resident bytes that opening added, the mapping aside */
+} model;
+
+static int compare_span(const void *a, const void *b)
+{
+    const span *x = (const span *)a, *y = (const span *)b;
+    return (x->p > y->p) - (x->p < y->p);
+}
+
+static const char *dtype_word(dsv3_dtype dtype)
+{
+    switch ((int)dtype) {
+    case DSV3_DTYPE_F8_E4M3:
+        return "fp8";
+    case DSV3_DTYPE_BF16:
+        return "bf16";
+    case DSV3_DTYPE_I8:
+        return "int8";
+    default:
+        return dsv3_dtype_name(dtype);
+    }
+}
+
+static void model_count(model *b)
+{
+    dsv3_error error;
+    size_t n = dsv3_model_tensor_count(b->m), kept = 0;
+    double most = 0, bytes_of[32] = {0};
+    b->mapped.v = (span *)need(2 * n * sizeof(span));
+    for (size_t i = 0; i < n; i++) {
+        const char *name;
+        dsv3_tensor t;
+        must(dsv3_model_tensor_at(b->m, i, &name, &t, &error), &error);
+        size_t len = strlen(name);
+        if (len > 10 && strcmp(name + len - 10, "_scale_inv") == 0)
+            continue; /* counted with its weight */
+        uint64_t count = 1, scales = t.scale ? (t.shape[0] + t.block_rows - 1) / t.block_rows * t.scale_stride : 0;
+        for (uint32_t j = 0; j < t.rank; j++)
+            count *= t.shape[j];
+        span part[2] = {{(const uint8_t *)t.data, (size_t)count * dsv3_dtype_size(t.dtype)},
+                        {(const uint8_t *)t.scale, (size_t)scales * dsv3_dtype_size(t.scale_dtype)}};
+        for (uint32_t j = 0; j < 2; j++)
+            if (part[j].p && part[j].n)
+                b->mapped.v[b->mapped.n++] = part[j];
+        double bytes = (double)(part[0].n + part[1].n), macs = t.rank == 2 ? (double)count : 0;
+        bool embedding = strcmp(name, "model.embed_tokens.weight") == 0;
+        if (strcmp(name, "lm_head.weight") == 0 || (embedding && b->c.tie_word_embeddings)) {
+            b->fixed_bytes += bytes, b->head_macs = macs;
+            b->head_dtype = dtype_word(t.dtype);
+        } else if (embedding) {
+            b->fixed_bytes += bytes / (double)t.shape[0]; /* one row */
+        } else if (strncmp(name, "model.layers.", 13) || (uint32_t)atoi(name + 13) < b->c.num_hidden_layers) {
+            bool routed = strstr(name, ".mlp.experts.") != NULL; /* else: every token reads it. The MTP layer: none */
+            *(routed ? &b->routed_bytes : &b->fixed_bytes) += bytes;
+            *(routed ? &b->routed_macs : &b->fixed_macs) += macs;
+            if ((bytes_of[t.dtype & 31] += bytes) > most) {
+                most = bytes_of[t.dtype & 31];
+                b->dtype = dtype_word(t.dtype);
+            }
+        }
+    }
+    qsort(b->mapped.v, b->mapped.n, sizeof(span), compare_span);
+    for (size_t i = 0; i < b->mapped.n; i++) { /* neighbours are joined: one stream */
+        span *last = kept ? &b->mapped.v[kept - 1] : NULL;
+        b->mapped.total += b->mapped.v[i].n;
+        if (last && last->p + last->n == b->mapped.v[i].p)
+            last->n += b->mapped.v[i].n;
+        else
+            b->mapped.v[kept++] = b->mapped.v[i];
+    }
+    b->mapped.n = kept;
+}
+
+static void model_open(model *b, const char *dir, dsv3_isa isa)
+{
+    dsv3_error error;
+    dsv3_model_opts options;
+    dsv3_memory memory;
+    const char *base = strrchr(opt.shape, '/');
+    memset(b, 0, sizeof *b);
+    memset(&options, 0, sizeof options);
+    options.isa = isa;
+    b->anonymous = anonymous_bytes();
+    must(dsv3_model_open(&b->m, dir, &options, &error), &error);
+    b->anonymous = anonymous_bytes() - b->anonymous;
+    b->c = *dsv3_model_config(b->m);
+    b->name = base && base[1] ? base + 1 : opt.shape;
+    b->isa = dsv3_model_isa(b->m);
+    b->isa_name = dsv3_isa_name(b->isa);
+    b->dtype = b->head_dtype = "?";
+    must(dsv3_session_memory(b->m, NULL, &memory, &error), &error);
+    b->cache_bytes = (double)memory.cache_bytes / memory.max_tokens;
+    model_count(b);
+}
+
+static void model_close(model *b)
+{
+    dsv3_model_close(b->m);
+    free(b->mapped.v);
+}
+
+/* The part of the routed experts that a row uses. */
+static double active_share(const model *b)
+{
+    return b->c.n_routed_experts ? (double)b->c.num_experts_per_tok / b->c.n_routed_experts : 0;
+}
+
+/* The part of the routed experts that a call touches, in the mean over `calls` calls: runs them. A call without rows beside
+   each other touches what one row uses; one of very many touches all. */
+static double touched_share(const model *b, dsv3_session *s, const int32_t *ids, uint32_t rows, uint32_t calls)
+{
+    dsv3_error error;
+    dsv3_outputs outputs;
+    uint32_t n_layers = b->c.num_hidden_layers - b->c.first_k_dense_replace, top = b->c.num_experts_per_tok;
+    size_t n = (size_t)n_layers * b->c.n_routed_experts, touched = 0;
+    if (rows == 1 || rows > 64 || n == 0)
+        return rows == 1 ? active_share(b) : 1;
+    int32_t *experts = (int32_t *)need((size_t)rows * n_layers * top * sizeof *experts); /* [rows, n_layers, top] */
+    uint8_t *seen = (uint8_t *)need(n);                                                  /* [n_layers, n_routed_experts] */
+    memset(&outputs, 0, sizeof outputs);
+    outputs.experts = experts;
+    for (uint32_t call = 0; call < calls; call++) {
+        must(dsv3_session_append(s, ids + call * rows, rows, &outputs, &error), &error);
+        memset(seen, 0, n);
+        for (size_t i = 0; i < (size_t)rows * n_layers * top; i++)
+            seen[i / top % n_layers * b->c.n_routed_experts + (uint32_t)experts[i]] = 1;
+        for (size_t i = 0; i < n; i++)
+            touched += seen[i];
+    }
+    free(experts), free(seen);
+    return (double)touched / (double)(n * calls);
+}
+
+/* One call that appends `rows` tokens behind `context` others, logits of the last; attention in the absorbed form. touched:
+   the part of the routed experts that is read, once for each piece of MAX_BATCH rows. */
+static void work_of(const model *b, uint32_t rows, double context, double touched, double *bytes, double *macs)
+{
+    double pairs = rows * (context + (rows + 1) / 2.0) * b->c.num_hidden_layers * b->c.num_attention_heads;
+    uint32_t pieces = (rows + MAX_BATCH - 1) / MAX_BATCH;
+    *bytes = pieces * (b->fixed_bytes + b->routed_bytes * touched + b->cache_bytes * (context + rows));
+    *macs = rows * (b->fixed_macs + b->routed_macs * active_share(b)) + b->head_macs +
+            pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
+}
+
+// =============================================================================
+// >>run   The measurements.
+// =============================================================================
+
+static void out_begin(const char *what, const char *heading, const model *b, uint32_t threads)
+{
+    out_text("what", heading, what);
+    out_text("shape", NULL, b->name);
+    out_text("dtype", NULL, b->dtype);
+    out_text("head", NULL, b->head_dtype);
+    out_text("compute", NULL, "f32");
+    out_text("isa", NULL, b->isa_name);
+    out_number("threads", "threads", 0, threads);
+}
+
+static void run_bandwidth(model *b)
+{
+    static const char *const name[3] = {"read_mapped", "read_huge_pages", "multiply_add"};
+    for (uint32_t k = 0; k < opt.threads.n; k++) {
+        double v[3][MAX_REPS];
+        uint32_t n = opt.threads.v[k], reps = opt.reps.v[0];
+        read_rate(&b->mapped, n); /* page faults */
+        for (uint32_t r = 0; r < reps; r++) {
+            progress("bandwidth, %u threads: %u of %u", n, r + 1, reps);
+            v[0][r] = 1e-9 * read_rate(&b->mapped, n);
+            v[1][r] = 1e-9 * read_rate(huge_pages(), n);
+            v[2][r] = 1e-9 * peak_rate(b->isa, n);
+        }
+        for (uint32_t i = 0; i < 3; i++) {
+            stats s = stats_of(v[i], reps);
+            if (s.high <= 0)
+                continue;
+            out_begin(name[i], "roof", b, n);
+            out_number(i == 2 ? "gmac_s_best" : "gb_s_best", "best", 1, s.high);
+            out_number(i == 2 ? "gmac_s" : "gb_s", "median", 1, s.mid);
+            out_text(NULL, "unit", i == 2 ? "GMAC/s" : "GB/s");
+            out_number("reps", NULL, 0, reps);
+            out_end();
+        }
+    }
+    out_table();
+}
+
+/* Any ids do; the same ones in every run. */
+static void token_ids(int32_t *ids, uint32_t n, uint32_t vocab)
+{
+    uint64_t state = 7;
+    for (uint32_t i = 0; i < n; i++)
+        ids[i] = (int32_t)(random64(&state) % vocab);
+}
+
+/* Appends `rows` tokens at a time, `calls` times, behind `context` tokens, and picks a token after each call. Before each
+   repetition and after the last the roofs are measured; a repetition is held against the mean of its two neighbours. */
+static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threads, uint32_t context, uint32_t rows,
+                     uint32_t calls)
+{
+    dsv3_error error;
+    dsv3_sample sample;
+    double read[MAX_REPS + 1], peak[MAX_REPS + 1], rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS], bytes, macs;
+    uint32_t n = context + rows * calls, reps = 0;
+    int32_t *ids = (int32_t *)need(n * sizeof *ids);
+    token_ids(ids, n, b->c.vocab_size);
+    progress("%s, %u threads, context %u, %u rows: start", what, threads, context, rows);
+    must(dsv3_session_rewind(s, 0, &error), &error);
+    if (context)
+        must(dsv3_session_append(s, ids, context, NULL, &error), &error);
+    double touched = touched_share(b, s, ids + context, rows, calls);
+    work_of(b, rows, context + rows * (calls - 1) / 2.0, touched, &bytes, &macs);
+    for (double begun = now();; reps++) {
+        double mapped = read_rate(&b->mapped, threads), huge = read_rate(huge_pages(), threads);
+        read[reps] = mapped > huge ? mapped : huge;
+        peak[reps] = peak_rate(b->isa, threads);
+        if (reps == opt.reps.v[0] || (reps >= 2 && now() - begun > 60)) /* a slow case: two are enough */
+            break;
+        progress("%s, %u threads, context %u, %u rows: %u of %u", what, threads, context, rows, reps + 1, opt.reps.v[0]);
+        must(dsv3_session_rewind(s, context, &error), &error);
+        double start = now();
+        for (uint32_t i = 0; i < calls; i++) {
+            must(dsv3_session_append(s, ids + context + i * rows, rows, NULL, &error), &error);
+            must(dsv3_session_sample(s, NULL, &sample, &error), &error);
+        }
+        rate[reps] = rows * calls / (now() - start);
+    }
+    for (uint32_t r = 0; r < reps; r++) {
+        read[r] = (read[r] + read[r + 1]) / 2;
+        peak[r] = (peak[r] + peak[r + 1]) / 2;
+        double by_bytes = read[r] / bytes, by_macs = peak[r] > 0 ? peak[r] / macs : by_bytes;
+        bound[r] = rows * (by_bytes < by_macs ? by_bytes : by_macs);
+        ratio[r] = rate[r] / bound[r];
+    }
+    stats tok_s = stats_of(rate, reps);
+    double gb_s = 1e-9 * stats_of(read, reps).mid, gmac_s = 1e-9 * stats_of(peak, reps).mid;
+    out_begin(what, "what", b, threads);
+    out_number("context", "context", 0, context);
+    out_number("rows", "rows", 0, rows);
+    out_number("tok_s_best", "best tok/s", 2, tok_s.high);
+    out_number("tok_s", "tok/s", 2, tok_s.mid);
+    out_number("bound_tok_s", "bound", 2, stats_of(bound, reps).mid);
+    out_number("ratio", "ratio", 2, stats_of(ratio, reps).mid);
+    out_text("bound", "bound by", gmac_s > 0 && macs / gmac_s > bytes / gb_s ? "macs" : "bytes");
+    out_number("ms_call", "ms a call", 2, 1e3 * rows / tok_s.mid);
+    out_number("gb_s", "GB/s", 1, 1e-9 * bytes * tok_s.mid / rows);
+    out_number("read_gb_s", "of", 1, gb_s);
+    out_number("gmac_s", "GMAC/s", 1, 1e-9 * macs * tok_s.mid / rows);
+    out_number("peak_gmac_s", "of", 1, gmac_s);
+    out_number("touched_experts", NULL, 3, touched);
+    out_number("bytes_call", NULL, 0, bytes);
+    out_number("macs_call", NULL, 0, macs);
+    out_number("reps", NULL, 0, reps);
+    out_end();
+    free(ids);
+}
+
+/* The weights into the page cache, read in order; or out of it (pages that are mapped somewhere stay). */
+static void page_cache(const char *dir, bool keep)
+{
+    static uint8_t buffer[1 << 22];
+    char path[PATH_SIZE];
+    DIR *d = opendir(dir);
+    if (!d)
+        die("no directory %s", dir);
+    for (struct dirent *e; (e = readdir(d)) != NULL;) {
+        path_join(path, dir, "/", e->d_name);
+        int fd = strstr(e->d_name, ".safetensors") ? open(path, O_RDONLY) : -1;
+        if (fd < 0)
+            continue;
+        progress("reading %s", e->d_name);
+        while (keep && read(fd, buffer, sizeof buffer) > 0)
+            ;
+#ifdef POSIX_FADV_DONTNEED
+        if (!keep && fsync(fd) == 0) /* dirty pages would stay */
+            posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+#endif
+        close(fd);
+    }
+    closedir(d);
+}
+
+/* From nothing to the first token: page cache warm (reps times), then dropped (once). b->m is closed: a mapping would hold
+   the pages. */
+static void run_open(const model *b, const char *dir, uint32_t threads)
+{
+    static const char *const name[3] = {"warm, best", "warm, median", "page cache dropped"};
+    double v[4][MAX_REPS + 1], disk = 0; /* open, session, first token of a prompt of 8, all three: ms */
+    uint32_t reps = opt.reps.v[0];
+    for (uint32_t r = 0; r <= reps; r++) {
+        dsv3_error error;
+        dsv3_model *m;
+        dsv3_session *s;
+        dsv3_model_opts model_opts;
+        dsv3_session_opts session_opts;
+        dsv3_sample sample;
+        int32_t ids[8];
+        token_ids(ids, 8, b->c.vocab_size);
+        memset(&model_opts, 0, sizeof model_opts);
+        memset(&session_opts, 0, sizeof session_opts);
+        model_opts.isa = b->isa, session_opts.n_threads = threads;
+        if (r == reps)
+            page_cache(dir, false);
+        progress("open: %u of %u", r + 1, reps + 1);
+        disk = number_in("/proc/self/io", "read_bytes");
+        double t0 = now();
+        must(dsv3_model_open(&m, dir, &model_opts, &error), &error);
+        double t1 = now();
+        must(dsv3_session_open(&s, m, &session_opts, &error), &error);
+        double t2 = now();
+        must(dsv3_session_append(s, ids, 8, NULL, &error), &error);
+        must(dsv3_session_sample(s, NULL, &sample, &error), &error);
+        double t3 = now();
+        v[0][r] = 1e3 * (t1 - t0), v[1][r] = 1e3 * (t2 - t1), v[2][r] = 1e3 * (t3 - t2), v[3][r] = 1e3 * (t3 - t0);
+        disk = number_in("/proc/self/io", "read_bytes") - disk;
+        dsv3_session_close(s);
+        dsv3_model_close(m);
+    }
+    page_cache(dir, false); /* what a cold start reads lies in small pages: once more, in order */
+    page_cache(dir, true);
+    for (uint32_t i = 0; i < 3; i++) {
+        double x[4];
+        for (uint32_t j = 0; j < 4; j++)
+            x[j] = i == 0 ? stats_of(v[j], reps).low : i == 1 ? stats_of(v[j], reps).mid : v[j][reps];
+        out_begin("open", NULL, b, threads);
+        out_text("pages", "start", name[i]);
+        out_number("open_ms", "open, ms", 2, x[0]);
+        out_number("session_ms", "session, ms", 2, x[1]);
+        out_number("first_append_ms", "8 tokens, ms", 1, x[2]);
+        out_number("first_token_ms", "first token, ms", 1, x[3]);
+        out_number("disk_mb", "MB from disk", 1, i < 2 ? 0 : 1e-6 * disk);
+        out_end();
+    }
+    out_table();
+}
+
+static uint32_t longest(bool wanted, const list *l, uint32_t times, uint32_t more, uint32_t length)
+{
+    for (uint32_t i = 0; wanted && i < l->n; i++)
+        length = times * l->v[i] + more > length ? times * l->v[i] + more : length;
+    return length;
+}
+
+static void run_shape(const char *dir, dsv3_isa isa, bool with_open)
+{
+    enum { ROWS_CALLS = 4 };
+    dsv3_error error;
+    model b;
+    model_open(&b, dir, isa);
+    if (!opt.json)
+        printf("`%s`: %s weights, %s head, %s, f32 arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n", b.name,
+               b.dtype, b.head_dtype, b.isa_name, 1e-9 * (double)b.mapped.total,
+               1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
+               1e-9 * (b.fixed_macs + b.head_macs + b.routed_macs * active_share(&b)));
+    fflush(stdout);
+    if (opt.what & WHAT_OPEN && with_open) {
+        model_close(&b);
+        run_open(&b, dir, opt.threads.v[opt.threads.n - 1]);
+        model_open(&b, dir, isa);
+    }
+    if (opt.what & WHAT_BANDWIDTH)
+        run_bandwidth(&b);
+    if (!(opt.what & (WHAT_DECODE | WHAT_PROMPT | WHAT_ROWS))) {
+        model_close(&b);
+        return;
+    }
+
+    dsv3_session_opts options;
+    dsv3_memory memory[MAX_LIST];
+    double anonymous[MAX_LIST];
+    memset(&options, 0, sizeof options);
+    options.max_batch = MAX_BATCH;
+    options.max_tokens = longest(opt.what & WHAT_DECODE, &opt.contexts, 1, opt.n_decode.v[0], 1);
+    options.max_tokens = longest(opt.what & WHAT_PROMPT, &opt.prompts, 1, 0, options.max_tokens);
+    options.max_tokens = longest(opt.what & WHAT_ROWS, &opt.rows, ROWS_CALLS, opt.contexts.v[0], options.max_tokens);
+    huge_pages();
+    for (uint32_t k = 0; k < opt.threads.n; k++) {
+        dsv3_session *s;
+        uint32_t n = options.n_threads = opt.threads.v[k];
+        double before = anonymous_bytes();
+        must(dsv3_session_memory(b.m, &options, &memory[k], &error), &error);
+        must(dsv3_session_open(&s, b.m, &options, &error), &error);
+        read_rate(&b.mapped, n); /* page faults */
+        for (uint32_t i = 0; opt.what & WHAT_DECODE && i < opt.contexts.n; i++)
+            run_rows(&b, s, "decode", n, opt.contexts.v[i], 1, opt.n_decode.v[0]);
+        for (uint32_t i = 0; opt.what & WHAT_PROMPT && i < opt.prompts.n; i++)
+            run_rows(&b, s, "prompt", n, 0, opt.prompts.v[i], 1);
+        for (uint32_t i = 0; opt.what & WHAT_ROWS && i < opt.rows.n; i++)
+            run_rows(&b, s, "rows", n, opt.contexts.v[0], opt.rows.v[i], ROWS_CALLS);
+        anonymous[k] = b.anonymous + anonymous_bytes() - before;
+        dsv3_session_close(s);
+    }
+    out_table();
+    for (uint32_t k = 0; k < opt.threads.n; k++) {
+        out_begin("memory", NULL, &b, opt.threads.v[k]);
+        out_number("mapped_mb", "mapped, MB", 1, 1e-6 * (double)memory[k].file_bytes);
+        out_number("model_mb", "model, MB", 2, 1e-6 * (double)memory[k].model_bytes);
+        out_number("session_mb", "session, MB", 2, 1e-6 * (double)memory[k].session_bytes);
+        out_number("cache_mb", "its cache, MB", 2, 1e-6 * (double)memory[k].cache_bytes);
+        out_number("max_tokens", "for tokens", 0, memory[k].max_tokens);
+        out_number("anonymous_mb", "resident beyond the mapping, MB", 2, 1e-6 * anonymous[k]);
+        out_end();
+    }
+    out_table();
+    model_close(&b);
+}
+
+static void run_tokenizer(void)
+{
+    dsv3_error error;
+    dsv3_tokenizer *t = NULL;
+    double v[MAX_REPS];
+    uint32_t reps = opt.reps.v[0];
+    for (uint32_t r = 0; r < reps; r++) {
+        dsv3_tokenizer_close(t);
+        double start = now();
+        must(dsv3_tokenizer_open(&t, opt.args[0], NULL, &error), &error);
+        v[r] = 1e3 * (now() - start);
+    }
+    out_text("what", NULL, "tokenizer_open");
+    out_text(NULL, "tokenizer, 1 thread", "open");
+    out_number("best_ms", "best, ms", 2, stats_of(v, reps).low);
+    out_number("median_ms", "median, ms", 2, stats_of(v, reps).mid);
+    out_end();
+    out_table();
+    for (uint32_t i = 1; i < opt.n_args; i++) {
+        FILE *f = fopen(opt.args[i], "rb");
+        const char *base = strrchr(opt.args[i], '/');
+        if (!f || fseek(f, 0, SEEK_END))
+            die("cannot read %s", opt.args[i]);
+        size_t len = (size_t)ftell(f), cap = len + 16, count = 0; /* never more tokens than bytes */
+        char *text = (char *)need(len);
+        int32_t *ids = (int32_t *)need(cap * sizeof *ids);
+        rewind(f);
+        if (fread(text, 1, len, f) != len)
+            die("cannot read %s", opt.args[i]);
+        fclose(f);
+        for (uint32_t r = 0; r < reps; r++) {
+            progress("%s: %u of %u", opt.args[i], r + 1, reps);
+            double start = now();
+            must(dsv3_tokenize(t, text, len, 0, ids, cap, &count, &error), &error);
+            v[r] = 1e-6 * (double)len / (now() - start);
+        }
+        out_text("what", NULL, "tokenizer");
+        out_text("text", "text", base ? base + 1 : opt.args[i]);
+        out_number("bytes", "bytes", 0, (double)len);
+        out_number("tokens", "tokens", 0, (double)count);
+        out_number("mb_s_best", "best, MB/s", 2, stats_of(v, reps).high);
+        out_number("mb_s", "median, MB/s", 2, stats_of(v, reps).mid);
+        out_end();
+        free(text), free(ids);
+    }
+    out_table();
+    dsv3_tokenizer_close(t);
+}
+
+// =============================================================================
+// >>main   Command line and heading.
+// =============================================================================
+
+static const char HELP[] =
+    "usage: bench [options]                               speed on a checkpoint of random weights, beside the bound\n"
+    "       bench --what tokenizer [options] DIR FILE...  speed of a checkpoint's tokenizer on texts\n"
+    "  --shape NAME|DIR   bench-3b (default), v3-slice, tiny-bench, or a checkpoint's directory\n"
+    "  --dtype fp8|bf16   what a named shape is written in (fp8)\n"
+    "  --dir DIR          where the shapes are written, once (build/shapes)\n"
+    "  --what LIST        bandwidth, open, decode, prompt, rows; all of these (default); tokenizer\n"
+    "  --isa LIST         auto, scalar, avx2, avx512 (auto)\n"
+    "  --threads LIST     (1 and all cores)\n"
+    "  --context LIST     tokens before the first decoded one (8,512); before the rows: the first of them\n"
+    "  --prompt LIST      lengths of prompts (512)\n"
+    "  --rows LIST        rows at once, at most 512 (1,2,3,4,6,8,12,16,24,32,48,64)\n"
+    "  --tokens N         tokens decoded in a repetition (32)\n"
+    "  --reps N           repetitions (5); a case over a minute stops at two\n"
+    "  --json             one object a line\n"
+    "  --commit TEXT      for the heading\n";
+
+static list parse_list(const char *flag, const char *text, uint32_t largest)
+{
+    list l = {{0}, 0};
+    for (char *end; *text; text = *end ? end + 1 : end) {
+        unsigned long v = strtoul(text, &end, 10);
+        if (end == text || (*end && *end != ',') || v < 1 || v > largest || l.n == MAX_LIST)
+            die("%s wants numbers from 1 to %u with commas between them, as in: %s 1,2", flag, largest, flag);
+        l.v[l.n++] = (uint32_t)v;
+    }
+    if (l.n == 0)
+        die("%s wants a number", flag);
+    return l;
+}
+
+/* Takes one word off the front of a list with commas: its number among `words`. */
+static uint32_t parse_word(const char *flag, const char **text, const char *const *words, uint32_t n)
+{
+    size_t len = strcspn(*text, ",");
+    uint32_t i = 0;
+    while (i < n && (strlen(words[i]) != len || strncmp(words[i], *text, len)))
+        i++;
+    if (i == n)
+        die("%s: '%s' is not among its words; bench -h lists them", flag, *text);
+    *text += len + ((*text)[len] == ',');
+    return i;
+}
+
+static void parse(int argc, char **argv)
+{
+    static const char *const WHAT[] = {"bandwidth", "open", "decode", "prompt", "rows", "tokenizer", "all"};
+    static const char *const ISA[] = {"auto", "scalar", "avx2", "avx512"};
+    static const uint32_t ISA_OF[] = {DSV3_ISA_AUTO, DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512};
+    static const struct {
+        const char *flag, *initial; /* initial: of a list */
+        const char **text;
+        list *numbers;
+        uint32_t largest;
+    } FLAGS[] = {
+        {"--shape", NULL, &opt.shape, NULL, 0},
+        {"--dtype", NULL, &opt.dtype, NULL, 0},
+        {"--dir", NULL, &opt.dir, NULL, 0},
+        {"--commit", NULL, &opt.commit, NULL, 0},
+        {"--threads", "1", NULL, &opt.threads, MAX_THREADS},
+        {"--context", "8,512", NULL, &opt.contexts, 1000000},
+        {"--prompt", "512", NULL, &opt.prompts, 1000000},
+        {"--rows", "1,2,3,4,6,8,12,16,24,32,48,64", NULL, &opt.rows, MAX_BATCH},
+        {"--tokens", "32", NULL, &opt.n_decode, 100000},
+        {"--reps", "5", NULL, &opt.reps, MAX_REPS},
+    };
+    enum { N_FLAGS = sizeof FLAGS / sizeof *FLAGS };
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    opt.shape = "bench-3b", opt.dtype = "fp8", opt.dir = "build/shapes", opt.commit = "";
+    for (uint32_t k = 0; k < N_FLAGS; k++)
+        if (FLAGS[k].numbers)
+            *FLAGS[k].numbers = parse_list(FLAGS[k].flag, FLAGS[k].initial, FLAGS[k].largest);
+    if (cores > 1)
+        opt.threads.v[opt.threads.n++] = (uint32_t)(cores < MAX_THREADS ? cores : MAX_THREADS);
+    opt.isas.v[0] = DSV3_ISA_AUTO, opt.isas.n = 1;
+    for (int i = 1; i < argc; i++) {
+        const char *a = argv[i], *value;
+        uint32_t k = 0;
+        if (strcmp(a, "-h") == 0 || strcmp(a, "--help") == 0) {
+            fputs(HELP, stdout);
+            exit(0);
+        }
+        if (strcmp(a, "--json") == 0) {
+            opt.json = true;
+            continue;
+        }
+        if (a[0] != '-') {
+            if (opt.n_args == 64)
+                die("at most 63 texts");
+            opt.args[opt.n_args++] = a;
+            continue;
+        }
+        while (k < N_FLAGS && strcmp(a, FLAGS[k].flag))
+            k++;
+        if (k == N_FLAGS && strcmp(a, "--what") && strcmp(a, "--isa"))
+            die("no option %s; bench -h lists them", a);
+        if (++i == argc)
+            die("%s wants a value; bench -h says which", a);
+        value = argv[i];
+        if (strcmp(a, "--what") == 0)
+            while (*value) {
+                uint32_t w = parse_word(a, &value, WHAT, 7);
+                opt.what |= w == 6 ? (uint32_t)WHAT_ALL : 1u << w;
+            }
+        else if (strcmp(a, "--isa") == 0)
+            for (opt.isas.n = 0; *value && opt.isas.n < 4;)
+                opt.isas.v[opt.isas.n++] = ISA_OF[parse_word(a, &value, ISA, 4)];
+        else if (FLAGS[k].text)
+            *FLAGS[k].text = value;
+        else
+            *FLAGS[k].numbers = parse_list(a, value, FLAGS[k].largest);
+    }
+    if (!opt.what)
+        opt.what = WHAT_ALL;
+    if (opt.n_args && !(opt.what & WHAT_TOKENIZER))
+        die("'%s': only --what tokenizer takes files", opt.args[0]);
+    if (!opt.n_args && opt.what & WHAT_TOKENIZER)
+        die("a directory with tokenizer.json is missing: bench --what tokenizer DIR FILE...");
+    if (strcmp(opt.dtype, "fp8") && strcmp(opt.dtype, "bf16"))
+        die("--dtype is fp8 or bf16");
+}
+
+static void heading(int argc, char **argv)
+{
+    char line[256], cpu[256] = "unknown processor", date[64];
+    struct utsname u;
+    time_t t = time(NULL);
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    while (f && fgets(line, sizeof line, f))
+        if (strncmp(line, "model name", 10) == 0 && strchr(line, ':')) {
+            snprintf(cpu, sizeof cpu, "%.200s", strchr(line, ':') + 2);
+            cpu[strcspn(cpu, "\n")] = 0;
+            break;
+        }
+    if (f)
+        fclose(f);
+    strftime(date, sizeof date, "%Y-%m-%d %H:%M UTC", gmtime(&t));
+    printf("# Speed of dsv3.h %s\n\n- machine: %s, %ld cores, %.0f GB", DSV3_VERSION_STRING, cpu,
+           sysconf(_SC_NPROCESSORS_ONLN), 1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
+    if (uname(&u) == 0)
+        printf(", %s %s", u.sysname, u.release);
+#if defined(__clang__)
+    printf("\n- compiler: clang %s", __clang_version__);
+#else
+    printf("\n- compiler: gcc %s", __VERSION__);
+#endif
+#ifdef BENCH_CFLAGS
+    printf(", `%s`", BENCH_CFLAGS);
+#endif
+    printf("\n- date: %s\n- commit: %s\n- command: `", date, *opt.commit ? opt.commit : "unknown");
+    for (int i = 0; i < argc; i++)
+        printf("%s%s", i ? " " : "", argv[i]);
+    printf("`\n\n");
+}
+
+int main(int argc, char **argv)
+{
+    char dir[PATH_SIZE];
+    const shape *p = NULL;
+    struct stat st;
+    parse(argc, argv);
+    for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
+        if (strcmp(opt.shape, SHAPES[i].name) == 0)
+            p = &SHAPES[i];
+    if (!p && (stat(opt.shape, &st) || !S_ISDIR(st.st_mode)))
+        die("'%s' is neither a shape (bench-3b, v3-slice, tiny-bench) nor a directory", opt.shape);
+    if (!opt.json)
+        heading(argc, argv);
+    if (opt.what & WHAT_TOKENIZER)
+        run_tokenizer();
+    if (!(opt.what & WHAT_ALL))
+        return 0;
+    if (p)
+        shape_ensure(dir, p, strcmp(opt.dtype, "fp8") == 0, opt.dir);
+    else
+        path_join(dir, opt.shape, "", "");
+    page_cache(dir, true);
+    for (uint32_t i = 0; i < opt.isas.n; i++)
+        run_shape(dir, (dsv3_isa)opt.isas.v[i], i == 0);
+    return 0;
+}

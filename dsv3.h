@@ -1,0 +1,8582 @@
+/* dsv3.h - 0.1.0 - runs DeepSeek-V3-architecture language models from one C header. MIT licence, text at the end.
+
+   It opens a checkpoint directory exactly as published (FP8, BF16, F16 or F32 safetensors, mapped, not converted, not
+   copied) and gives the numbers of the reference implementation. It needs libc and libm, and pthreads unless told not to.
+
+   DO THIS, in one .c file of your program:
+
+       #define DSV3_IMPLEMENTATION
+       #include "dsv3.h"
+
+   and include it without the #define wherever else you need it. Compile with any -O, link with -lm -pthread. A first text:
+
+       dsv3_model *model;
+       dsv3_session *session;
+       dsv3_error error;
+       dsv3_generate_opts opts = {0};
+       opts.max_tokens = 100;
+       opts.token_fn = print_token;                       // bool print_token(void *user, const dsv3_token *token)
+       if (dsv3_model_open(&model, "path/to/checkpoint", NULL, &error) ||
+           dsv3_session_open(&session, model, NULL, &error) ||
+           dsv3_generate(session, "Once upon a time", 16, &opts, NULL, &error))
+           fprintf(stderr, "%s\n", error.message);
+
+   CONTENTS (search for ">>word"; every section uses only those above it)
+
+       base   compiler, sizes, unaligned loads            nn     norm, rotary positions, linear maps, gated MLPs
+       err    one error struct, one formatter             mla    multi-head latent attention, the cache row
+       mem    the caller's allocator, limits              moe    router and experts
+       os     files, time, cores                          fwd    the model, n rows at once
+       cpu    instruction sets, floating-point state      tok    tokenizer: text to ids and back
+       thr    atomics, parallel-for                       smp    logits to a token
+       num    scalar formats: E4M3, E8M0, F16, BF16       ses    a timeline: cache, tokens, generation
+       ten    the quantized tensor                        api    the public calls
+       kern   inner loops, per instruction set
+       mm     matrix products over quantized tensors
+       json   a bounded pull reader
+       st     safetensors, shards, index
+       cfg    config.json, checked once
+       wt     names to weights
+
+   WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0), and by
+   configuration alone Kimi-K2, Moonlight, GigaChat3, JoyAI (no or some query latent, any head sizes, one group or many,
+   plain rotary positions or YaRN), DeepSeek-V2 and V2-Lite (softmax router, greedy and group_limited_greedy), tied
+   embeddings, both rotary layouts. What is not supported is refused by the name of its key: V3.2's sparse attention,
+   other activations, biases, other quantizations. dsv3_config lists what is read.
+
+   DOES NOT convert or write checkpoints, does not print, log (unless you install a logger), exit, abort, touch signals,
+   errno-dependent state or the locale, read the environment, keep writable globals, or start threads that outlive a
+   session. It does not verify weights when opening: a NaN in them makes logits NaN, and then a search names the tensor.
+
+   MEMORY. A model maps its files (no_mmap: reads them) and allocates tables only: about 500 bytes a tensor. Views of
+   weights point into the mapping. A session allocates once, when it is opened: the cache (one row of kv_lora_rank +
+   qk_rope_head_dim floats, padded to 64, for each layer and position: 2,304 bytes in the whole family), and scratch for
+   max_batch rows. dsv3_session_memory says how much before you open. Nothing is allocated after that, except by
+   dsv3_generate for the ids of a text prompt and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
+   comes from the allocator in the options; every block is returned to it. A failed call leaves everything as it was.
+
+   THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time;
+   any number of sessions may run on one model at once. dsv3_session_cancel may be called from any thread, also from a
+   signal handler. A session has its own threads (n_threads - 1 of them, asleep between calls), or runs on a host's through
+   dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
+
+   DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
+   a prompt is cut into pieces, with any number of threads, on every instruction set (scalar, AVX2, AVX-512), with gcc
+   and clang, at every optimisation level. All sums have one documented order (>>kern). The header pins contraction
+   itself and refuses -ffast-math; it sets the floating-point state while it computes and puts the host's back. Rotary
+   tables use the C library's double-precision cos, sin and pow rounded to float: the only place where another libm could
+   move a bit. Sampling is a function of (logits, options, position): the random number for a token depends on the seed
+   and its position and on nothing else, so a retry takes a new seed.
+
+   NUMBERS. Arithmetic is f32 on the stored weights: value = f32(code * scale), products fused into the sum. Router, norms,
+   softmax and rotation are f32 too. The reference is Hugging Face transformers in f32; tests/oracle runs it live.
+   Attention is computed in its absorbed form only. Where DeepSeek's own inference code differs (bf16 router, activation
+   quantization), tests/oracle/README.md tells what was chosen and what it costs.
+
+   ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
+   names the file, the tensor or key, what was expected and what was found. Outputs are NULL or 0 on failure. Bad files are
+   errors, never asserts: all lengths, offsets, shapes and names from files are checked before use.
+
+   FILES. config.json; model.safetensors.index.json with its shards, or one model.safetensors; optional:
+   generation_config.json, tokenizer.json, tokenizer_config.json. Names of shards must be plain file names. Mapped files
+   must not shrink while a model is open (the system would raise SIGBUS): use no_mmap where that can happen.
+   With a dsv3_reader checkpoints come from anywhere.
+
+   TEXT. dsv3_tokenize treats text as text: special tokens written in it stay ordinary characters, unless
+   DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works by
+   ids; calls on text fail and say why.
+
+   EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
+   zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
+   examples/ffi.py drives the shared library (make lib) from Python's ctypes.
+
+   OPTIONS, macros defined before the #include, all optional:
+
+       DSV3_IMPLEMENTATION      compile the implementation here
+       DSV3_STATIC              everything static: for one translation unit
+       DSV3_API                 how public functions are declared; default extern
+       DSV3_DLL                 export them from a shared library, or import them
+       DSV3_CONFIG_HEADER       a header with such macros, included first
+       DSV3_MALLOC(size, align), DSV3_FREE(ptr)   both together: the default allocator
+       DSV3_ASSERT(c)           for the library's own invariants; default assert
+       DSV3_NO_THREADS          no pthreads: sessions run on the calling thread, or on an executor
+       DSV3_NO_STDIO            no file access: a dsv3_reader is required
+       DSV3_NO_SIMD             scalar kernels only
+       DSV3_NO_AVX512           up to AVX2
+       DSV3_NO_TOKENIZER        no tokenizer: ids only
+*/
+#ifndef DSV3_H
+#define DSV3_H
+
+#ifdef DSV3_CONFIG_HEADER
+    #include DSV3_CONFIG_HEADER
+#endif
+
+/* The implementation uses POSIX (mmap, clock_gettime); strict -std=c99 hides it unless asked before the first header. */
+#if defined(DSV3_IMPLEMENTATION) && !defined(_WIN32) && !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE)
+    #define _DEFAULT_SOURCE 1
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define DSV3_VERSION_MAJOR 0
+#define DSV3_VERSION_MINOR 1
+#define DSV3_VERSION_PATCH 0
+#define DSV3_VERSION_STRING "0.1.0"
+#define DSV3_VERSION (DSV3_VERSION_MAJOR * 1000000 + DSV3_VERSION_MINOR * 1000 + DSV3_VERSION_PATCH)
+
+#ifndef DSV3_API
+    #if defined(DSV3_STATIC)
+        #if defined(__GNUC__)
+            #define DSV3_API static __attribute__((unused))
+        #else
+            #define DSV3_API static
+        #endif
+    #elif defined(DSV3_DLL) && defined(_WIN32)
+        #ifdef DSV3_IMPLEMENTATION
+            #define DSV3_API __declspec(dllexport)
+        #else
+            #define DSV3_API __declspec(dllimport)
+        #endif
+    #elif defined(DSV3_DLL) && defined(__GNUC__)
+        #define DSV3_API __attribute__((visibility("default")))
+    #else
+        #define DSV3_API extern
+    #endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---- Results and errors ----------------------------------------------------------------------------------
+
+/* 0 or negative; grouped by tens; a number, once given, keeps its meaning. */
+typedef enum dsv3_result {
+    DSV3_OK = 0,
+    DSV3_ERROR_INVALID_ARGUMENT = -1,   /* a pointer, count, token or option that cannot be right */
+    DSV3_ERROR_INVALID_OPTIONS = -2,    /* struct_size unknown, callbacks half given, values out of range */
+    DSV3_ERROR_OUT_OF_MEMORY = -3,      /* the allocator said no */
+    DSV3_ERROR_MEMORY_LIMIT = -4,       /* memory_limit would be passed */
+    DSV3_ERROR_BUFFER_TOO_SMALL = -5,   /* the needed size is in the count or length returned */
+    DSV3_ERROR_CONTEXT_FULL = -6,       /* the session holds max_tokens */
+    DSV3_ERROR_CANCELLED = -7,          /* dsv3_session_cancel, or a progress callback said stop */
+    DSV3_ERROR_FILE_NOT_FOUND = -20,
+    DSV3_ERROR_IO = -21,
+    DSV3_ERROR_TRUNCATED = -22,         /* a file is shorter than its own header says */
+    DSV3_ERROR_JSON = -23,              /* not JSON; `offset` is the byte */
+    DSV3_ERROR_SAFETENSORS = -24,       /* JSON, but not a safetensors header or index */
+    DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
+    DSV3_ERROR_MISSING_TENSOR = -31,
+    DSV3_ERROR_BAD_TENSOR = -32,        /* wrong shape or dtype, scales missing, values that are not finite */
+    DSV3_ERROR_TOKENIZER = -33,         /* tokenizer.json missing, or of a kind this library does not know */
+    DSV3_ERROR_UNSUPPORTED_CPU = -40,   /* the instruction set asked for is not there */
+    DSV3_ERROR_THREAD = -41,            /* a thread could not be started */
+    DSV3_ERROR_FEATURE_DISABLED = -42,  /* compiled out by a DSV3_NO_... macro */
+    DSV3_RESULT_FORCE_32BIT = 0x7fffffff
+} dsv3_result;
+
+/* Caller-owned. Every call that can fail takes a pointer to one, last, which may be NULL. It is written on
+   failure and on success alike (code DSV3_OK, empty message). */
+typedef struct dsv3_error {
+    dsv3_result code;
+    uint32_t line;      /* line of dsv3.h that raised it */
+    uint64_t offset;    /* byte in the file, for parse errors; otherwise 0 */
+    char message[256];  /* UTF-8; names the file, tensor or key, what was expected and what was found */
+} dsv3_error;
+
+// ---- What a host may bring -------------------------------------------------------------------------------
+
+/* Memory. Both functions or neither. Blocks are asked for with an alignment of at most 64. */
+typedef struct dsv3_allocator {
+    void *(*alloc_fn)(void *user, size_t size, size_t align); /* NULL when there is none */
+    void (*free_fn)(void *user, void *ptr, size_t size);      /* `size` is the size asked for */
+    void *user;
+} dsv3_allocator;
+
+/* A file opened by a reader. */
+typedef struct dsv3_file {
+    const void *data; /* the whole file in memory, valid until close; or NULL, then read_fn is called */
+    uint64_t size;    /* bytes */
+    void *handle;     /* the reader's own */
+} dsv3_file;
+
+/* Where a checkpoint comes from: a directory, an archive, memory, a network. `name` is one path component as
+   the checkpoint spells it ("config.json", "model-00001-of-000163.safetensors"). */
+typedef struct dsv3_reader {
+    dsv3_result (*open_fn)(void *user, const char *name, dsv3_file *file); /* Required */
+    dsv3_result (*read_fn)(void *user, dsv3_file *file, uint64_t offset, void *dst, size_t size); /* if data is NULL */
+    void (*close_fn)(void *user, dsv3_file *file);                                               /* Optional */
+    void *user;
+} dsv3_reader;
+
+/* A host's own threads: run task(ctx, 0) ... task(ctx, n-1) in any order on any threads, return when all are done. */
+typedef struct dsv3_executor {
+    void (*run_fn)(void *user, uint32_t n, void (*task)(void *ctx, uint32_t i), void *ctx);
+    uint32_t n_threads; /* how many run at once */
+    void *user;
+} dsv3_executor;
+
+typedef enum dsv3_log_level {
+    DSV3_LOG_INFO = 0,
+    DSV3_LOG_WARNING = 1,
+    DSV3_LOG_LEVEL_FORCE_32BIT = 0x7fffffff
+} dsv3_log_level;
+
+/* The library is silent unless this is given. Called on the thread that called the library. */
+typedef struct dsv3_logger {
+    void (*fn)(void *user, dsv3_log_level level, const char *message);
+    void *user;
+} dsv3_logger;
+
+/* Long calls report here; `total` may be 0 (unknown). Returning false cancels the call. */
+typedef struct dsv3_progress {
+    bool (*fn)(void *user, uint64_t done, uint64_t total);
+    void *user;
+} dsv3_progress;
+
+/* Which kernels run. AUTO takes the best that the CPU has. All give the same bits. */
+typedef enum dsv3_isa {
+    DSV3_ISA_AUTO = 0,
+    DSV3_ISA_SCALAR = 1,
+    DSV3_ISA_AVX2 = 2,   /* AVX2, FMA, F16C */
+    DSV3_ISA_AVX512 = 3, /* AVX-512 F, BW, DQ, VL */
+    DSV3_ISA_FORCE_32BIT = 0x7fffffff
+} dsv3_isa;
+
+// ---- The quantized tensor --------------------------------------------------------------------------------
+
+/* Element types of safetensors. Arithmetic is offered for F32, F16, BF16 and F8_E4M3; the others can be listed. */
+typedef enum dsv3_dtype {
+    DSV3_DTYPE_UNKNOWN = 0,
+    DSV3_DTYPE_F32 = 1,
+    DSV3_DTYPE_F16 = 2,
+    DSV3_DTYPE_BF16 = 3,
+    DSV3_DTYPE_F8_E4M3 = 4, /* OCP "fn": no infinities, 0x7F and 0xFF are NaN, largest 448 */
+    DSV3_DTYPE_F8_E8M0 = 5, /* 2^(byte - 127): a scale */
+    DSV3_DTYPE_F8_E5M2 = 6,
+    DSV3_DTYPE_I8 = 7,
+    DSV3_DTYPE_U8 = 8,
+    DSV3_DTYPE_I16 = 9,
+    DSV3_DTYPE_U16 = 10,
+    DSV3_DTYPE_I32 = 11,
+    DSV3_DTYPE_U32 = 12,
+    DSV3_DTYPE_I64 = 13,
+    DSV3_DTYPE_U64 = 14,
+    DSV3_DTYPE_F64 = 15,
+    DSV3_DTYPE_BOOL = 16,
+    DSV3_DTYPE_FORCE_32BIT = 0x7fffffff
+} dsv3_dtype;
+
+#define DSV3_MAX_RANK 8
+
+/* A view of a weight: nothing is owned, nothing is copied, `data` may have any alignment.
+   The value of element [i, j] is data[i, j] * scale[i / block_rows, j / block_cols], the product taken in f32;
+   without scales it is data[i, j]. DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last
+   ones ragged (README_WEIGHTS.md; the checkpoint's name for them, weight_scale_inv, is historical: they multiply). */
+typedef struct dsv3_tensor {
+    const void *data;              /* [shape[0], shape[1], ...], row-major */
+    const void *scale;             /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
+    dsv3_dtype dtype;
+    dsv3_dtype scale_dtype;        /* F32, BF16 or F8_E8M0; UNKNOWN without scales */
+    uint32_t rank;                 /* 0 ... DSV3_MAX_RANK; matmul and dequantize want 1 (one row) or 2 */
+    uint32_t block_rows;           /* rows that share a scale; 0 without scales */
+    uint32_t block_cols;           /* columns that share a scale; 0 without scales */
+    uint32_t reserved;             /* 0 */
+    uint64_t shape[DSV3_MAX_RANK]; /* slowest first; 0 behind `rank` */
+    uint64_t row_stride;           /* bytes from a row to the next */
+    uint64_t scale_stride;         /* scales from a row of them to the next */
+} dsv3_tensor;
+
+typedef struct dsv3_matmul_opts {
+    uint32_t struct_size;     /* 0, or sizeof(dsv3_matmul_opts) */
+    dsv3_isa isa;             /* Default: AUTO */
+    dsv3_executor executor;   /* Optional: default runs on the calling thread */
+    dsv3_allocator allocator; /* Optional: scratch of one call; default malloc */
+} dsv3_matmul_opts;
+
+/* "F8_E4M3", as safetensors spells it; "?" when unknown. Static. */
+DSV3_API const char *dsv3_dtype_name(dsv3_dtype dtype);
+
+/* Bytes an element; 0 for UNKNOWN. */
+DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype);
+
+/* Writes `values` [n_rows, n_cols] as `dtype` into `data`, and describes it in `tensor`.
+   F32, F16 and BF16 round to nearest even. F8_E4M3 takes blocks of 128 x 128, scale = max|block| / 448 (1 where the
+   block is all zero), code = e4m3(value / scale), as the checkpoints were made.
+   tensor     out; views `data` and `scale`, which stay the caller's and must outlive it
+   data       [n_rows, n_cols] elements of dtype, data_size bytes or more (else BUFFER_TOO_SMALL)
+   scale      [ceil(n_rows / 128), ceil(n_cols / 128)], scale_count floats or more; NULL, 0 where dtype has none
+   Errors: INVALID_ARGUMENT (a dtype without arithmetic, sizes of 0), BUFFER_TOO_SMALL. Any thread. */
+DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
+                                   dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols,
+                                   dsv3_error *error);
+
+/* out [n_rows, shape[1]] = the values of rows first_row ... first_row + n_rows - 1. Any thread. */
+DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint64_t first_row, uint64_t n_rows,
+                                     dsv3_error *error);
+
+/* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, f32 arithmetic, one fixed order of summation: a row
+   of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
+   weight     rank 2 (or 1: one output), dtype F32, F16, BF16 or F8_E4M3
+   opts       NULL: AUTO kernels on this thread
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, UNSUPPORTED_CPU, OUT_OF_MEMORY. Any thread. */
+DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight,
+                                 const dsv3_matmul_opts *opts, dsv3_error *error);
+
+// ---- Tokenizer -------------------------------------------------------------------------------------------
+
+typedef struct dsv3_tokenizer dsv3_tokenizer; /* immutable once open: share between threads freely */
+
+enum {
+    DSV3_TOKENIZE_BOS = 1,     /* the begin-of-text id in front, where tokenizer_config.json asks for it */
+    DSV3_TOKENIZE_MARKERS = 2, /* texts of added tokens ("<|User|>" ...) become their ids; without it they are text */
+    DSV3_DETOKENIZE_SKIP_SPECIAL = 4 /* leave out added tokens whose `special` is true */
+};
+
+typedef struct dsv3_tokenizer_info {
+    int32_t n_tokens;    /* ids 0 ... n_tokens - 1 exist */
+    int32_t bos, eos, pad; /* -1: none named */
+    bool add_bos;        /* tokenizer_config.json add_bos_token */
+} dsv3_tokenizer_info;
+
+/* Exactly the checkpoint's tokenizer (byte-level BPE of tokenizer.json), see reference in section >>tok.
+   text       UTF-8, `len` bytes, any bytes allowed: ill-formed ones are carried through
+   flags      DSV3_TOKENIZE_...; 0 is the safe mode: no input can yield the id of an added token
+   tokens     [cap] out; cap 0 (tokens may be NULL) only counts
+   count      out: ids needed, also when the result is BUFFER_TOO_SMALL (then tokens holds the first cap)
+   Errors: INVALID_ARGUMENT (len >= 2^31), BUFFER_TOO_SMALL, OUT_OF_MEMORY. Any thread. */
+DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags,
+                                   int32_t *tokens, size_t cap, size_t *count, dsv3_error *error);
+
+/* The text of `count` tokens, ill-formed UTF-8 replaced by U+FFFD (one a maximal part), unknown ids left out.
+   text       [cap] out, no terminator; cap 0 only measures. len: out, bytes needed. Errors as dsv3_tokenize. */
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags,
+                                     char *text, size_t cap, size_t *len, dsv3_error *error);
+
+/* The bytes of one token: perhaps a part of a character. Owned by the tokenizer. NULL (len 0) for unknown ids. */
+DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t token, size_t *len);
+
+/* The id of an added token by its text; -1 if there is none. */
+DSV3_API int32_t dsv3_token_find(const dsv3_tokenizer *tokenizer, const char *text, size_t len);
+
+DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_tokenizer_info *info);
+
+// ---- Model -----------------------------------------------------------------------------------------------
+
+typedef struct dsv3_model dsv3_model;     /* weights and tokenizer. Immutable once open: share between threads freely. */
+typedef struct dsv3_session dsv3_session; /* one timeline: latent cache and logits. One thread at a time. */
+
+typedef enum dsv3_scoring { DSV3_SCORING_SOFTMAX = 0, DSV3_SCORING_SIGMOID = 1, DSV3_SCORING_FORCE_32BIT = 0x7fffffff } dsv3_scoring;
+
+typedef enum dsv3_topk_method {
+    DSV3_TOPK_GREEDY = 0,               /* V2-Lite */
+    DSV3_TOPK_GROUP_LIMITED_GREEDY = 1, /* V2: a group scores by its best expert */
+    DSV3_TOPK_NOAUX_TC = 2,             /* V3: a group scores by its two best, biased */
+    DSV3_TOPK_METHOD_FORCE_32BIT = 0x7fffffff
+} dsv3_topk_method;
+
+/* config.json as read and checked; field names are the checkpoint's. */
+typedef struct dsv3_config {
+    char model_type[32];
+    uint32_t vocab_size;
+    uint32_t hidden_size;
+    uint32_t intermediate_size;      /* dense layers */
+    uint32_t moe_intermediate_size;  /* one expert */
+    uint32_t num_hidden_layers;
+    uint32_t first_k_dense_replace;  /* layers before the first MoE layer */
+    uint32_t num_attention_heads;
+    uint32_t q_lora_rank;            /* 0: none */
+    uint32_t kv_lora_rank;
+    uint32_t qk_nope_head_dim;
+    uint32_t qk_rope_head_dim;
+    uint32_t v_head_dim;
+    uint32_t n_routed_experts;
+    uint32_t n_shared_experts;       /* merged into one MLP of n_shared_experts * moe_intermediate_size */
+    uint32_t num_experts_per_tok;
+    uint32_t n_group;
+    uint32_t topk_group;
+    uint32_t max_position_embeddings;
+    uint32_t num_nextn_predict_layers;
+    dsv3_scoring scoring_func;
+    dsv3_topk_method topk_method;
+    bool norm_topk_prob;
+    bool tie_word_embeddings;
+    bool rope_interleave;
+    bool rope_yarn;
+    float routed_scaling_factor;
+    float rms_norm_eps;
+    double rope_theta;
+    double rope_factor;              /* YaRN; 1 without */
+    double rope_beta_fast, rope_beta_slow;
+    double rope_mscale, rope_mscale_all_dim; /* 0: not given */
+    double rope_attention_factor;    /* 0: not given */
+    uint32_t rope_original_max_position_embeddings;
+    int32_t bos_token_id;            /* -1: none */
+    int32_t eos_token_id[8];         /* generation_config.json, config.json and tokenizer_config.json together */
+    uint32_t n_eos;
+    char dtype[16];                  /* "bfloat16": a hint only; every tensor says its own */
+    char quant_method[32];           /* "fp8", or "" */
+    char scale_fmt[16];              /* "ue8m0", or "" */
+} dsv3_config;
+
+/* = {0} is right, and so is NULL. Every zero is the documented default. */
+typedef struct dsv3_model_opts {
+    uint32_t struct_size;     /* 0, or the caller's sizeof; unknown sizes are refused */
+    dsv3_isa isa;             /* Default: AUTO */
+    bool no_mmap;             /* read the weights into memory instead of mapping them */
+    uint64_t memory_limit;    /* bytes this model may allocate (mapped files do not count); 0: none */
+    dsv3_allocator allocator; /* Default: malloc */
+    dsv3_reader reader;       /* Default: files of the directory; `dir` is then the reader's business and may be NULL */
+    dsv3_logger logger;       /* Default: silence */
+    dsv3_progress progress;   /* Default: none. Units are bytes of headers and, with no_mmap, of weights */
+} dsv3_model_opts;
+
+/* What a model or a session takes. */
+typedef struct dsv3_memory {
+    uint64_t file_bytes;     /* tensors in the files: mapped, or read with no_mmap */
+    uint64_t model_bytes;    /* allocated by the open model, weights read with no_mmap included */
+    uint64_t cache_bytes;    /* a session's latent cache */
+    uint64_t session_bytes;  /* all a session allocates, cache included; nothing more while it runs */
+    uint32_t max_tokens;     /* the session length this was counted for */
+} dsv3_memory;
+
+DSV3_API uint32_t dsv3_version(void);                       /* DSV3_VERSION of the linked code */
+DSV3_API const char *dsv3_result_name(dsv3_result result);  /* "DSV3_ERROR_JSON"; never NULL; static */
+DSV3_API const char *dsv3_isa_name(dsv3_isa isa);           /* "avx2"; static */
+DSV3_API bool dsv3_isa_supported(dsv3_isa isa);             /* does this CPU, and this build, have it */
+
+/* Opens a checkpoint directory as published: config.json, model.safetensors.index.json with its shards or one
+   model.safetensors, and, if there, tokenizer.json, tokenizer_config.json, generation_config.json.
+   Weights are mapped, not copied, not scanned. A missing or unknown tokenizer is no error: see dsv3_model_tokenizer.
+   model      out; NULL on failure. Close with dsv3_model_close
+   dir        UTF-8 path; may be NULL when opts->reader is given
+   opts       NULL: defaults; copied
+   Errors: any but those of sessions. Any thread. */
+DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts, dsv3_error *error);
+DSV3_API void dsv3_model_close(dsv3_model *model); /* NULL is fine; after its sessions */
+
+DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model);
+DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model); /* what AUTO became */
+
+/* The model's tokenizer, owned by it. TOKENIZER if the checkpoint has none that is known; the message says why. */
+DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error);
+
+/* Only a checkpoint's tokenizer files. Same options as a model; weights need not be there. */
+DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char *dir, const dsv3_model_opts *opts,
+                                         dsv3_error *error);
+DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
+
+/* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight that has a sibling
+   `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. With a reader whose files
+   are not in memory, `data` of tensors the model does not use is NULL.
+   Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
+DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor, dsv3_error *error);
+DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model);
+DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index, const char **name, dsv3_tensor *tensor,
+                                          dsv3_error *error);
+
+// ---- Session ---------------------------------------------------------------------------------------------
+
+typedef struct dsv3_session_opts {
+    uint32_t struct_size;     /* 0, or the caller's sizeof */
+    uint32_t max_tokens;      /* length of the timeline; fixes the cache. Default: min(4096, max_position_embeddings) */
+    uint32_t max_batch;       /* rows run at once, prompts are cut into such pieces; fixes the scratch. Default: 512 */
+    uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
+    uint64_t memory_limit;    /* bytes; 0: none */
+    dsv3_executor executor;   /* Default: the session's own threads, asleep between calls */
+    dsv3_allocator allocator; /* Default: the model's */
+    dsv3_progress progress;   /* Default: none. Rows of the prompt done, during append and generate */
+} dsv3_session_opts;
+
+/* What an append gives back beside the session's own logits; every field optional. */
+typedef struct dsv3_outputs {
+    uint32_t struct_size;        /* 0, or the caller's sizeof */
+    const uint32_t *logit_rows;  /* [n_logit_rows] which of the appended tokens, ascending; NULL: all of them */
+    size_t n_logit_rows;         /* with logit_rows */
+    float *logits;               /* [n_logit_rows (or count), vocab_size] out */
+    int32_t *experts;            /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
+} dsv3_outputs;
+
+DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,
+                                       dsv3_error *error);
+DSV3_API void dsv3_session_close(dsv3_session *session); /* NULL is fine */
+
+/* What dsv3_session_open with these options would take; opts NULL: defaults. Allocates nothing. */
+DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_session_opts *opts, dsv3_memory *memory,
+                                         dsv3_error *error);
+
+/* Runs `count` tokens behind those the session holds. On failure the session is as it was before the call.
+   tokens     [count], each 0 <= id < vocab_size
+   outputs    NULL, or what else is wanted
+   Errors: INVALID_ARGUMENT, CONTEXT_FULL, CANCELLED, BAD_TENSOR (logits not finite; the message names the tensor). */
+DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count,
+                                         const dsv3_outputs *outputs, dsv3_error *error);
+
+/* Forgets all behind the first n_tokens. INVALID_ARGUMENT if there are fewer. The last token kept is run again, with
+   the same bits, when logits are next needed. */
+DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error);
+
+DSV3_API size_t dsv3_session_length(const dsv3_session *session);
+DSV3_API const int32_t *dsv3_session_tokens(const dsv3_session *session); /* [dsv3_session_length], until the next change */
+
+/* logits: out, [vocab_size] of the last token, owned by the session, until its next change.
+   Errors: INVALID_ARGUMENT for an empty session; as append when the last token must be run again. */
+DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **logits, dsv3_error *error);
+
+/* From any thread: the call that is running returns DSV3_ERROR_CANCELLED within one layer. No call running: the next
+   one does. */
+DSV3_API void dsv3_session_cancel(dsv3_session *session);
+
+// ---- Sampling and generation -----------------------------------------------------------------------------
+
+/* = {0} is greedy. Filters apply in this order: penalties, temperature, top-k, top-p, min-p. A zero switches one off. */
+typedef struct dsv3_sample_opts {
+    uint32_t struct_size;      /* 0, or the caller's sizeof */
+    float temperature;         /* 0: greedy */
+    uint32_t top_k;            /* keep the k most likely */
+    float top_p;               /* keep the likeliest whose sum reaches top_p */
+    float min_p;               /* drop what is less likely than min_p times the likeliest */
+    float repetition_penalty;  /* > 1 divides (multiplies, if negative) logits of tokens already in the session; 0 or 1: off */
+    float presence_penalty;    /* taken from logits of tokens already in the session */
+    uint64_t seed;             /* the random number of a token is a function of (seed, position) */
+} dsv3_sample_opts;
+
+typedef struct dsv3_sample {
+    int32_t token;
+    float logprob; /* natural log of its probability under the model, before any filter */
+} dsv3_sample;
+
+/* The checkpoint's own sampling (generation_config.json): greedy if it has none or says do_sample false. */
+DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts);
+
+/* Picks a token from the session's logits; does not append it. opts NULL: greedy. The result depends on the logits,
+   the options and the position alone. Ids that the tokenizer (if there is one) does not know are never picked.
+   Errors: as dsv3_session_logits, INVALID_OPTIONS. */
+DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample,
+                                         dsv3_error *error);
+
+/* The k likeliest next tokens, likeliest first (the lower id first where equal).
+   samples    [k] out, 1 <= k <= vocab_size */
+DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3_sample *samples, dsv3_error *error);
+
+typedef enum dsv3_stop {
+    DSV3_STOP_NONE = 0,
+    DSV3_STOP_EOS = 1,        /* an end-of-text id of the checkpoint */
+    DSV3_STOP_TOKEN = 2,      /* one of opts->stop_tokens */
+    DSV3_STOP_STRING = 3,     /* one of opts->stop_strings */
+    DSV3_STOP_MAX_TOKENS = 4,
+    DSV3_STOP_CONTEXT = 5,    /* the session is full */
+    DSV3_STOP_CALLBACK = 6,   /* token_fn said so */
+    DSV3_STOP_CANCELLED = 7,
+    DSV3_STOP_FORCE_32BIT = 0x7fffffff
+} dsv3_stop;
+
+/* A generated token, as handed to token_fn. */
+typedef struct dsv3_token {
+    int32_t id;        /* -1 in the last call, if it only brings text that had been held back */
+    float logprob;
+    const char *text;  /* whole code points that are now certain; often the token's own text, empty while a character or
+                          a possible stop string is incomplete. Not terminated. Valid during the call */
+    size_t len;
+} dsv3_token;
+
+typedef struct dsv3_generate_opts {
+    uint32_t struct_size;             /* 0, or the caller's sizeof */
+    uint32_t max_tokens;              /* 0: until a stop or the session is full */
+    dsv3_sample_opts sample;          /* {0}: greedy */
+    bool no_bos;                      /* do not put the begin-of-text id in front of a prompt that starts a session */
+    bool parse_markers;               /* markers written in the prompt become their ids (DSV3_TOKENIZE_MARKERS) */
+    bool ignore_eos;                  /* go on behind the checkpoint's end-of-text ids */
+    const int32_t *stop_tokens;       /* [n_stop_tokens]; the token that stops is appended, its text not handed out */
+    size_t n_stop_tokens;
+    const char *const *stop_strings;  /* [n_stop_strings], terminated, 1 to 255 bytes; the text ends before the first found */
+    size_t n_stop_strings;
+    bool (*token_fn)(void *user, const dsv3_token *token); /* Optional: every token as it comes; false stops */
+    void *user;
+} dsv3_generate_opts;
+
+typedef struct dsv3_stats {
+    uint64_t n_prompt;       /* tokens appended from the prompt */
+    uint64_t n_generated;
+    double prompt_seconds;   /* appending the prompt */
+    double decode_seconds;   /* everything behind it */
+    dsv3_stop stop;
+} dsv3_stats;
+
+/* The one call: appends the prompt and continues it, token by token, into the session.
+   prompt     UTF-8, len bytes; NULL: go on from what the session holds. BOS is put in front of a first prompt where
+              the checkpoint asks for it
+   stats      out, may be NULL; filled on failure too
+   Every generated token is in the session when it returns, the one that stopped it too. On failure in the middle, what was
+   generated so far stays.
+   Errors: INVALID_ARGUMENT, CONTEXT_FULL (the prompt does not fit), TOKENIZER (a prompt without a tokenizer),
+   CANCELLED, BAD_TENSOR, OUT_OF_MEMORY (tokenizing only). */
+DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len, const dsv3_generate_opts *opts,
+                                   dsv3_stats *stats, dsv3_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif // DSV3_H
+#ifdef DSV3_IMPLEMENTATION
+#ifndef DSV3__IMPLEMENTED
+#define DSV3__IMPLEMENTED
+
+// =============================================================================
+// >>base   Compiler, architecture, sizes, unaligned little-endian loads.
+//          Needs nothing. Every other section stands on it.
+// =============================================================================
+
+#ifdef __FAST_MATH__
+    #error "dsv3.h promises bits: compile it without -ffast-math"
+#endif
+
+#include <math.h>
+#include <string.h>
+#ifndef DSV3_MALLOC
+    #include <stdlib.h>
+#endif
+#ifndef DSV3_ASSERT
+    #include <assert.h>
+    #define DSV3_ASSERT(c) assert(c)
+#endif
+
+/* a * b + c must stay two roundings wherever fmaf is not written: a host compiles this with flags of its own. */
+#if defined(__clang__)
+    #pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+    #pragma GCC push_options
+    #pragma GCC optimize("fp-contract=off")
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+    #define DSV3__X64 1
+#else
+    #define DSV3__X64 0
+#endif
+#if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
+    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        #error "dsv3.h reads little-endian files in place: big-endian machines are not supported"
+    #endif
+#endif
+
+#if defined(__GNUC__)
+    #define DSV3__INLINE static inline __attribute__((always_inline))
+    #define DSV3__NOINLINE __attribute__((noinline))
+    #define DSV3__RESTRICT __restrict__
+    #define DSV3__TARGET(isa) __attribute__((target(isa)))
+    #define DSV3__LIKELY(c) __builtin_expect(!!(c), 1)
+    #define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
+#else
+    #define DSV3__INLINE static inline
+    #define DSV3__NOINLINE
+    #define DSV3__RESTRICT
+    #define DSV3__TARGET(isa)
+    #define DSV3__LIKELY(c) (c)
+    #define DSV3__UNLIKELY(c) (c)
+#endif
+
+#define DSV3__COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* Bytes of a file, or of a name in it: pointer and length, not terminated. */
+typedef struct dsv3__str {
+    const char *p;
+    size_t n;
+} dsv3__str;
+
+DSV3__INLINE size_t dsv3__min(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+DSV3__INLINE uint64_t dsv3__ceil_div(uint64_t a, uint64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* *out = a * b; false if it does not fit. Every product of numbers from a file goes through here. */
+static bool dsv3__mul(uint64_t a, uint64_t b, uint64_t *out)
+{
+    *out = a * b;
+    return a == 0 || *out / a == b;
+}
+
+static bool dsv3__add(uint64_t a, uint64_t b, uint64_t *out)
+{
+    *out = a + b;
+    return *out >= a;
+}
+
+/* Files promise no alignment (formats.md 1.5): scalars from them are loaded with memcpy. */
+DSV3__INLINE uint16_t dsv3__load16(const void *p)
+{
+    uint16_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DSV3__INLINE uint32_t dsv3__load32(const void *p)
+{
+    uint32_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DSV3__INLINE uint64_t dsv3__load64(const void *p)
+{
+    uint64_t v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DSV3__INLINE float dsv3__bits_float(uint32_t bits)
+{
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+DSV3__INLINE uint32_t dsv3__float_bits(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+/* FNV-1a, 64 bits: for the name tables. */
+static uint64_t dsv3__hash(const void *data, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    uint64_t h = 14695981039346656037ull;
+    for (size_t i = 0; i < n; i++)
+        h = (h ^ p[i]) * 1099511628211ull;
+    return h ^ (h >> 32);
+}
+
+/* DATA PATH: bytes to text, each line a function below and the shape that crosses.
+     dsv3__st_open       files -> names, dtypes, shapes, offsets
+     dsv3__wt_bind       names -> views of the weights, shapes checked
+     dsv3_tokenize       text -> ids [n]
+     dsv3_session_append ids [n] -> rows of at most max_batch
+     dsv3__fwd_rows      rows [n] -> hidden state [n, hidden_size]
+       dsv3__nn_rmsnorm    x [n, hidden_size] -> the same, normalised
+       dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
+       dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; dense layers: dsv3__nn_mlp
+     dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
+     dsv3__smp_pick      logits [vocab_size] -> a token
+     dsv3_token_bytes    a token -> bytes */
+
+// =============================================================================
+// >>err   How a failure is told: one struct, one formatter, no stdio.
+//         All failures pass through dsv3__err_set: the place for a breakpoint.
+// =============================================================================
+
+/* Internal calls take `err`, never NULL (the public ones supply one), and return a result. */
+#define DSV3__TRY(call)                    \
+    do {                                   \
+        dsv3_result try_result = (call);   \
+        if (DSV3__UNLIKELY(try_result))    \
+            return try_result;             \
+    } while (0)
+
+/* return DSV3__FAIL(err, DSV3_ERROR_JSON, "%s: expected %s", file, what); */
+#define DSV3__FAIL(err, code, ...) dsv3__err_set((err), (code), __LINE__, 0, __VA_ARGS__)
+#define DSV3__FAIL_AT(err, code, offset, ...) dsv3__err_set((err), (code), __LINE__, (offset), __VA_ARGS__)
+
+#include <stdarg.h>
+
+typedef struct dsv3__out {
+    char *p;
+    size_t n, cap; /* cap leaves room for the terminator */
+} dsv3__out;
+
+/* Anything may stand in a name from a file: control characters are shown as '?'. */
+static void dsv3__out_bytes(dsv3__out *o, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n && o->n < o->cap; i++)
+        o->p[o->n++] = (unsigned char)s[i] < 0x20 || s[i] == 0x7f ? '?' : s[i];
+}
+
+static void dsv3__out_uint(dsv3__out *o, uint64_t v)
+{
+    char digits[20];
+    size_t n = 0;
+    do
+        digits[n++] = (char)('0' + v % 10);
+    while (v /= 10);
+    while (n)
+        dsv3__out_bytes(o, &digits[--n], 1);
+}
+
+static void dsv3__out_double(dsv3__out *o, double v)
+{
+    int exponent = 0;
+    if (v != v) {
+        dsv3__out_bytes(o, "nan", 3);
+        return;
+    }
+    if (v < 0) {
+        dsv3__out_bytes(o, "-", 1);
+        v = -v;
+    }
+    if (v > 1.7e308) {
+        dsv3__out_bytes(o, "inf", 3);
+        return;
+    }
+    if (v >= 1e6)
+        for (; v >= 10; v /= 10)
+            exponent++;
+    if (v != 0 && v < 1e-3)
+        for (; v < 1 - 1e-9; v *= 10) /* 1e-5 ends as 0.99999999999999989, and is to read 1e-5 */
+            exponent--;
+    v += v * 1e-12;
+    dsv3__out_uint(o, (uint64_t)v);
+    v -= (double)(uint64_t)v;
+    if (v > 5e-7) {
+        uint64_t digits = (uint64_t)(v * 1e6 + 0.5);
+        if (digits > 999999)
+            digits = 999999;
+        dsv3__out_bytes(o, ".", 1);
+        for (uint64_t unit = 100000; digits && unit; digits %= unit, unit /= 10) {
+            char c = (char)('0' + digits / unit);
+            dsv3__out_bytes(o, &c, 1);
+        }
+    }
+    if (exponent) {
+        dsv3__out_bytes(o, exponent < 0 ? "e-" : "e", exponent < 0 ? 2 : 1);
+        dsv3__out_uint(o, (uint64_t)(exponent < 0 ? -exponent : exponent));
+    }
+}
+
+/* %s terminated string · %S dsv3__str * · %u uint64_t · %d int64_t · %f double · %D const uint64_t *, uint32_t: a shape.
+   Integers must be cast to the 64-bit type. Returns the length; text that does not fit is cut between code points. */
+static size_t dsv3__format_va(char *buffer, size_t size, const char *format, va_list args)
+{
+    dsv3__out o;
+    o.p = buffer, o.n = 0, o.cap = size - 1;
+    for (const char *f = format; *f; f++) {
+        if (*f != '%') {
+            dsv3__out_bytes(&o, f, 1);
+            continue;
+        }
+        switch (*++f) {
+        case 's': {
+            const char *s = va_arg(args, const char *);
+            dsv3__out_bytes(&o, s, strlen(s));
+            break;
+        }
+        case 'S': {
+            const dsv3__str *s = va_arg(args, const dsv3__str *);
+            dsv3__out_bytes(&o, s->p, s->n);
+            break;
+        }
+        case 'u':
+            dsv3__out_uint(&o, va_arg(args, uint64_t));
+            break;
+        case 'd': {
+            int64_t v = va_arg(args, int64_t);
+            if (v < 0)
+                dsv3__out_bytes(&o, "-", 1);
+            dsv3__out_uint(&o, v < 0 ? (uint64_t)0 - (uint64_t)v : (uint64_t)v);
+            break;
+        }
+        case 'f':
+            dsv3__out_double(&o, va_arg(args, double));
+            break;
+        case 'D': {
+            const uint64_t *shape = va_arg(args, const uint64_t *);
+            uint32_t rank = va_arg(args, uint32_t);
+            dsv3__out_bytes(&o, "[", 1);
+            for (uint32_t i = 0; i < rank; i++) {
+                dsv3__out_bytes(&o, ", ", i ? 2 : 0);
+                dsv3__out_uint(&o, shape[i]);
+            }
+            dsv3__out_bytes(&o, "]", 1);
+            break;
+        }
+        default:
+            dsv3__out_bytes(&o, f, 1);
+        }
+    }
+    if (o.n == o.cap) { /* perhaps cut: drop an incomplete last code point */
+        size_t lead = o.n;
+        while (lead > 0 && ((unsigned char)buffer[lead - 1] & 0xC0) == 0x80)
+            lead--;
+        if (lead > 0 && (unsigned char)buffer[lead - 1] >= 0xC0) {
+            unsigned char c = (unsigned char)buffer[lead - 1];
+            size_t want = c >= 0xF0 ? 4 : c >= 0xE0 ? 3 : 2;
+            if (o.n - (lead - 1) < want)
+                o.n = lead - 1;
+        }
+    }
+    buffer[o.n] = 0;
+    return o.n;
+}
+
+static size_t dsv3__format(char *buffer, size_t size, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    size_t n = dsv3__format_va(buffer, size, format, args);
+    va_end(args);
+    return n;
+}
+
+static DSV3__NOINLINE dsv3_result dsv3__err_set(dsv3_error *err, dsv3_result code, int line, uint64_t offset,
+                                               const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    err->code = code;
+    err->line = (uint32_t)line;
+    err->offset = offset;
+    dsv3__format_va(err->message, sizeof err->message, format, args);
+    va_end(args);
+    return code;
+}
+
+static void dsv3__err_clear(dsv3_error *err)
+{
+    err->code = DSV3_OK;
+    err->line = 0;
+    err->offset = 0;
+    err->message[0] = 0;
+}
+
+static void dsv3__log(const dsv3_logger *logger, dsv3_log_level level, const char *format, ...)
+{
+    char message[512];
+    va_list args;
+    if (!logger->fn)
+        return;
+    va_start(args, format);
+    dsv3__format_va(message, sizeof message, format, args);
+    va_end(args);
+    logger->fn(logger->user, level, message);
+}
+
+DSV3_API const char *dsv3_result_name(dsv3_result result)
+{
+    switch (result) {
+#define DSV3__NAME(name) \
+    case name:           \
+        return #name;
+        DSV3__NAME(DSV3_OK)
+        DSV3__NAME(DSV3_ERROR_INVALID_ARGUMENT)
+        DSV3__NAME(DSV3_ERROR_INVALID_OPTIONS)
+        DSV3__NAME(DSV3_ERROR_OUT_OF_MEMORY)
+        DSV3__NAME(DSV3_ERROR_MEMORY_LIMIT)
+        DSV3__NAME(DSV3_ERROR_BUFFER_TOO_SMALL)
+        DSV3__NAME(DSV3_ERROR_CONTEXT_FULL)
+        DSV3__NAME(DSV3_ERROR_CANCELLED)
+        DSV3__NAME(DSV3_ERROR_FILE_NOT_FOUND)
+        DSV3__NAME(DSV3_ERROR_IO)
+        DSV3__NAME(DSV3_ERROR_TRUNCATED)
+        DSV3__NAME(DSV3_ERROR_JSON)
+        DSV3__NAME(DSV3_ERROR_SAFETENSORS)
+        DSV3__NAME(DSV3_ERROR_UNSUPPORTED_MODEL)
+        DSV3__NAME(DSV3_ERROR_MISSING_TENSOR)
+        DSV3__NAME(DSV3_ERROR_BAD_TENSOR)
+        DSV3__NAME(DSV3_ERROR_TOKENIZER)
+        DSV3__NAME(DSV3_ERROR_UNSUPPORTED_CPU)
+        DSV3__NAME(DSV3_ERROR_THREAD)
+        DSV3__NAME(DSV3_ERROR_FEATURE_DISABLED)
+#undef DSV3__NAME
+    default:
+        return "DSV3_ERROR_?";
+    }
+}
+
+DSV3_API uint32_t dsv3_version(void)
+{
+    return DSV3_VERSION;
+}
+
+// =============================================================================
+// >>mem   The caller's allocator, 64-byte alignment, a limit in bytes.
+//         Every allocation of the library goes through dsv3__mem_alloc.
+// =============================================================================
+
+/* One per model and one per session; not shared between threads that allocate. */
+typedef struct dsv3__mem {
+    dsv3_allocator allocator;
+    uint64_t used, limit; /* bytes; limit 0: none */
+} dsv3__mem;
+
+/* In front of each block, so that blocks stay 64-aligned and know their size. */
+#define DSV3__MEM_HEADER 64
+
+#ifndef DSV3_MALLOC
+/* malloc with alignment: over-allocate and remember the distance in the byte before. align <= 64. */
+static void *dsv3__mem_default_alloc(void *user, size_t size, size_t align)
+{
+    (void)user;
+    if (size > SIZE_MAX - align)
+        return NULL;
+    uint8_t *raw = (uint8_t *)malloc(size + align);
+    if (!raw)
+        return NULL;
+    size_t shift = align - ((uintptr_t)raw & (align - 1));
+    raw[shift - 1] = (uint8_t)shift;
+    return raw + shift;
+}
+
+static void dsv3__mem_default_free(void *user, void *ptr, size_t size)
+{
+    (void)user, (void)size;
+    free((uint8_t *)ptr - ((uint8_t *)ptr)[-1]);
+}
+#else
+static void *dsv3__mem_default_alloc(void *user, size_t size, size_t align)
+{
+    (void)user;
+    return DSV3_MALLOC(size, align);
+}
+
+static void dsv3__mem_default_free(void *user, void *ptr, size_t size)
+{
+    (void)user, (void)size;
+    DSV3_FREE(ptr);
+}
+#endif
+
+static void dsv3__mem_init(dsv3__mem *mem, const dsv3_allocator *allocator, uint64_t limit)
+{
+    mem->used = 0;
+    mem->limit = limit;
+    if (allocator && allocator->alloc_fn) {
+        mem->allocator = *allocator;
+    } else {
+        mem->allocator.alloc_fn = dsv3__mem_default_alloc;
+        mem->allocator.free_fn = dsv3__mem_default_free;
+        mem->allocator.user = NULL;
+    }
+}
+
+/* *ptr = `size` bytes, 64-aligned, not cleared; NULL on failure. `what` names them in the message. */
+static dsv3_result dsv3__mem_alloc(dsv3__mem *mem, void **ptr, uint64_t size, const char *what, dsv3_error *err)
+{
+    *ptr = NULL;
+    if (size > SIZE_MAX - DSV3__MEM_HEADER)
+        return DSV3__FAIL(err, DSV3_ERROR_OUT_OF_MEMORY, "%s: %u bytes are more than this machine can address", what, size);
+    if (mem->limit && (size + DSV3__MEM_HEADER > mem->limit || mem->used > mem->limit - size - DSV3__MEM_HEADER))
+        return DSV3__FAIL(err, DSV3_ERROR_MEMORY_LIMIT, "%s: %u bytes more than the %u in use would pass memory_limit %u",
+                          what, size, mem->used, mem->limit);
+    size_t total = (size_t)size + DSV3__MEM_HEADER;
+    uint8_t *block = (uint8_t *)mem->allocator.alloc_fn(mem->allocator.user, total, 64);
+    if (!block)
+        return DSV3__FAIL(err, DSV3_ERROR_OUT_OF_MEMORY, "%s: the allocator has no %u bytes", what, (uint64_t)total);
+    memcpy(block, &total, sizeof total);
+    mem->used += total;
+    *ptr = block + DSV3__MEM_HEADER;
+    return DSV3_OK;
+}
+
+static void dsv3__mem_free(dsv3__mem *mem, const void *ptr)
+{
+    if (!ptr)
+        return;
+    uint8_t *block = (uint8_t *)(uintptr_t)ptr - DSV3__MEM_HEADER;
+    size_t total;
+    memcpy(&total, block, sizeof total);
+    mem->used -= total;
+    mem->allocator.free_fn(mem->allocator.user, block, total);
+}
+
+/* Makes room in *array for `want` elements of `size` bytes: *cap rises at least by half. The `used` elements stay. */
+static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, uint64_t used, uint64_t want, size_t size,
+                                  const char *what, dsv3_error *err)
+{
+    void *bigger;
+    uint64_t n = *cap + *cap / 2 + 16, bytes;
+    if (want <= *cap)
+        return DSV3_OK;
+    if (n < want)
+        n = want;
+    if (!dsv3__mul(n, size, &bytes))
+        return DSV3__FAIL(err, DSV3_ERROR_OUT_OF_MEMORY, "%s: too many", what);
+    DSV3__TRY(dsv3__mem_alloc(mem, &bigger, bytes, what, err));
+    if (used)
+        memcpy(bigger, *array, (size_t)used * size);
+    dsv3__mem_free(mem, *array);
+    *array = bigger;
+    *cap = n;
+    return DSV3_OK;
+}
+// =============================================================================
+// >>os   The default reader (a directory, mapped), time, number of cores.
+//        Operating system headers are included here and in >>thr, nowhere else.
+// =============================================================================
+
+#if defined(_WIN32)
+    #ifndef WIN32_LEAN_AND_MEAN
+        #define WIN32_LEAN_AND_MEAN
+    #endif
+    #ifndef NOMINMAX
+        #define NOMINMAX
+    #endif
+    #include <windows.h>
+#else
+    #include <fcntl.h>
+    #include <sys/mman.h>
+    #include <sys/stat.h>
+    #include <sys/types.h>
+    #include <time.h>
+    #include <unistd.h>
+#endif
+
+/* Seconds from an arbitrary start. */
+static double dsv3__os_seconds(void)
+{
+#if defined(_WIN32)
+    LARGE_INTEGER now, rate;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&rate);
+    return (double)now.QuadPart / (double)rate.QuadPart;
+#elif defined(CLOCK_MONOTONIC)
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+#else
+    return (double)time(NULL); /* a strict mode hid the clock */
+#endif
+}
+
+static uint32_t dsv3__os_cores(void)
+{
+#if defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return info.dwNumberOfProcessors ? (uint32_t)info.dwNumberOfProcessors : 1;
+#else
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 && n < 65536 ? (uint32_t)n : 1;
+#endif
+}
+
+/* The default reader's `user`. */
+typedef struct dsv3__os_dir {
+    const char *path; /* the caller's, alive during open; files keep no reference to it */
+    bool no_mmap;
+} dsv3__os_dir;
+
+#ifndef DSV3_NO_STDIO
+
+#define DSV3__OS_PATH_MAX 4096
+
+static bool dsv3__os_join(char *out, const char *dir, const char *name)
+{
+    size_t n = strlen(dir), m = strlen(name);
+    if (n + m + 2 > DSV3__OS_PATH_MAX)
+        return false;
+    memcpy(out, dir, n);
+    if (n && out[n - 1] != '/')
+        out[n++] = '/';
+    memcpy(out + n, name, m + 1);
+    return true;
+}
+
+#if defined(_WIN32)
+
+static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
+{
+    const dsv3__os_dir *dir = (const dsv3__os_dir *)user;
+    char path[DSV3__OS_PATH_MAX];
+    wchar_t wide[DSV3__OS_PATH_MAX];
+    LARGE_INTEGER size;
+    if (!dsv3__os_join(path, dir->path, name) ||
+        !MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, DSV3__OS_PATH_MAX))
+        return DSV3_ERROR_FILE_NOT_FOUND;
+    HANDLE h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (h == INVALID_HANDLE_VALUE)
+        return GetLastError() == ERROR_FILE_NOT_FOUND || GetLastError() == ERROR_PATH_NOT_FOUND ? DSV3_ERROR_FILE_NOT_FOUND
+                                                                                                : DSV3_ERROR_IO;
+    if (GetFileType(h) != FILE_TYPE_DISK || !GetFileSizeEx(h, &size)) {
+        CloseHandle(h);
+        return DSV3_ERROR_IO;
+    }
+    file->size = (uint64_t)size.QuadPart;
+    file->data = NULL;
+    file->handle = (void *)h;
+    if (dir->no_mmap || file->size == 0)
+        return DSV3_OK;
+    HANDLE mapping = CreateFileMappingW(h, NULL, PAGE_READONLY, 0, 0, NULL);
+    if (mapping) {
+        file->data = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+        CloseHandle(mapping); /* the view keeps it */
+    }
+    CloseHandle(h);
+    file->handle = NULL;
+    return file->data ? DSV3_OK : DSV3_ERROR_IO;
+}
+
+static dsv3_result dsv3__os_read(void *user, dsv3_file *file, uint64_t offset, void *dst, size_t size)
+{
+    uint8_t *p = (uint8_t *)dst;
+    (void)user;
+    while (size) {
+        OVERLAPPED at;
+        DWORD got = 0, want = size > 1u << 30 ? 1u << 30 : (DWORD)size;
+        memset(&at, 0, sizeof at);
+        at.Offset = (DWORD)offset;
+        at.OffsetHigh = (DWORD)(offset >> 32);
+        if (!ReadFile((HANDLE)file->handle, p, want, &got, &at) || !got)
+            return DSV3_ERROR_IO;
+        p += got, offset += got, size -= got;
+    }
+    return DSV3_OK;
+}
+
+static void dsv3__os_close(void *user, dsv3_file *file)
+{
+    (void)user;
+    if (file->data)
+        UnmapViewOfFile(file->data);
+    else
+        CloseHandle((HANDLE)file->handle);
+}
+
+#else
+
+#ifndef O_CLOEXEC
+    #define O_CLOEXEC 0
+#endif
+#ifndef O_NONBLOCK
+    #define O_NONBLOCK 0
+#endif
+
+/* O_NONBLOCK: a pipe under the name of a shard must not hang the host (formats.md 1.8). Links are followed: the
+   Hugging Face cache is made of them. */
+static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
+{
+    const dsv3__os_dir *dir = (const dsv3__os_dir *)user;
+    char path[DSV3__OS_PATH_MAX];
+    struct stat info;
+    if (!dsv3__os_join(path, dir->path, name))
+        return DSV3_ERROR_FILE_NOT_FOUND;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return access(path, F_OK) ? DSV3_ERROR_FILE_NOT_FOUND : DSV3_ERROR_IO;
+    if (fstat(fd, &info) || !S_ISREG(info.st_mode) || info.st_size < 0) {
+        close(fd);
+        return DSV3_ERROR_IO;
+    }
+    file->size = (uint64_t)info.st_size;
+    file->data = NULL;
+    file->handle = (void *)(intptr_t)fd;
+    if (dir->no_mmap || file->size == 0)
+        return DSV3_OK;
+    if (file->size > SIZE_MAX) {
+        close(fd);
+        return DSV3_ERROR_IO;
+    }
+    void *map = mmap(NULL, (size_t)file->size, PROT_READ, MAP_PRIVATE, fd, 0);
+    close(fd); /* the mapping keeps the file */
+    if (map == MAP_FAILED)
+        return DSV3_ERROR_IO;
+#ifdef MADV_HUGEPAGE
+    madvise(map, (size_t)file->size, MADV_HUGEPAGE); /* harmless where the file system has no large folios */
+#endif
+    file->data = map;
+    file->handle = NULL;
+    return DSV3_OK;
+}
+
+/* lseek and read, not pread: strict C modes hide pread, and files are read by one thread, during open. */
+static dsv3_result dsv3__os_read(void *user, dsv3_file *file, uint64_t offset, void *dst, size_t size)
+{
+    int fd = (int)(intptr_t)file->handle;
+    uint8_t *p = (uint8_t *)dst;
+    (void)user;
+    if (lseek(fd, (off_t)offset, SEEK_SET) < 0)
+        return DSV3_ERROR_IO;
+    while (size) {
+        ssize_t got = read(fd, p, size > 1u << 30 ? 1u << 30 : size);
+        if (got <= 0)
+            return DSV3_ERROR_IO;
+        p += got, size -= (size_t)got;
+    }
+    return DSV3_OK;
+}
+
+static void dsv3__os_close(void *user, dsv3_file *file)
+{
+    (void)user;
+    if (file->data)
+        munmap((void *)(uintptr_t)file->data, (size_t)file->size);
+    else
+        close((int)(intptr_t)file->handle);
+}
+
+#endif
+#endif // DSV3_NO_STDIO
+
+/* The reader to use: the host's, or files of `dir`. */
+static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given, dsv3__os_dir *dir, dsv3_error *err)
+{
+    if (given->open_fn) {
+        *reader = *given;
+        return DSV3_OK;
+    }
+    if (given->read_fn || given->close_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.reader: open_fn is missing");
+#ifdef DSV3_NO_STDIO
+    (void)dir;
+    return DSV3__FAIL(err, DSV3_ERROR_FEATURE_DISABLED, "built with DSV3_NO_STDIO: opts.reader is required");
+#else
+    if (!dir->path)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dir is NULL and opts.reader is not given");
+    reader->open_fn = dsv3__os_open;
+    reader->read_fn = dsv3__os_read;
+    reader->close_fn = dsv3__os_close;
+    reader->user = dir;
+    return DSV3_OK;
+#endif
+}
+
+// =============================================================================
+// >>cpu   Which kernels this machine can run, and the floating-point state they need.
+// =============================================================================
+
+/* GCC for Windows keeps 32-byte spills at 16-byte alignment (its bug 54412): scalar kernels there. */
+#if DSV3__X64 && !defined(DSV3_NO_SIMD) && defined(__GNUC__) && !(defined(__MINGW32__) && !defined(__clang__))
+    #define DSV3__AVX2 1
+    #ifdef DSV3_NO_AVX512
+        #define DSV3__AVX512 0
+    #else
+        #define DSV3__AVX512 1
+    #endif
+#else
+    #define DSV3__AVX2 0
+    #define DSV3__AVX512 0
+#endif
+
+#if DSV3__AVX2 && !defined(DSV3__SIMD_PROVIDED) /* tests bring emulated intrinsics */
+    #include <immintrin.h>
+#endif
+#if DSV3__X64
+    #include <xmmintrin.h>
+#endif
+#if DSV3__AVX2
+    #include <cpuid.h>
+#endif
+
+DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
+{
+    switch (isa) {
+    case DSV3_ISA_AUTO:
+        return "auto";
+    case DSV3_ISA_SCALAR:
+        return "scalar";
+    case DSV3_ISA_AVX2:
+        return "avx2";
+    case DSV3_ISA_AVX512:
+        return "avx512";
+    default:
+        return "?";
+    }
+}
+
+#if DSV3__AVX2
+/* The best level whose instructions and register state the CPU and the system both have. */
+static dsv3_isa dsv3__cpu_best(void)
+{
+    unsigned a, b, c, d, xcr0, high;
+    if (!__get_cpuid_count(1, 0, &a, &b, &c, &d))
+        return DSV3_ISA_SCALAR;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    if ((c & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c))
+        return DSV3_ISA_SCALAR;
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    if ((xcr0 & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5))
+        return DSV3_ISA_SCALAR;
+    const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    if (DSV3__AVX512 && (xcr0 & 0xE6) == 0xE6 && (b & (f | dq | bw | vl)) == (f | dq | bw | vl))
+        return DSV3_ISA_AVX512;
+    return DSV3_ISA_AVX2;
+}
+#else
+static dsv3_isa dsv3__cpu_best(void)
+{
+    return DSV3_ISA_SCALAR;
+}
+#endif
+
+DSV3_API bool dsv3_isa_supported(dsv3_isa isa)
+{
+    return isa == DSV3_ISA_AUTO || (isa >= DSV3_ISA_SCALAR && isa <= dsv3__cpu_best());
+}
+
+/* AUTO -> the best there is; a level that is not there is refused. */
+static dsv3_result dsv3__cpu_resolve(dsv3_isa *isa, dsv3_isa wanted, dsv3_error *err)
+{
+    dsv3_isa best = dsv3__cpu_best();
+    if ((int)wanted < 0 || wanted > DSV3_ISA_AVX512)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.isa: %d is not an instruction set", (int64_t)wanted);
+    *isa = wanted == DSV3_ISA_AUTO ? best : wanted;
+    if (*isa > best)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_CPU, "isa %s: this CPU and build have %s", dsv3_isa_name(wanted),
+                          dsv3_isa_name(best));
+    return DSV3_OK;
+}
+
+/* Kernels need denormals (FP8 codes decode through them) and round-to-nearest, whatever the host has set.
+   enter returns the host's state, leave restores it: both on the thread that computes. */
+DSV3__INLINE uint32_t dsv3__fp_enter(void)
+{
+#if DSV3__X64
+    uint32_t saved = _mm_getcsr();
+    _mm_setcsr(0x1F80); /* all exceptions masked, round to nearest, FTZ and DAZ off */
+    return saved;
+#elif defined(__aarch64__)
+    uint64_t saved;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return (uint32_t)saved;
+#else
+    return 0;
+#endif
+}
+
+DSV3__INLINE void dsv3__fp_leave(uint32_t saved)
+{
+#if DSV3__X64
+    _mm_setcsr(saved);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)saved));
+#else
+    (void)saved;
+#endif
+}
+
+// =============================================================================
+// >>thr   Atomics and a parallel-for. Tasks are handed out one by one from a counter, so who runs what is left to
+//         chance, and no result may depend on it: a task writes what no other task writes.
+// =============================================================================
+
+#if defined(__GNUC__)
+DSV3__INLINE uint32_t dsv3__atomic_load(const uint32_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+
+DSV3__INLINE void dsv3__atomic_store(uint32_t *p, uint32_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);
+}
+
+/* Returns the value before. */
+DSV3__INLINE uint32_t dsv3__atomic_add(uint32_t *p, uint32_t v)
+{
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
+#elif defined(_MSC_VER)
+DSV3__INLINE uint32_t dsv3__atomic_load(const uint32_t *p)
+{
+    return (uint32_t)InterlockedOr((volatile LONG *)p, 0);
+}
+
+DSV3__INLINE void dsv3__atomic_store(uint32_t *p, uint32_t v)
+{
+    InterlockedExchange((volatile LONG *)p, (LONG)v);
+}
+
+DSV3__INLINE uint32_t dsv3__atomic_add(uint32_t *p, uint32_t v)
+{
+    return (uint32_t)InterlockedExchangeAdd((volatile LONG *)p, (LONG)v);
+}
+#else
+    #error "dsv3.h: no atomics for this compiler"
+#endif
+
+#ifndef DSV3_NO_THREADS
+    #if defined(_WIN32)
+typedef HANDLE dsv3__thread;
+typedef SRWLOCK dsv3__mutex;
+typedef CONDITION_VARIABLE dsv3__cond;
+        #define DSV3__MUTEX_INIT(m) (InitializeSRWLock(m), 0)
+        #define DSV3__MUTEX_FREE(m) ((void)0)
+        #define DSV3__LOCK(m) AcquireSRWLockExclusive(m)
+        #define DSV3__UNLOCK(m) ReleaseSRWLockExclusive(m)
+        #define DSV3__COND_INIT(c) (InitializeConditionVariable(c), 0)
+        #define DSV3__COND_FREE(c) ((void)0)
+        #define DSV3__COND_WAIT(c, m) SleepConditionVariableSRW(c, m, INFINITE, 0)
+        #define DSV3__COND_ALL(c) WakeAllConditionVariable(c)
+        #define DSV3__YIELD() SwitchToThread()
+    #else
+        #include <pthread.h>
+        #include <sched.h>
+typedef pthread_t dsv3__thread;
+typedef pthread_mutex_t dsv3__mutex;
+typedef pthread_cond_t dsv3__cond;
+        #define DSV3__MUTEX_INIT(m) pthread_mutex_init(m, NULL)
+        #define DSV3__MUTEX_FREE(m) pthread_mutex_destroy(m)
+        #define DSV3__LOCK(m) pthread_mutex_lock(m)
+        #define DSV3__UNLOCK(m) pthread_mutex_unlock(m)
+        #define DSV3__COND_INIT(c) pthread_cond_init(c, NULL)
+        #define DSV3__COND_FREE(c) pthread_cond_destroy(c)
+        #define DSV3__COND_WAIT(c, m) pthread_cond_wait(c, m)
+        #define DSV3__COND_ALL(c) pthread_cond_broadcast(c)
+        #define DSV3__YIELD() sched_yield()
+    #endif
+#endif
+
+#if DSV3__X64
+    #define DSV3__PAUSE() _mm_pause()
+#elif defined(__aarch64__)
+    #define DSV3__PAUSE() __asm__ volatile("yield")
+#else
+    #define DSV3__PAUSE() ((void)0)
+#endif
+
+/* task < n_tasks; worker < n_threads, one thread at a time for each worker: scratch may be indexed by it. */
+typedef void (*dsv3__task_fn)(void *ctx, uint32_t task, uint32_t worker);
+
+typedef struct dsv3__pool {
+    uint32_t n_threads; /* the caller is worker 0 */
+    dsv3_executor executor; /* run_fn set: the host's threads do the work */
+    /* the work at hand */
+    dsv3__task_fn fn;
+    void *ctx;
+    uint32_t n_tasks;
+    uint32_t next;       /* atomic: the next task */
+#ifndef DSV3_NO_THREADS
+    uint32_t generation; /* atomic: rises when work is there */
+    uint32_t busy;       /* atomic: own threads still at it */
+    uint32_t sleeping;   /* atomic: own threads in cond */
+    uint32_t quit;       /* atomic */
+    uint32_t spin;       /* how many pauses before a worker goes to sleep */
+    uint32_t n_started;
+    dsv3__thread *threads; /* [n_threads - 1] */
+    dsv3__mutex mutex;
+    dsv3__cond cond;
+#endif
+} dsv3__pool;
+
+static void dsv3__pool_work(dsv3__pool *pool, uint32_t worker)
+{
+    uint32_t saved = dsv3__fp_enter(), task;
+    while ((task = dsv3__atomic_add(&pool->next, 1)) < pool->n_tasks)
+        pool->fn(pool->ctx, task, worker);
+    dsv3__fp_leave(saved);
+}
+
+static void dsv3__pool_host_task(void *ctx, uint32_t i)
+{
+    dsv3__pool_work((dsv3__pool *)ctx, i);
+}
+
+#ifndef DSV3_NO_THREADS
+
+
+/* A worker spins for a while after its work, since inside a pass the next piece comes within microseconds, then sleeps. */
+static void dsv3__pool_thread(dsv3__pool *pool, uint32_t worker)
+{
+    uint32_t seen = 0;
+    for (;;) {
+        uint32_t spins = 0;
+        while (dsv3__atomic_load(&pool->generation) == seen) {
+            if (spins++ < pool->spin) {
+                DSV3__PAUSE();
+                continue;
+            }
+            DSV3__LOCK(&pool->mutex);
+            dsv3__atomic_add(&pool->sleeping, 1); /* before the test: the caller raises generation, then looks here */
+            while (dsv3__atomic_load(&pool->generation) == seen)
+                DSV3__COND_WAIT(&pool->cond, &pool->mutex);
+            dsv3__atomic_add(&pool->sleeping, (uint32_t)-1);
+            DSV3__UNLOCK(&pool->mutex);
+        }
+        seen++;
+        if (dsv3__atomic_load(&pool->quit))
+            return;
+        dsv3__pool_work(pool, worker);
+        dsv3__atomic_add(&pool->busy, (uint32_t)-1);
+    }
+}
+
+    #if defined(_WIN32)
+static DWORD WINAPI dsv3__pool_entry(LPVOID arg)
+    #else
+static void *dsv3__pool_entry(void *arg)
+    #endif
+{
+    dsv3__pool *pool = (dsv3__pool *)arg;
+    /* worker numbers are handed out by the counter that later hands out tasks */
+    dsv3__pool_thread(pool, dsv3__atomic_add(&pool->next, 1));
+    return 0;
+}
+
+static void dsv3__pool_wake(dsv3__pool *pool)
+{
+    dsv3__atomic_add(&pool->generation, 1);
+    if (dsv3__atomic_load(&pool->sleeping)) {
+        DSV3__LOCK(&pool->mutex);
+        DSV3__COND_ALL(&pool->cond);
+        DSV3__UNLOCK(&pool->mutex);
+    }
+}
+
+#endif // DSV3_NO_THREADS
+
+static void dsv3__pool_close(dsv3__pool *pool, dsv3__mem *mem)
+{
+#ifndef DSV3_NO_THREADS
+    if (pool->threads) {
+        dsv3__atomic_store(&pool->quit, 1);
+        dsv3__pool_wake(pool);
+        for (uint32_t i = 0; i < pool->n_started; i++) {
+    #if defined(_WIN32)
+            WaitForSingleObject(pool->threads[i], INFINITE);
+            CloseHandle(pool->threads[i]);
+    #else
+            pthread_join(pool->threads[i], NULL);
+    #endif
+        }
+        DSV3__COND_FREE(&pool->cond);
+        DSV3__MUTEX_FREE(&pool->mutex);
+        dsv3__mem_free(mem, pool->threads);
+        pool->threads = NULL;
+    }
+#else
+    (void)pool, (void)mem;
+#endif
+}
+
+/* n_threads 0: one a core. The pool must stay where it is until dsv3__pool_close. */
+static dsv3_result dsv3__pool_open(dsv3__pool *pool, dsv3__mem *mem, uint32_t n_threads, const dsv3_executor *executor,
+                                   dsv3_error *err)
+{
+    memset(pool, 0, sizeof *pool);
+    pool->n_threads = 1;
+    if (executor && executor->run_fn) {
+        pool->executor = *executor;
+        pool->n_threads = executor->n_threads ? executor->n_threads : 1;
+        return DSV3_OK;
+    }
+#ifdef DSV3_NO_THREADS
+    (void)mem, (void)err, (void)n_threads;
+    return DSV3_OK;
+#else
+    uint32_t cores = dsv3__os_cores();
+    pool->n_threads = n_threads ? n_threads : cores;
+    pool->spin = pool->n_threads > cores ? 0 : 20000; /* a third of a millisecond to a millisecond */
+    if (pool->n_threads == 1)
+        return DSV3_OK;
+    void *threads;
+    DSV3__TRY(dsv3__mem_alloc(mem, &threads, (uint64_t)(pool->n_threads - 1) * sizeof(dsv3__thread), "threads", err));
+    pool->threads = (dsv3__thread *)threads;
+    if (DSV3__MUTEX_INIT(&pool->mutex)) {
+        dsv3__mem_free(mem, threads);
+        pool->threads = NULL;
+        return DSV3__FAIL(err, DSV3_ERROR_THREAD, "no mutex to be had");
+    }
+    if (DSV3__COND_INIT(&pool->cond)) {
+        DSV3__MUTEX_FREE(&pool->mutex);
+        dsv3__mem_free(mem, threads);
+        pool->threads = NULL;
+        return DSV3__FAIL(err, DSV3_ERROR_THREAD, "no condition variable to be had");
+    }
+    pool->next = 1;
+    for (uint32_t i = 0; i + 1 < pool->n_threads; i++) {
+    #if defined(_WIN32)
+        bool ok = (pool->threads[i] = CreateThread(NULL, 0, dsv3__pool_entry, pool, 0, NULL)) != NULL;
+    #else
+        bool ok = pthread_create(&pool->threads[i], NULL, dsv3__pool_entry, pool) == 0;
+    #endif
+        if (!ok) {
+            dsv3__pool_close(pool, mem);
+            return DSV3__FAIL(err, DSV3_ERROR_THREAD, "thread %u of %u could not be started", (uint64_t)i + 2,
+                              (uint64_t)pool->n_threads);
+        }
+        pool->n_started++;
+    }
+    while (dsv3__atomic_load(&pool->next) < pool->n_threads)
+        DSV3__YIELD(); /* every thread has its number: the counter is free for tasks */
+    return DSV3_OK;
+#endif
+}
+
+/* fn(ctx, 0 ... n_tasks - 1, worker), on all threads; returns when all are done. Not reentrant. */
+static void dsv3__pool_run(dsv3__pool *pool, uint32_t n_tasks, dsv3__task_fn fn, void *ctx)
+{
+    pool->fn = fn;
+    pool->ctx = ctx;
+    pool->n_tasks = n_tasks;
+    dsv3__atomic_store(&pool->next, 0);
+    if (pool->executor.run_fn && n_tasks > 1) {
+        pool->executor.run_fn(pool->executor.user, pool->n_threads, dsv3__pool_host_task, pool);
+        return;
+    }
+#ifndef DSV3_NO_THREADS
+    if (pool->threads && n_tasks > 1) {
+        dsv3__atomic_store(&pool->busy, pool->n_threads - 1);
+        dsv3__pool_wake(pool);
+        dsv3__pool_work(pool, 0);
+        for (uint32_t spins = 0; dsv3__atomic_load(&pool->busy); spins++) {
+            if (spins < pool->spin)
+                DSV3__PAUSE();
+            else
+                DSV3__YIELD();
+        }
+        return;
+    }
+#endif
+    dsv3__pool_work(pool, 0);
+}
+// =============================================================================
+// >>num   Number formats: FP8 (E4M3 "fn"), F16, BF16, E8M0, to f32 and back. Needs base alone.
+//         Decoding is exact. Encoding rounds to nearest, ties to even, and leans on no floating-point mode.
+// =============================================================================
+
+DSV3_API const char *dsv3_dtype_name(dsv3_dtype dtype)
+{
+    switch (dtype) {
+    case DSV3_DTYPE_F32:
+        return "F32";
+    case DSV3_DTYPE_F16:
+        return "F16";
+    case DSV3_DTYPE_BF16:
+        return "BF16";
+    case DSV3_DTYPE_F8_E4M3:
+        return "F8_E4M3";
+    case DSV3_DTYPE_F8_E8M0:
+        return "F8_E8M0";
+    case DSV3_DTYPE_F8_E5M2:
+        return "F8_E5M2";
+    case DSV3_DTYPE_I8:
+        return "I8";
+    case DSV3_DTYPE_U8:
+        return "U8";
+    case DSV3_DTYPE_I16:
+        return "I16";
+    case DSV3_DTYPE_U16:
+        return "U16";
+    case DSV3_DTYPE_I32:
+        return "I32";
+    case DSV3_DTYPE_U32:
+        return "U32";
+    case DSV3_DTYPE_I64:
+        return "I64";
+    case DSV3_DTYPE_U64:
+        return "U64";
+    case DSV3_DTYPE_F64:
+        return "F64";
+    case DSV3_DTYPE_BOOL:
+        return "BOOL";
+    default:
+        return "?";
+    }
+}
+
+DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype)
+{
+    switch (dtype) {
+    case DSV3_DTYPE_F8_E4M3:
+    case DSV3_DTYPE_F8_E8M0:
+    case DSV3_DTYPE_F8_E5M2:
+    case DSV3_DTYPE_I8:
+    case DSV3_DTYPE_U8:
+    case DSV3_DTYPE_BOOL:
+        return 1;
+    case DSV3_DTYPE_F16:
+    case DSV3_DTYPE_BF16:
+    case DSV3_DTYPE_I16:
+    case DSV3_DTYPE_U16:
+        return 2;
+    case DSV3_DTYPE_F32:
+    case DSV3_DTYPE_I32:
+    case DSV3_DTYPE_U32:
+        return 4;
+    case DSV3_DTYPE_F64:
+    case DSV3_DTYPE_I64:
+    case DSV3_DTYPE_U64:
+        return 8;
+    default:
+        return 0;
+    }
+}
+
+/* What every NaN result of a dot product is, so that results have the same bits everywhere. */
+#define DSV3__NAN_BITS 0x7FC00000u
+
+/* f32 of every E4M3 code: sign, exponent (bias 7), mantissa 3; exponent 0 is denormal, 0x7F and 0xFF are NaN. */
+// clang-format off
+#define DSV3__FP8_ROW(unit) \
+    8 * (unit), 9 * (unit), 10 * (unit), 11 * (unit), 12 * (unit), 13 * (unit), 14 * (unit), 15 * (unit)
+#define DSV3__FP8_HALF(s)                                                                                \
+    s 0.0f, s 0.001953125f, s 0.00390625f, s 0.005859375f, s 0.0078125f, s 0.009765625f, s 0.01171875f,  \
+    s 0.013671875f, DSV3__FP8_ROW(s 0.001953125f), DSV3__FP8_ROW(s 0.00390625f), DSV3__FP8_ROW(s 0.0078125f), \
+    DSV3__FP8_ROW(s 0.015625f), DSV3__FP8_ROW(s 0.03125f), DSV3__FP8_ROW(s 0.0625f), DSV3__FP8_ROW(s 0.125f), \
+    DSV3__FP8_ROW(s 0.25f), DSV3__FP8_ROW(s 0.5f), DSV3__FP8_ROW(s 1.0f), DSV3__FP8_ROW(s 2.0f),         \
+    DSV3__FP8_ROW(s 4.0f), DSV3__FP8_ROW(s 8.0f), DSV3__FP8_ROW(s 16.0f),                                \
+    s 256.0f, s 288.0f, s 320.0f, s 352.0f, s 384.0f, s 416.0f, s 448.0f, NAN
+// clang-format on
+static const float dsv3__fp8_value[256] = {DSV3__FP8_HALF(+), DSV3__FP8_HALF(-)};
+
+/* Nearest code, ties to even; what is larger than 448, infinities too, becomes +-448; NaN becomes 0x7F. */
+static uint8_t dsv3__fp8_encode(float value)
+{
+    uint32_t bits = dsv3__float_bits(value), sign = bits >> 31 << 7, mag = bits & 0x7FFFFFFF, code;
+    if (mag > 0x7F800000)
+        return 0x7F;
+    if (mag >= 0x43E80000) /* 464, halfway to what would be 480 */
+        return (uint8_t)(sign | 0x7E);
+    if (mag >= 0x3C800000) { /* 2^-6 up: normal. Bias 127 becomes 7, 23 bits of mantissa become 3 */
+        uint32_t odd = mag >> 20 & 1;
+        code = (mag + 0x7FFFF + odd - (120u << 23)) >> 20;
+    } else if (mag >= 0x3A000000) { /* 2^-11 up: units of 2^-9 */
+        uint32_t shift = 141 - (mag >> 23), m = (mag & 0x7FFFFF) | 0x800000; /* 23 - 9 + 127; shift is 21 ... 25 */
+        uint32_t half = 1u << (shift - 1), odd = m >> shift & 1;
+        code = (m + half - 1 + odd) >> shift;
+    } else {
+        code = 0;
+    }
+    return (uint8_t)(sign | code);
+}
+
+static float dsv3__f16_decode(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 0x3FF;
+    if (exponent == 31) /* infinity, NaN; a signalling NaN becomes quiet, as in vcvtph2ps */
+        return dsv3__bits_float(sign | 0x7F800000 | mantissa << 13 | (mantissa ? 0x400000u : 0));
+    if (exponent == 0) {
+        float f = (float)mantissa * 5.9604644775390625e-8f; /* 2^-24: exact, and normal */
+        return dsv3__bits_float(sign | dsv3__float_bits(f));
+    }
+    return dsv3__bits_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+static uint16_t dsv3__f16_encode(float value)
+{
+    uint32_t bits = dsv3__float_bits(value), sign = bits >> 31 << 15, mag = bits & 0x7FFFFFFF, code;
+    if (mag > 0x7F800000)
+        code = 0x7E00 | (mag >> 13 & 0x3FF);
+    else if (mag >= 0x477FF000) /* 65520, halfway to 2^16 */
+        code = 0x7C00;
+    else if (mag >= 0x38800000) /* 2^-14 up: normal */
+        code = (mag + 0xFFF + (mag >> 13 & 1) - (112u << 23)) >> 13;
+    else if (mag >= 0x33000000) { /* 2^-25 up: units of 2^-24 */
+        uint32_t shift = 126 - (mag >> 23), m = (mag & 0x7FFFFF) | 0x800000; /* 14 ... 24 */
+        code = (m + (1u << (shift - 1)) - 1 + (m >> shift & 1)) >> shift;
+    } else
+        code = 0;
+    return (uint16_t)(sign | code);
+}
+
+DSV3__INLINE float dsv3__bf16_decode(uint16_t h)
+{
+    return dsv3__bits_float((uint32_t)h << 16);
+}
+
+static uint16_t dsv3__bf16_encode(float value)
+{
+    uint32_t bits = dsv3__float_bits(value);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000)
+        return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+/* 2^(code - 127); 0 is the f32 denormal 2^-127, 255 is NaN. */
+static float dsv3__e8m0_decode(uint8_t code)
+{
+    return dsv3__bits_float(code == 255 ? DSV3__NAN_BITS : code == 0 ? 0x400000u : (uint32_t)code << 23);
+}
+
+/* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3 or F8_E8M0. */
+static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
+{
+    const uint8_t *p = (const uint8_t *)array;
+    switch (dtype) {
+    case DSV3_DTYPE_F32:
+        return dsv3__bits_float(dsv3__load32(p + 4 * i));
+    case DSV3_DTYPE_F16:
+        return dsv3__f16_decode(dsv3__load16(p + 2 * i));
+    case DSV3_DTYPE_BF16:
+        return dsv3__bf16_decode(dsv3__load16(p + 2 * i));
+    case DSV3_DTYPE_F8_E4M3:
+        return dsv3__fp8_value[p[i]];
+    default:
+        return dsv3__e8m0_decode(p[i]);
+    }
+}
+
+// =============================================================================
+// >>ten   The quantized tensor: what must hold before arithmetic touches one; its scales.
+//         Needs num, err. Row blocks of scales count from row 0 of the tensor, so a part of a tensor is named by
+//         absolute rows, never by a view that begins inside it.
+// =============================================================================
+
+static bool dsv3__ten_dtype_ok(dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 || dtype == DSV3_DTYPE_F8_E4M3;
+}
+
+DSV3__INLINE uint64_t dsv3__ten_n_rows(const dsv3_tensor *t)
+{
+    return t->rank == 2 ? t->shape[0] : 1;
+}
+
+DSV3__INLINE uint64_t dsv3__ten_n_cols(const dsv3_tensor *t)
+{
+    return t->rank == 0 ? 1 : t->shape[t->rank - 1];
+}
+
+DSV3__INLINE const uint8_t *dsv3__ten_row(const dsv3_tensor *t, uint64_t row)
+{
+    return (const uint8_t *)t->data + (size_t)(row * t->row_stride);
+}
+
+/* Can this view be read? With `arithmetic`: can kernels compute with it? What kernels do without a second look rests
+   on this: every row and scale inside the address space, scales of 64 consecutive columns (from a multiple of 64) equal.
+   `name` is for the message. Errors: INVALID_ARGUMENT (no tensor, no data), BAD_TENSOR. */
+static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool arithmetic, dsv3_error *err)
+{
+    uint64_t n = 1, size, rows, cols, bytes;
+    if (!t)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "%s: the tensor is NULL", name);
+    if (t->rank > DSV3_MAX_RANK)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: rank %u, at most %u", name, (uint64_t)t->rank, (uint64_t)DSV3_MAX_RANK);
+    size = dsv3_dtype_size(t->dtype);
+    if (size == 0)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: unknown dtype %d", name, (int64_t)t->dtype);
+    for (uint32_t i = 0; i < t->rank; i++)
+        if (!dsv3__mul(n, t->shape[i], &n))
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %D elements are too many", name, t->shape, t->rank);
+    if (!dsv3__mul(n, size, &bytes) || bytes > SIZE_MAX / 2)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %D elements are too many", name, t->shape, t->rank);
+    if (!arithmetic)
+        return DSV3_OK;
+
+    if (!dsv3__ten_dtype_ok(t->dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype %s, expected F32, F16, BF16 or F8_E4M3", name,
+                          dsv3_dtype_name(t->dtype));
+    if (t->rank != 1 && t->rank != 2)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: shape %D, expected rank 1 or 2", name, t->shape, t->rank);
+    if (n == 0)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: shape %D has no elements", name, t->shape, t->rank);
+    if (!t->data)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "%s: data is NULL", name);
+    rows = dsv3__ten_n_rows(t);
+    cols = dsv3__ten_n_cols(t);
+    if (rows > 1 && t->row_stride < cols * size)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: row_stride %u, a row has %u bytes", name, t->row_stride, cols * size);
+    if (rows > 1 && (!dsv3__mul(rows, t->row_stride, &bytes) || bytes > SIZE_MAX / 2))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: row_stride %u is too large", name, t->row_stride);
+    if (cols > SIZE_MAX / 16)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %u columns are too many", name, cols);
+
+    if (!t->scale) {
+        if (t->scale_dtype != DSV3_DTYPE_UNKNOWN || t->block_rows || t->block_cols)
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: blocks of %u x %u, but scale is NULL", name,
+                              (uint64_t)t->block_rows, (uint64_t)t->block_cols);
+        return DSV3_OK;
+    }
+    if (t->dtype != DSV3_DTYPE_F8_E4M3)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales beside dtype %s; only F8_E4M3 has them", name,
+                          dsv3_dtype_name(t->dtype));
+    if (t->scale_dtype != DSV3_DTYPE_F32 && t->scale_dtype != DSV3_DTYPE_BF16 && t->scale_dtype != DSV3_DTYPE_F8_E8M0)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales of dtype %s, expected F32, BF16 or F8_E8M0", name,
+                          dsv3_dtype_name(t->scale_dtype));
+    if (!t->block_rows || !t->block_cols)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales for blocks of %u x %u", name, (uint64_t)t->block_rows,
+                          (uint64_t)t->block_cols);
+    if (t->block_cols % 64 && t->block_cols < cols)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: block_cols %u, expected a multiple of 64", name,
+                          (uint64_t)t->block_cols);
+    uint64_t scale_rows = dsv3__ceil_div(rows, t->block_rows), scale_cols = dsv3__ceil_div(cols, t->block_cols);
+    if (scale_rows > 1 && (t->scale_stride < scale_cols || !dsv3__mul(scale_rows, t->scale_stride, &bytes) ||
+                           bytes > SIZE_MAX / 8))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scale_stride %u, a row has %u scales", name, t->scale_stride,
+                          scale_cols);
+    return DSV3_OK;
+}
+
+/* scale64[i] = the scale of columns 64 * i ... in `row`, for the 64-blocks first ... first + n - 1; 1 without scales.
+   False if one of them is too large for kernels that fold 2^120 into it (>= 2^8, or not finite): the scalar ones are
+   right for all. */
+static bool dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row, size_t first, size_t n)
+{
+    bool small = true;
+    uint64_t base, last = UINT64_MAX;
+    float s = 1;
+    if (!t->scale) {
+        for (size_t i = 0; i < n; i++)
+            scale64[i] = 1;
+        return true;
+    }
+    base = row / t->block_rows * t->scale_stride;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t column = (uint64_t)(first + i) * 64 / t->block_cols;
+        if (column != last) {
+            last = column;
+            s = dsv3__num_get(t->scale, t->scale_dtype, base + column);
+            small = small && s > -256 && s < 256;
+        }
+        scale64[i] = s;
+    }
+    return small;
+}
+// =============================================================================
+// >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx512. Needs num, cpu.
+//          Nothing here knows the model, a tensor or a thread.
+// =============================================================================
+
+/* ORDER OF SUMMATION. Every dot product here has 64 chains. Position i of a row belongs to chain i mod 64; a chain is
+       c = +0;  c = fmaf(w, x, c) for its positions, rising
+   rows being padded with zeros to a multiple of 64. The 64 chains are added by one tree; with a[16q + i] for chain 16q + i:
+       t[i] = (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i])        16 sums
+       t[i] += t[i + 8], then i + 4, i + 2, i + 1                  1 sum
+   A NaN becomes the one NaN of DSV3__NAN_BITS. So a result has the same bits in every variant, alone or in a tile.
+   Error: |err| <= (k / 64 + 8) * 2^-24 * sum |w x|, while nothing overflows and products stay above 2^-126.
+
+   POSITIONS. Of F32, F16 and BF16 weights: position = column. Of F8_E4M3: inside a block of 64 columns, position
+   16p + i holds column 4i + p (p < 4, i < 16), because shifting a register of 16 words decodes byte p of each. x must be
+   laid out likewise ("packed", >>mm). The value of an FP8 weight is f32(code * scale), rounded once.
+
+   All variants want denormals and round-to-nearest (dsv3__fp_enter). Pointers to weights may have any alignment; reads
+   never pass the end of a row. */
+
+#ifndef DSV3__TARGET_AVX2
+    #define DSV3__TARGET_AVX2 DSV3__TARGET("avx2,fma,f16c")
+#endif
+#ifndef DSV3__TARGET_AVX512 /* tests compile these for AVX2 over emulated intrinsics */
+    #define DSV3__TARGET_AVX512 DSV3__TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+/* Keeps a loaded vector in a register: gcc would otherwise fold the load into each of its uses. */
+#if defined(__GNUC__) && DSV3__AVX2
+    #define DSV3__PIN(v) __asm__("" : "+x"(v))
+    #define DSV3__PIN512(v) __asm__("" : "+v"(v))
+#endif
+
+typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
+typedef void (*dsv3__row_fn)(float *out, const void *w, const float *scale64, size_t k);
+
+/* dot_<dtype>   the dot product of one row of weights w [k] with a packed row x [ceil64(k)].
+                 fp8: scale64 [ceil(k / 64)], the scale of each 64 columns; vector variants want |scale| < 2^8. A code that
+                 is NaN makes the result NaN. Others: scale64 is not looked at.
+   row_<dtype>   out [ceil64(k)] = the values of w [k] at their positions, then zeros. Exact but for the product with the
+                 scale. NaN codes give NaN elements.
+   nat_fp8       the same with position = column.
+   tile          out[j * out_stride + i] = dot product of row i < n_w of w (f32, w_stride floats apart) and row j < n_x
+                 of x (x_stride floats apart; with index: row index[j] of x). Both [k], k a multiple of 64. Rows are
+                 any floats: what matters is that both sides use the same positions. */
+/* outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]) for t rising
+                 from 0 to n_t - 1, for every h < n_h and c < n_c. */
+/* exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising, then the tree
+                 i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
+   swiglu        out[i] = silu(gate[i]) * up[i] for i < n; out may be gate or up. silu as dsv3__silu. */
+#define DSV3__KERN_OPS(X)                                                                                      \
+    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                         \
+    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                         \
+    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                        \
+    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                         \
+    X(void, row_f32, (float *out, const void *w, const float *scale64, size_t k))                              \
+    X(void, row_f16, (float *out, const void *w, const float *scale64, size_t k))                              \
+    X(void, row_bf16, (float *out, const void *w, const float *scale64, size_t k))                             \
+    X(void, row_fp8, (float *out, const void *w, const float *scale64, size_t k))                              \
+    X(void, nat_fp8, (float *out, const void *w, const float *scale64, size_t k))                              \
+    X(void, tile, (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, \
+                   size_t x_stride, const uint32_t *index, size_t n_x, size_t k))                              \
+    X(void, outer, (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,    \
+                    size_t b_stride, size_t n_t, size_t n_c))                                                  \
+    X(float, exp_sum, (float *x, size_t n, float max))                                                         \
+    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))
+
+#define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
+typedef struct dsv3__kern {
+    dsv3_isa isa;
+    DSV3__KERN_OPS(DSV3__KERN_FIELD)
+} dsv3__kern;
+#undef DSV3__KERN_FIELD
+
+// ---- exp -------------------------------------------------------------------------------------------------
+
+/* exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln(2) / 2, e^r by a polynomial. Error below 1 ulp of a normal
+   result (found: 0.99 over all floats) and of a denormal one; 0 below -104, infinity above 88.73, NaN of NaN.
+   All variants do these same operations in this order. */
+#define DSV3__EXP_LOW -104.0f  /* e^-104 < 2^-150 */
+#define DSV3__EXP_HIGH 89.0f   /* e^89 > 2^128 */
+#define DSV3__EXP_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits */
+#define DSV3__EXP_LOG2E 1.44269504f
+#define DSV3__EXP_LN2_HI 0.693359375f     /* 9 bits: n * it is exact */
+#define DSV3__EXP_LN2_LO -2.12194440e-4f
+#define DSV3__EXP_C2 0.49999994f           /* 1 + r + C2 r^2 + ... + C6 r^6: 3.2e-9 relative */
+#define DSV3__EXP_C3 0.16666521f
+#define DSV3__EXP_C4 0.041668266f
+#define DSV3__EXP_C5 0.008368676f
+#define DSV3__EXP_C6 0.001382069f
+
+static float dsv3__exp(float x)
+{
+    x = x > DSV3__EXP_HIGH ? DSV3__EXP_HIGH : x; /* NaN stays */
+    x = x < DSV3__EXP_LOW ? DSV3__EXP_LOW : x;
+    float t = fmaf(x, DSV3__EXP_LOG2E, DSV3__EXP_MAGIC), n = t - DSV3__EXP_MAGIC;
+    float r = fmaf(n, -DSV3__EXP_LN2_HI, x);
+    r = fmaf(n, -DSV3__EXP_LN2_LO, r);
+    float p = fmaf(DSV3__EXP_C6, r, DSV3__EXP_C5);
+    p = fmaf(p, r, DSV3__EXP_C4);
+    p = fmaf(p, r, DSV3__EXP_C3);
+    p = fmaf(p, r, DSV3__EXP_C2);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    /* 2^n in two factors, since n is -150 ... 128: the first product is exact, the second rounds once */
+    uint32_t biased = dsv3__float_bits(t) - 0x4B400000u + 512, half = biased >> 1;
+    return p * dsv3__bits_float((half - 256 + 127) << 23) * dsv3__bits_float((biased - half - 256 + 127) << 23);
+}
+
+/* 1 / (1 + e^-x). Error below 2.5 ulp. */
+static float dsv3__sigmoid(float x)
+{
+    return 1.0f / (1.0f + dsv3__exp(-x));
+}
+
+/* x * sigmoid(x) as one division. */
+static float dsv3__silu(float x)
+{
+    return x / (1.0f + dsv3__exp(-x));
+}
+
+// ---- scalar ----------------------------------------------------------------------------------------------
+
+/* The 64 chains of a -> their sum. The tree of the contract. */
+static float dsv3__k_tree_scalar(const float *a)
+{
+    float t[16];
+    for (int i = 0; i < 16; i++)
+        t[i] = (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i]);
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            t[i] += t[i + n];
+    return t[0] == t[0] ? t[0] : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+/* One block of n <= 64 columns at their positions, zeros behind. */
+DSV3__INLINE void dsv3__k_block_scalar(float *out, const uint8_t *w, float scale, size_t n, dsv3_dtype dtype, bool natural)
+{
+    for (size_t c = 0; c < n; c++) {
+        if (dtype == DSV3_DTYPE_F8_E4M3)
+            out[natural ? c : c % 4 * 16 + c / 4] = dsv3__fp8_value[w[c]] * scale;
+        else
+            out[c] = dsv3__num_get(w, dtype, c);
+    }
+    for (size_t c = n; c < 64; c++)
+        out[dtype != DSV3_DTYPE_F8_E4M3 || natural ? c : c % 4 * 16 + c / 4] = 0;
+}
+
+DSV3__INLINE void dsv3__k_row_generic(float *out, const void *w, const float *scale64, size_t k, dsv3_dtype dtype, bool natural)
+{
+    const uint8_t *p = (const uint8_t *)w;
+    size_t size = dtype == DSV3_DTYPE_F32 ? 4 : dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
+    for (size_t b = 0; b * 64 < k; b++)
+        dsv3__k_block_scalar(out + b * 64, p + b * 64 * size, dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+                             dsv3__min(k - b * 64, 64), dtype, natural);
+}
+
+DSV3__INLINE float dsv3__k_dot_generic(const void *w, const float *x, const float *scale64, size_t k, dsv3_dtype dtype)
+{
+    const uint8_t *p = (const uint8_t *)w;
+    size_t size = dtype == DSV3_DTYPE_F32 ? 4 : dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
+    float a[64], block[64];
+    for (int i = 0; i < 64; i++)
+        a[i] = 0;
+    for (size_t b = 0; b * 64 < k; b++) {
+        dsv3__k_block_scalar(block, p + b * 64 * size, dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+                             dsv3__min(k - b * 64, 64), dtype, false);
+        for (int i = 0; i < 64; i++)
+            a[i] = fmaf(block[i], x[b * 64 + (size_t)i], a[i]);
+    }
+    return dsv3__k_tree_scalar(a);
+}
+
+static float dsv3__k_dot_f32_scalar(const void *w, const float *x, const float *scale64, size_t k)
+{
+    return dsv3__k_dot_generic(w, x, scale64, k, DSV3_DTYPE_F32);
+}
+
+static float dsv3__k_dot_f16_scalar(const void *w, const float *x, const float *scale64, size_t k)
+{
+    return dsv3__k_dot_generic(w, x, scale64, k, DSV3_DTYPE_F16);
+}
+
+static float dsv3__k_dot_bf16_scalar(const void *w, const float *x, const float *scale64, size_t k)
+{
+    return dsv3__k_dot_generic(w, x, scale64, k, DSV3_DTYPE_BF16);
+}
+
+static float dsv3__k_dot_fp8_scalar(const void *w, const float *x, const float *scale64, size_t k)
+{
+    return dsv3__k_dot_generic(w, x, scale64, k, DSV3_DTYPE_F8_E4M3);
+}
+
+static void dsv3__k_row_f32_scalar(float *out, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_generic(out, w, scale64, k, DSV3_DTYPE_F32, false);
+}
+
+static void dsv3__k_row_f16_scalar(float *out, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_generic(out, w, scale64, k, DSV3_DTYPE_F16, false);
+}
+
+static void dsv3__k_row_bf16_scalar(float *out, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_generic(out, w, scale64, k, DSV3_DTYPE_BF16, false);
+}
+
+static void dsv3__k_row_fp8_scalar(float *out, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_generic(out, w, scale64, k, DSV3_DTYPE_F8_E4M3, false);
+}
+
+static void dsv3__k_nat_fp8_scalar(float *out, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_generic(out, w, scale64, k, DSV3_DTYPE_F8_E4M3, true);
+}
+
+static void dsv3__k_tile_scalar(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x,
+                                size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+{
+    for (size_t j = 0; j < n_x; j++)
+        for (size_t i = 0; i < n_w; i++)
+            out[j * out_stride + i] =
+                dsv3__k_dot_generic(w + i * w_stride, x + (index ? index[j] : j) * x_stride, NULL, k, DSV3_DTYPE_F32);
+}
+
+static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
+                                 size_t b_stride, size_t n_t, size_t n_c)
+{
+    for (size_t h = 0; h < n_h; h++)
+        for (size_t t = 0; t < n_t; t++)
+            for (size_t c = 0; c < n_c; c++)
+                u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]);
+}
+
+static float dsv3__k_exp_sum_scalar(float *x, size_t n, float max)
+{
+    float t[16] = {0};
+    for (size_t i = 0; i < n; i++) {
+        x[i] = dsv3__exp(x[i] - max);
+        t[i % 16] += x[i];
+    }
+    for (int m = 8; m; m /= 2)
+        for (int i = 0; i < m; i++)
+            t[i] += t[i + m];
+    return t[0];
+}
+
+static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        out[i] = dsv3__silu(gate[i]) * up[i];
+}
+
+#if DSV3__AVX2
+// ---- AVX2: chain 8g + i is lane i of register g ------------------------------------------------------------
+
+/* t[i] of the tree for i < 8 after its step i + 8. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_tree8_avx2(const __m256 *a)
+{
+    __m256 lo = _mm256_add_ps(_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[4], a[6]));
+    __m256 hi = _mm256_add_ps(_mm256_add_ps(a[1], a[3]), _mm256_add_ps(a[5], a[7]));
+    return _mm256_add_ps(lo, hi);
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree_avx2(const __m256 *a)
+{
+    __m256 t = dsv3__k_tree8_avx2(a);
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)); /* t[i] + t[i + 4] */
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));                                        /* + t[i + 2] */
+    s = _mm_add_ss(s, _mm_movehdup_ps(s));                                         /* + t[i + 1] */
+    float r = _mm_cvtss_f32(s);
+    return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_zero8_avx2(__m256 *a)
+{
+    a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
+}
+
+/* 8 values of f32, f16, bf16. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_load8_avx2(const uint8_t *w, dsv3_dtype dtype)
+{
+    if (dtype == DSV3_DTYPE_F32)
+        return _mm256_loadu_ps((const float *)(const void *)w);
+    __m128i h = _mm_loadu_si128((const __m128i *)(const void *)w);
+    if (dtype == DSV3_DTYPE_F16)
+        return _mm256_cvtph_ps(h);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); /* bits << 16 */
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const float *x, size_t k, dsv3_dtype dtype)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const size_t size = dtype == DSV3_DTYPE_F32 ? 4 : 2;
+    uint8_t tail[256];
+    __m256 a[8];
+    dsv3__k_zero8_avx2(a);
+    while (k) {
+        if (k < 64) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k * size);
+            w = tail;
+            k = 64;
+        }
+#define DSV3__STEP(g) a[g] = _mm256_fmadd_ps(dsv3__k_load8_avx2(w + 8 * g * size, dtype), _mm256_loadu_ps(x + 8 * g), a[g])
+        DSV3__STEP(0);
+        DSV3__STEP(1);
+        DSV3__STEP(2);
+        DSV3__STEP(3);
+        DSV3__STEP(4);
+        DSV3__STEP(5);
+        DSV3__STEP(6);
+        DSV3__STEP(7);
+#undef DSV3__STEP
+        w += 64 * size;
+        x += 64;
+        k -= 64;
+    }
+    return dsv3__k_tree_avx2(a);
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_f32_avx2(const void *w, const float *x, const float *scale64, size_t k)
+{
+    (void)scale64;
+    return dsv3__k_dot_avx2(w, x, k, DSV3_DTYPE_F32);
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_f16_avx2(const void *w, const float *x, const float *scale64, size_t k)
+{
+    (void)scale64;
+    return dsv3__k_dot_avx2(w, x, k, DSV3_DTYPE_F16);
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_avx2(const void *w, const float *x, const float *scale64, size_t k)
+{
+    (void)scale64;
+    return dsv3__k_dot_avx2(w, x, k, DSV3_DTYPE_BF16);
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, const void *weights, size_t k, dsv3_dtype dtype)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const size_t size = dtype == DSV3_DTYPE_F32 ? 4 : 2;
+    size_t i = 0;
+    for (; i + 8 <= k; i += 8)
+        _mm256_storeu_ps(out + i, dsv3__k_load8_avx2(w + i * size, dtype));
+    for (; i < k; i++)
+        out[i] = dsv3__num_get(w, dtype, i);
+    for (; i % 64; i++)
+        out[i] = 0;
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_f32_avx2(float *out, const void *w, const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_avx2(out, w, k, DSV3_DTYPE_F32);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_f16_avx2(float *out, const void *w, const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_avx2(out, w, k, DSV3_DTYPE_F16);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_bf16_avx2(float *out, const void *w, const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_avx2(out, w, k, DSV3_DTYPE_BF16);
+}
+
+/* 32 codes -> 4 registers of 8 values * 2^-120: o[p] holds bytes p of the 8 words. A code's 7 bits of exponent and
+   mantissa, moved to bits 20 ... 26, are an f32 (denormal for denormal codes) of its value * 2^-120. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_fp8x32_avx2(__m256 *o, __m256i v)
+{
+    const __m256i keep = _mm256_set1_epi16((short)0x87F0), high = _mm256_set1_epi32((int)0xFFFF0000);
+    /* 16-bit lanes: sign, 4 zeros, 7 bits, 4 zeros */
+    __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 4), keep); /* bytes 0, 2 */
+    __m256i odd = _mm256_and_si256(_mm256_srai_epi16(v, 4), keep);                        /* bytes 1, 3 */
+    o[0] = _mm256_castsi256_ps(_mm256_slli_epi32(even, 16));
+    o[1] = _mm256_castsi256_ps(_mm256_slli_epi32(odd, 16));
+    o[2] = _mm256_castsi256_ps(_mm256_and_si256(even, high));
+    o[3] = _mm256_castsi256_ps(_mm256_and_si256(odd, high));
+}
+
+#define DSV3__TWO_120 1.329227995784916e36f /* 2^120 */
+
+/* One block of 64 codes. worst = max(worst, code & 0x7F) by bytes. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_fp8_block_avx2(__m256 *a, const uint8_t *w, const float *x, float scale,
+                                                             __m256i worst)
+{
+    const __m256i magnitude = _mm256_set1_epi8(0x7F);
+    __m256 s = _mm256_set1_ps(scale * DSV3__TWO_120), o[4];
+    __m256i v0 = _mm256_loadu_si256((const __m256i *)(const void *)w);
+    __m256i v1 = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32));
+    worst = _mm256_max_epu8(worst, _mm256_and_si256(v0, magnitude));
+    worst = _mm256_max_epu8(worst, _mm256_and_si256(v1, magnitude));
+    dsv3__k_fp8x32_avx2(o, v0);
+    a[0] = _mm256_fmadd_ps(_mm256_mul_ps(o[0], s), _mm256_loadu_ps(x), a[0]); /* fmaf(f32(code * scale), x, chain) */
+    a[2] = _mm256_fmadd_ps(_mm256_mul_ps(o[1], s), _mm256_loadu_ps(x + 16), a[2]);
+    a[4] = _mm256_fmadd_ps(_mm256_mul_ps(o[2], s), _mm256_loadu_ps(x + 32), a[4]);
+    a[6] = _mm256_fmadd_ps(_mm256_mul_ps(o[3], s), _mm256_loadu_ps(x + 48), a[6]);
+    dsv3__k_fp8x32_avx2(o, v1);
+    a[1] = _mm256_fmadd_ps(_mm256_mul_ps(o[0], s), _mm256_loadu_ps(x + 8), a[1]);
+    a[3] = _mm256_fmadd_ps(_mm256_mul_ps(o[1], s), _mm256_loadu_ps(x + 24), a[3]);
+    a[5] = _mm256_fmadd_ps(_mm256_mul_ps(o[2], s), _mm256_loadu_ps(x + 40), a[5]);
+    a[7] = _mm256_fmadd_ps(_mm256_mul_ps(o[3], s), _mm256_loadu_ps(x + 56), a[7]);
+    return worst;
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_avx2(const void *weights, const float *x, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[64];
+    __m256i worst = _mm256_setzero_si256();
+    __m256 a[8];
+    dsv3__k_zero8_avx2(a);
+    for (; k >= 64; k -= 64, w += 64, x += 64, scale64++)
+        worst = dsv3__k_fp8_block_avx2(a, w, x, *scale64, worst);
+    if (k) {
+        memset(tail, 0, sizeof tail);
+        memcpy(tail, w, k);
+        worst = dsv3__k_fp8_block_avx2(a, tail, x, *scale64, worst);
+    }
+    if (DSV3__UNLIKELY(_mm256_movemask_epi8(_mm256_cmpeq_epi8(worst, _mm256_set1_epi8(0x7F)))))
+        return dsv3__bits_float(DSV3__NAN_BITS);
+    return dsv3__k_tree_avx2(a);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_avx2(float *out, const void *weights, const float *scale64, size_t k)
+{
+    const __m256i magnitude = _mm256_set1_epi8(0x7F);
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[64];
+    __m256i worst = _mm256_setzero_si256();
+    for (size_t b = 0; b * 64 < k; b++) {
+        const uint8_t *p = w + b * 64;
+        __m256 s = _mm256_set1_ps(scale64[b] * DSV3__TWO_120), o[4];
+        if (k - b * 64 < 64) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, p, k - b * 64);
+            p = tail;
+        }
+        for (size_t h = 0; h < 2; h++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32 * h));
+            worst = _mm256_max_epu8(worst, _mm256_and_si256(v, magnitude));
+            dsv3__k_fp8x32_avx2(o, v);
+            for (size_t q = 0; q < 4; q++)
+                _mm256_storeu_ps(out + b * 64 + 16 * q + 8 * h, _mm256_mul_ps(o[q], s));
+        }
+    }
+    if (DSV3__UNLIKELY(_mm256_movemask_epi8(_mm256_cmpeq_epi8(worst, magnitude))))
+        dsv3__k_row_fp8_scalar(out, weights, scale64, k);
+}
+
+/* A code's 7 bits, moved to bits 7 ... 13 of a half, are the f16 of its value * 2^-8. */
+DSV3__TARGET_AVX2 static void dsv3__k_nat_fp8_avx2(float *out, const void *weights, const float *scale64, size_t k)
+{
+    const __m256i keep = _mm256_set1_epi16((short)0xBF80);
+    const __m128i magnitude = _mm_set1_epi8(0x7F);
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[64];
+    __m128i worst = _mm_setzero_si128();
+    for (size_t b = 0; b * 64 < k; b++) {
+        const uint8_t *p = w + b * 64;
+        __m256 s = _mm256_set1_ps(scale64[b] * 256.0f);
+        if (k - b * 64 < 64) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, p, k - b * 64);
+            p = tail;
+        }
+        for (size_t i = 0; i < 64; i += 16) {
+            __m128i v = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
+            worst = _mm_max_epu8(worst, _mm_and_si128(v, magnitude));
+            __m256i h = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(v), 7), keep);
+            _mm256_storeu_ps(out + b * 64 + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), s));
+            _mm256_storeu_ps(out + b * 64 + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), s));
+        }
+    }
+    if (DSV3__UNLIKELY(_mm_movemask_epi8(_mm_cmpeq_epi8(worst, magnitude))))
+        dsv3__k_nat_fp8_scalar(out, weights, scale64, k);
+}
+
+/* A tile is 4 rows of w by 3 rows of x: 12 of the 16 registers accumulate 8 chains of each pair. So k is walked in chunks
+   that stay in L1, each 8 times, once for every 8 of the 64 chains; `sum` keeps the others. */
+#define DSV3__TILE_CHUNK 512 /* columns: 7 rows of 2 KB, and 3 KB of sums */
+
+/* sum [4][T] registers go on over n columns, of which every 64th, and the 7 behind it, belong to them. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_part_avx2(__m256 *sum, const float *const *w, const float *const *x, size_t c,
+                                                          size_t n, const int T)
+{
+    const float *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c, *x0 = x[0] + c, *x1 = x[1] + c, *x2 = x[2] + c;
+    __m256 a00 = sum[0], a01, a02, a10 = sum[3], a11, a12, a20 = sum[6], a21, a22, a30 = sum[9], a31, a32, v0, v1, v2, v;
+    a01 = sum[1], a02 = sum[2], a11 = sum[4], a12 = sum[5], a21 = sum[7], a22 = sum[8], a31 = sum[10], a32 = sum[11];
+    v1 = v2 = a00;
+    for (size_t i = 0; i < n; i += 64) {
+        v0 = _mm256_loadu_ps(x0 + i);
+        DSV3__PIN(v0);
+        if (T > 1) {
+            v1 = _mm256_loadu_ps(x1 + i);
+            DSV3__PIN(v1);
+        }
+        if (T > 2) {
+            v2 = _mm256_loadu_ps(x2 + i);
+            DSV3__PIN(v2);
+        }
+#define DSV3__STEP(row, acc0, acc1, acc2)         \
+    v = _mm256_loadu_ps(row + i);                 \
+    DSV3__PIN(v);                                 \
+    acc0 = _mm256_fmadd_ps(v, v0, acc0);          \
+    if (T > 1)                                    \
+        acc1 = _mm256_fmadd_ps(v, v1, acc1);      \
+    if (T > 2)                                    \
+        acc2 = _mm256_fmadd_ps(v, v2, acc2)
+        DSV3__STEP(w0, a00, a01, a02);
+        DSV3__STEP(w1, a10, a11, a12);
+        DSV3__STEP(w2, a20, a21, a22);
+        DSV3__STEP(w3, a30, a31, a32);
+#undef DSV3__STEP
+    }
+    sum[0] = a00, sum[3] = a10, sum[6] = a20, sum[9] = a30;
+    if (T > 1)
+        sum[1] = a01, sum[4] = a11, sum[7] = a21, sum[10] = a31;
+    if (T > 2)
+        sum[2] = a02, sum[5] = a12, sum[8] = a22, sum[11] = a32;
+}
+
+/* out [T][out_stride] gets n_w <= 4 results a row. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_one_avx2(float *out, size_t out_stride, const float *const *w, size_t n_w,
+                                                         const float *const *x, size_t k, const int T)
+{
+    __m256 sum[8][12];
+    for (int g = 0; g < 8; g++)
+        for (int n = 0; n < 12; n++)
+            sum[g][n] = _mm256_setzero_ps();
+    for (size_t c = 0; c < k; c += DSV3__TILE_CHUNK)
+        for (size_t g = 0; g < 8; g++)
+            dsv3__k_tile_part_avx2(sum[g], w, x, c + 8 * g, dsv3__min(k - c, DSV3__TILE_CHUNK), T);
+    for (int j = 0; j < T; j++) {
+        __m256 t;
+        __m128 s0, s1, s2, s3;
+#define DSV3__STEP(i, s)                                                                                              \
+    t = _mm256_add_ps(_mm256_add_ps(_mm256_add_ps(sum[0][i * 3 + j], sum[2][i * 3 + j]),                               \
+                                    _mm256_add_ps(sum[4][i * 3 + j], sum[6][i * 3 + j])),                              \
+                      _mm256_add_ps(_mm256_add_ps(sum[1][i * 3 + j], sum[3][i * 3 + j]),                               \
+                                    _mm256_add_ps(sum[5][i * 3 + j], sum[7][i * 3 + j]))); /* t[i] + t[i + 8] */       \
+    s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1))                 /* + t[i + 4] */
+        DSV3__STEP(0, s0);
+        DSV3__STEP(1, s1);
+        DSV3__STEP(2, s2);
+        DSV3__STEP(3, s3);
+#undef DSV3__STEP
+        _MM_TRANSPOSE4_PS(s0, s1, s2, s3);
+        s0 = _mm_add_ps(_mm_add_ps(s0, s2), _mm_add_ps(s1, s3)); /* + t[i + 2], + t[i + 1], four rows at once */
+        s0 = _mm_blendv_ps(s0, _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS)), _mm_cmpunord_ps(s0, s0));
+        if (n_w == 4) {
+            _mm_storeu_ps(out + (size_t)j * out_stride, s0);
+        } else {
+            float some[4];
+            _mm_storeu_ps(some, s0);
+            memcpy(out + (size_t)j * out_stride, some, n_w * sizeof(float));
+        }
+    }
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
+                                               const float *x, size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+{
+    const float *wr[4], *xr[3];
+    for (size_t j = 0, t; j < n_x; j += t) {
+        t = n_x - j == 4 ? 2 : dsv3__min(n_x - j, 3); /* 4 as 2 + 2, since a tile of 1 waits for its additions */
+        for (size_t i = 0; i < 3; i++) {
+            size_t row = j + dsv3__min(i, t - 1);
+            xr[i] = x + (index ? index[row] : row) * x_stride;
+        }
+        for (size_t i = 0; i < n_w; i += 4) {
+            size_t n = dsv3__min(n_w - i, 4);
+            float *o = out + j * out_stride + i;
+            for (size_t r = 0; r < 4; r++) /* missing rows repeat the last: computed, not stored */
+                wr[r] = w + (i + dsv3__min(r, n - 1)) * w_stride;
+            if (t == 3)
+                dsv3__k_tile_one_avx2(o, out_stride, wr, n, xr, k, 3);
+            else if (t == 2)
+                dsv3__k_tile_one_avx2(o, out_stride, wr, n, xr, k, 2);
+            else
+                dsv3__k_tile_one_avx2(o, out_stride, wr, n, xr, k, 1);
+        }
+    }
+}
+
+#define dsv3__k_outer_avx2 dsv3__k_outer_scalar
+#define dsv3__k_exp_sum_avx2 dsv3__k_exp_sum_scalar
+#define dsv3__k_swiglu_avx2 dsv3__k_swiglu_scalar
+#endif // DSV3__AVX2
+
+// ---- The tables ------------------------------------------------------------------------------------------
+
+#define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
+#define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
+#define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
+static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
+#if DSV3__AVX2
+static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
+#endif
+#undef DSV3__KERN_SCALAR
+#undef DSV3__KERN_AVX2
+#undef DSV3__KERN_AVX512
+
+/* isa: what dsv3__cpu_resolve gave, never AUTO. */
+static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
+{
+#if DSV3__AVX2
+    if (isa >= DSV3_ISA_AVX2)
+        return &dsv3__kern_avx2;
+#endif
+    (void)isa;
+    return &dsv3__kern_scalar;
+}
+
+DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8
+           : dtype == DSV3_DTYPE_BF16  ? k->dot_bf16
+           : dtype == DSV3_DTYPE_F16   ? k->dot_f16
+                                       : k->dot_f32;
+}
+
+DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, bool natural)
+{
+    return dtype == DSV3_DTYPE_F8_E4M3 ? (natural ? k->nat_fp8 : k->row_fp8)
+           : dtype == DSV3_DTYPE_BF16  ? k->row_bf16
+           : dtype == DSV3_DTYPE_F16   ? k->row_f16
+                                       : k->row_f32;
+}
+// =============================================================================
+// >>mm   Matrix products over quantized tensors: packing, strips of rows, and the public calls on tensors.
+//        Needs kern, ten, thr, mem. Everything above a row or a tile is written here, once.
+// =============================================================================
+
+/* Floats from a packed row of k values to the next: whole blocks of 64, an odd number of them, so that neighbouring
+   rows (a tile reads several in step) do not fall into the same cache sets. */
+DSV3__INLINE size_t dsv3__mm_pad(size_t k)
+{
+    return ((k + 63) / 64 | 1) * 64;
+}
+
+/* n rows of k values (in_stride floats apart) become packed rows for weights of w_dtype: positions as in >>kern, zeros up
+   to a multiple of 64. dst_stride >= dsv3__mm_pad(k). In place (dst == in, dst_stride == in_stride) is fine; other
+   overlap is not. */
+static void dsv3__mm_pack(float *dst, size_t dst_stride, const float *in, size_t in_stride, size_t n, size_t k,
+                          dsv3_dtype w_dtype)
+{
+    for (size_t j = 0; j < n; j++) {
+        float *to = dst + j * dst_stride;
+        const float *from = in + j * in_stride;
+        if (to != from)
+            memcpy(to, from, k * sizeof(float));
+        for (size_t c = k; c % 64; c++)
+            to[c] = 0;
+        if (w_dtype != DSV3_DTYPE_F8_E4M3)
+            continue;
+        for (size_t b = 0; b < k; b += 64) {
+            float block[64];
+            memcpy(block, to + b, sizeof block);
+            for (size_t p = 0; p < 4; p++)
+                for (size_t i = 0; i < 16; i++)
+                    to[b + 16 * p + i] = block[4 * i + p];
+        }
+    }
+}
+
+#define DSV3__MM_PANEL_BUDGET 65536u /* floats: 256 KB, half of a small L2 */
+
+/* Rows of weights decoded at a time when there are several rows of x. */
+DSV3__INLINE size_t dsv3__mm_panel_rows(size_t k)
+{
+    size_t rows = DSV3__MM_PANEL_BUDGET / dsv3__mm_pad(k) / 4 * 4;
+    return rows < 4 ? 4 : rows > 64 ? 64 : rows;
+}
+
+/* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. */
+DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
+{
+    size_t rows = 4 * dsv3__mm_pad(k);
+    return dsv3__mm_pad((k + 63) / 64) + (rows < DSV3__MM_PANEL_BUDGET ? DSV3__MM_PANEL_BUDGET : rows);
+}
+
+/* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
+static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
+{
+    size_t k = (size_t)dsv3__ten_n_cols(w);
+    if (n > 1)
+        return dsv3__mm_panel_rows(k);
+    size_t rows = 131072 / (k * dsv3_dtype_size(w->dtype)) / 4 * 4; /* some microseconds of memory traffic */
+    return rows < 4 ? 4 : rows;
+}
+
+/* Rows r0 ... r1 - 1 of w against n packed rows of x, on this thread, inside dsv3__fp_enter.
+   w          passed dsv3__ten_check with arithmetic; w.cols = k
+   panel      [dsv3__mm_panel_floats(k)] scratch
+   x          row j: x + j * x_stride, or, with index [n], x + index[j] * x_stride; packed for w's dtype
+   out        out[j * out_stride + (r - r0)] = row r of w times row j of x */
+static void dsv3__mm_strip(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1, const float *x,
+                           size_t x_stride, const uint32_t *index, size_t n, float *out, size_t out_stride)
+{
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 63) / 64, stride = dsv3__mm_pad(cols);
+    const bool fp8 = w->dtype == DSV3_DTYPE_F8_E4M3;
+    float *scale64 = panel; /* [blocks] of the rows at hand */
+    uint64_t scaled = UINT64_MAX, per = w->scale ? w->block_rows : UINT64_MAX; /* row block that scale64 is of */
+    const dsv3__kern *use = k;
+    panel += dsv3__mm_pad(blocks);
+
+    for (uint64_t r = r0; r < r1;) {
+        size_t rows = n == 1 ? 1 : (size_t)(r1 - r < dsv3__mm_panel_rows(cols) ? r1 - r : dsv3__mm_panel_rows(cols));
+        for (size_t i = 0; i < rows; i++) {
+            const uint8_t *row = dsv3__ten_row(w, r + i);
+            if (fp8 && (r + i) / per != scaled) {
+                scaled = (r + i) / per;
+                use = dsv3__ten_scales(scale64, w, r + i, 0, blocks) ? k : dsv3__kern_get(DSV3_ISA_SCALAR);
+            }
+            if (n == 1) /* one row of weights, front to back: the one pattern that runs at memory speed */
+                out[(size_t)(r - r0)] = dsv3__kern_dot(use, w->dtype)(row, x + (index ? index[0] : 0) * x_stride, scale64, cols);
+            else
+                dsv3__kern_row(use, w->dtype, false)(panel + i * stride, row, scale64, cols);
+        }
+        if (n > 1)
+            k->tile(out + (size_t)(r - r0), out_stride, panel, stride, rows, x, x_stride, index, n, blocks * 64);
+        r += rows;
+    }
+}
+
+/* out [cols] = the values of one row, columns in order. Inside dsv3__fp_enter. */
+static void dsv3__ten_row_values(const dsv3__kern *k, float *out, const dsv3_tensor *t, uint64_t row)
+{
+    const size_t cols = (size_t)dsv3__ten_n_cols(t), size = dsv3_dtype_size(t->dtype);
+    const uint8_t *data = dsv3__ten_row(t, row);
+    float scale64[16], tail[64];
+    for (size_t c = 0; c < cols;) {
+        size_t piece = dsv3__min(cols - c, 64 * DSV3__COUNT(scale64));
+        bool small = dsv3__ten_scales(scale64, t, row, c / 64, (piece + 63) / 64);
+        dsv3__row_fn decode = dsv3__kern_row(small ? k : dsv3__kern_get(DSV3_ISA_SCALAR), t->dtype, true);
+        if (piece > 64)
+            piece -= piece % 64; /* the ragged end is a piece of its own: decoders write whole blocks */
+        if (piece % 64) {
+            decode(tail, data + c * size, scale64, piece);
+            memcpy(out + c, tail, piece * sizeof(float));
+        } else {
+            decode(out + c, data + c * size, scale64, piece);
+        }
+        c += piece;
+    }
+}
+
+// ---- Public calls on tensors -----------------------------------------------------------------------------
+
+static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
+                                      dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols, dsv3_error *err)
+{
+    const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
+    uint8_t *bytes = (uint8_t *)data;
+    uint64_t count, need;
+    if (!dsv3__ten_dtype_ok(dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: dtype %s, expected F32, F16, BF16 or F8_E4M3",
+                          dsv3_dtype_name(dtype));
+    if (!data || !values || n_rows == 0 || n_cols == 0)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %s", !data ? "data is NULL" : !values ? "values is NULL"
+                          : n_rows == 0 ? "n_rows is 0" : "n_cols is 0");
+    if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %u rows of %u columns are too many", n_rows, n_cols);
+    need = count * dsv3_dtype_size(dtype);
+    if (data_size < need)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: data_size %u, needed %u", (uint64_t)data_size, need);
+
+    tensor->data = data;
+    tensor->dtype = dtype;
+    tensor->rank = 2;
+    tensor->shape[0] = n_rows;
+    tensor->shape[1] = n_cols;
+    tensor->row_stride = n_cols * dsv3_dtype_size(dtype);
+    if (!fp8) {
+        for (uint64_t i = 0; i < count; i++) {
+            if (dtype == DSV3_DTYPE_F32) {
+                memcpy(bytes + 4 * i, values + i, 4);
+            } else {
+                uint16_t h = dtype == DSV3_DTYPE_F16 ? dsv3__f16_encode(values[i]) : dsv3__bf16_encode(values[i]);
+                memcpy(bytes + 2 * i, &h, 2);
+            }
+        }
+        return DSV3_OK;
+    }
+
+    uint64_t scale_rows = dsv3__ceil_div(n_rows, 128), scale_cols = dsv3__ceil_div(n_cols, 128);
+    if (!scale || scale_count < scale_rows * scale_cols)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: scale_count %u, needed %u",
+                          scale ? (uint64_t)scale_count : (uint64_t)0, scale_rows * scale_cols);
+    tensor->scale = scale;
+    tensor->scale_dtype = DSV3_DTYPE_F32;
+    tensor->block_rows = tensor->block_cols = 128;
+    tensor->scale_stride = scale_cols;
+    for (uint64_t br = 0; br < scale_rows; br++)
+        for (uint64_t bc = 0; bc < scale_cols; bc++) {
+            uint64_t r1 = n_rows - br * 128 < 128 ? n_rows : (br + 1) * 128, c1 = n_cols - bc * 128 < 128 ? n_cols : (bc + 1) * 128;
+            float max = 0, s;
+            for (uint64_t r = br * 128; r < r1; r++)
+                for (uint64_t c = bc * 128; c < c1; c++) {
+                    float magnitude = fabsf(values[r * n_cols + c]);
+                    if (!(magnitude < INFINITY))
+                        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r, c);
+                    max = magnitude > max ? magnitude : max;
+                }
+            s = max / 448.0f;
+            if (s == 0) /* all zero, or too small for any scale */
+                s = 1;
+            scale[br * scale_cols + bc] = s;
+            for (uint64_t r = br * 128; r < r1; r++)
+                for (uint64_t c = bc * 128; c < c1; c++)
+                    bytes[r * n_cols + c] = dsv3__fp8_encode(values[r * n_cols + c] / s);
+        }
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
+                                   dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols, dsv3_error *error)
+{
+    dsv3_error local;
+    dsv3_error *err = error ? error : &local;
+    dsv3__err_clear(err);
+    if (!tensor)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: tensor is NULL");
+    memset(tensor, 0, sizeof *tensor);
+    uint32_t saved = dsv3__fp_enter();
+    dsv3_result result = dsv3__ten_quantize(tensor, data, data_size, scale, scale_count, dtype, values, n_rows, n_cols, err);
+    dsv3__fp_leave(saved);
+    if (result)
+        memset(tensor, 0, sizeof *tensor);
+    return result;
+}
+
+DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint64_t first_row, uint64_t n_rows,
+                                     dsv3_error *error)
+{
+    dsv3_error local;
+    dsv3_error *err = error ? error : &local;
+    dsv3__err_clear(err);
+    DSV3__TRY(dsv3__ten_check(tensor, "tensor", true, err));
+    uint64_t rows = dsv3__ten_n_rows(tensor), cols = dsv3__ten_n_cols(tensor);
+    if (first_row > rows || n_rows > rows - first_row)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dequantize: rows %u + %u of a tensor of %u", first_row, n_rows, rows);
+    if (!out && n_rows)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dequantize: out is NULL");
+    const dsv3__kern *k = dsv3__kern_get(dsv3__cpu_best());
+    uint32_t saved = dsv3__fp_enter();
+    for (uint64_t r = 0; r < n_rows; r++)
+        dsv3__ten_row_values(k, out + (size_t)(r * cols), tensor, first_row + r);
+    dsv3__fp_leave(saved);
+    return DSV3_OK;
+}
+
+#define DSV3__MM_BATCH 512 /* rows of x packed at a time */
+
+/* One call of dsv3_matmul as its tasks see it: a strip of rows each. */
+typedef struct dsv3__mm_call {
+    const dsv3__kern *k;
+    const dsv3_tensor *w;
+    float *panel;       /* [n_threads, panel_floats] */
+    size_t panel_floats;
+    const float *x;     /* [n, x_stride] packed */
+    size_t x_stride, n;
+    float *out;         /* [n, rows] */
+    uint64_t strip;     /* rows of a task */
+} dsv3__mm_call;
+
+static void dsv3__mm_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mm_call *c = (const dsv3__mm_call *)ctx;
+    uint64_t rows = dsv3__ten_n_rows(c->w), r0 = task * c->strip, r1 = rows - r0 < c->strip ? rows : r0 + c->strip;
+    dsv3__mm_strip(c->k, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n, c->out + (size_t)r0,
+                   (size_t)rows);
+}
+
+static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const dsv3_tensor *w, const dsv3_matmul_opts *opts,
+                                   dsv3__pool *pool, dsv3__mem *mem, dsv3_error *err)
+{
+    const size_t cols = (size_t)dsv3__ten_n_cols(w);
+    const uint64_t rows = dsv3__ten_n_rows(w);
+    dsv3__mm_call c;
+    dsv3_isa isa = DSV3_ISA_SCALAR;
+    uint64_t x_floats, panel_floats, floats, bytes, total;
+    void *scratch;
+    DSV3__TRY(dsv3__cpu_resolve(&isa, opts->isa, err));
+    c.k = dsv3__kern_get(isa);
+    c.w = w;
+    c.n = dsv3__min(n, DSV3__MM_BATCH);
+    c.x_stride = dsv3__mm_pad(cols);
+    c.panel_floats = dsv3__mm_panel_floats(cols);
+    if (!dsv3__mul(n, rows, &total) || !dsv3__mul(total, 4, &total) || total > SIZE_MAX / 2 ||
+        !dsv3__mul(n, cols, &total) || !dsv3__mul(total, 4, &total) || total > SIZE_MAX / 2)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %u rows are too many", (uint64_t)n);
+    if (!dsv3__mul(c.n, c.x_stride, &x_floats) || !dsv3__mul(pool->n_threads, c.panel_floats, &panel_floats) ||
+        !dsv3__add(x_floats, panel_floats, &floats) || !dsv3__mul(floats, sizeof(float), &bytes))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %u threads are too many", (uint64_t)pool->n_threads);
+    DSV3__TRY(dsv3__mem_alloc(mem, &scratch, bytes, "matmul scratch", err));
+    c.panel = (float *)scratch;
+    c.x = c.panel + (size_t)panel_floats;
+    for (size_t j = 0; j < n; j += c.n) {
+        c.n = dsv3__min(n - j, DSV3__MM_BATCH);
+        c.out = out + j * (size_t)rows;
+        c.strip = dsv3__mm_strip_rows(w, c.n);
+        if (rows / c.strip > UINT32_MAX / 2)
+            c.strip = rows / (UINT32_MAX / 2) + 1;
+        dsv3__mm_pack(c.panel + (size_t)panel_floats, c.x_stride, in + j * cols, cols, c.n, cols, w->dtype);
+        dsv3__pool_run(pool, (uint32_t)dsv3__ceil_div(rows, c.strip), dsv3__mm_task, &c);
+    }
+    dsv3__mem_free(mem, scratch);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight, const dsv3_matmul_opts *opts,
+                                 dsv3_error *error)
+{
+    dsv3_error local;
+    dsv3_error *err = error ? error : &local;
+    dsv3_matmul_opts defaults;
+    dsv3__mem mem;
+    dsv3__pool pool;
+    dsv3__err_clear(err);
+    memset(&defaults, 0, sizeof defaults);
+    if (!opts)
+        opts = &defaults;
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "matmul: opts.struct_size %u, expected %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    if (!opts->allocator.alloc_fn != !opts->allocator.free_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "matmul: opts.allocator wants both functions or neither");
+    if (!opts->executor.run_fn && (opts->executor.n_threads || opts->executor.user))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "matmul: opts.executor has no run_fn");
+    DSV3__TRY(dsv3__ten_check(weight, "weight", true, err));
+    if (n && (!in || !out))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %s is NULL", in ? "out" : "in");
+    dsv3__mem_init(&mem, &opts->allocator, 0);
+    DSV3__TRY(dsv3__pool_open(&pool, &mem, 1, &opts->executor, err));
+    dsv3_result result = n ? dsv3__mm_matmul(out, in, n, weight, opts, &pool, &mem, err) : DSV3_OK;
+    dsv3__pool_close(&pool, &mem);
+    return result;
+}
+// =============================================================================
+// >>json   A bounded pull reader: no tree, no recursion, nothing allocated.
+//          Errors stick: after one, every call says "no more", and the caller looks once, at the end.
+// =============================================================================
+
+/* Reading an object:
+     dsv3__json_open(&j, '{');
+     while (dsv3__json_key(&j, &key)) {
+         if (dsv3__json_is(key, "vocab_size")) dsv3__json_uint(&j, &v);
+         else dsv3__json_skip(&j);                     // every value must be consumed
+     }
+     an array:  dsv3__json_open(&j, '['); while (dsv3__json_item(&j)) ... one value ...
+     DSV3__TRY(dsv3__json_end(&j));                    // nothing but white space may follow */
+
+#define DSV3__JSON_DEPTH 64
+
+typedef struct dsv3__json {
+    const char *begin, *p, *end;
+    const char *file; /* for messages */
+    dsv3_error *err;
+    dsv3_result result;             /* the first error */
+    int depth;
+    char close[DSV3__JSON_DEPTH];   /* what ends each open object or array */
+    bool first[DSV3__JSON_DEPTH];   /* nothing read in it yet */
+} dsv3__json;
+
+/* A string between its quotes, escapes still in it. */
+typedef struct dsv3__json_str {
+    const char *p;
+    size_t n;
+    bool escaped;
+} dsv3__json_str;
+
+static void dsv3__json_init(dsv3__json *j, const char *text, size_t len, const char *file, dsv3_error *err)
+{
+    j->begin = j->p = text;
+    j->end = text + len;
+    j->file = file;
+    j->err = err;
+    j->result = DSV3_OK;
+    j->depth = 0;
+}
+
+/* Records the first error, and makes all later reads stop. Always false. */
+static bool dsv3__json_fail(dsv3__json *j, const char *what)
+{
+    if (j->result == DSV3_OK)
+        j->result = DSV3__FAIL_AT(j->err, DSV3_ERROR_JSON, (uint64_t)(j->p - j->begin), "%s: byte %u: %s", j->file,
+                                  (uint64_t)(j->p - j->begin), what);
+    j->p = j->end;
+    return false;
+}
+
+/* For errors of meaning found by a consumer: as DSV3__FAIL, and sticks. */
+#define DSV3__JSON_FAIL(j, code, ...) \
+    ((j)->result ? (j)->result : ((j)->result = DSV3__FAIL((j)->err, (code), __VA_ARGS__)))
+
+DSV3__INLINE void dsv3__json_space(dsv3__json *j)
+{
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\r' || *j->p == '\t'))
+        j->p++;
+}
+
+/* First byte of the next value, 0 at the end or after an error. */
+static char dsv3__json_peek(dsv3__json *j)
+{
+    if (j->result)
+        return 0;
+    dsv3__json_space(j);
+    return j->p < j->end ? *j->p : 0;
+}
+
+static bool dsv3__json_open(dsv3__json *j, char kind)
+{
+    if (dsv3__json_peek(j) != kind)
+        return dsv3__json_fail(j, kind == '{' ? "expected an object" : "expected an array");
+    if (j->depth == DSV3__JSON_DEPTH)
+        return dsv3__json_fail(j, "nested deeper than 64");
+    j->p++;
+    j->close[j->depth] = kind == '{' ? '}' : ']';
+    j->first[j->depth++] = true;
+    return true;
+}
+
+/* Is there another element in the innermost object or array? Takes the comma, or the closing bracket. */
+static bool dsv3__json_item(dsv3__json *j)
+{
+    char c = dsv3__json_peek(j);
+    if (j->result)
+        return false;
+    DSV3_ASSERT(j->depth > 0);
+    if (c == j->close[j->depth - 1]) {
+        j->p++;
+        j->depth--;
+        return false;
+    }
+    if (j->first[j->depth - 1]) {
+        j->first[j->depth - 1] = false;
+        return c ? true : dsv3__json_fail(j, "unexpected end");
+    }
+    if (c != ',')
+        return dsv3__json_fail(j, c ? "expected a comma or a closing bracket" : "unexpected end");
+    j->p++;
+    c = dsv3__json_peek(j);
+    if (c == 0 || c == ']' || c == '}')
+        return dsv3__json_fail(j, "a value is missing behind the comma");
+    return true;
+}
+
+/* Length of the well-formed UTF-8 sequence at p (1 ... 4), 0 if there is none. Shortest forms only, no surrogates. */
+static size_t dsv3__utf8_length(const char *text, const char *end)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    size_t left = (size_t)(end - text);
+    if (left == 0)
+        return 0;
+    if (p[0] < 0x80)
+        return 1;
+    if (p[0] >= 0xC2 && p[0] <= 0xDF)
+        return left >= 2 && (p[1] & 0xC0) == 0x80 ? 2 : 0;
+    if ((p[0] & 0xF0) == 0xE0) {
+        unsigned lo = p[0] == 0xE0 ? 0xA0 : 0x80, hi = p[0] == 0xED ? 0x9F : 0xBF;
+        return left >= 3 && p[1] >= lo && p[1] <= hi && (p[2] & 0xC0) == 0x80 ? 3 : 0;
+    }
+    if (p[0] >= 0xF0 && p[0] <= 0xF4) {
+        unsigned lo = p[0] == 0xF0 ? 0x90 : 0x80, hi = p[0] == 0xF4 ? 0x8F : 0xBF;
+        return left >= 4 && p[1] >= lo && p[1] <= hi && (p[2] & 0xC0) == 0x80 && (p[3] & 0xC0) == 0x80 ? 4 : 0;
+    }
+    return 0;
+}
+
+static int dsv3__json_hex4(const char *p)
+{
+    int v = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = (unsigned char)p[i], lower = c | 0x20;
+        int digit = c >= '0' && c <= '9' ? c - '0' : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : -1;
+        if (digit < 0)
+            return -1;
+        v = v * 16 + digit;
+    }
+    return v;
+}
+
+static bool dsv3__json_string(dsv3__json *j, dsv3__json_str *s)
+{
+    s->p = "";
+    s->n = 0;
+    s->escaped = false;
+    if (dsv3__json_peek(j) != '"')
+        return dsv3__json_fail(j, "expected a string");
+    const char *p = j->p + 1;
+    for (;;) {
+        if (p >= j->end)
+            return j->p = p, dsv3__json_fail(j, "unexpected end in a string");
+        unsigned char c = (unsigned char)*p;
+        if (c == '"')
+            break;
+        if (c == '\\') {
+            size_t n = j->end - p >= 2 && p[1] == 'u' ? 6 : 2;
+            if ((size_t)(j->end - p) < n)
+                return j->p = j->end, dsv3__json_fail(j, "unexpected end in a string");
+            if (p[1] == 0 || !strchr("\"\\/bfnrtu", p[1]) || (n == 6 && dsv3__json_hex4(p + 2) < 0))
+                return j->p = p, dsv3__json_fail(j, "a bad escape");
+            s->escaped = true;
+            p += n;
+        } else if (c < 0x20) {
+            return j->p = p, dsv3__json_fail(j, "a control character in a string");
+        } else if (c < 0x80) {
+            p++;
+        } else {
+            size_t n = dsv3__utf8_length(p, j->end);
+            if (!n)
+                return j->p = p, dsv3__json_fail(j, "not UTF-8");
+            p += n;
+        }
+    }
+    s->p = j->p + 1;
+    s->n = (size_t)(p - s->p);
+    j->p = p + 1;
+    return true;
+}
+
+static size_t dsv3__utf8_put(char *out, uint32_t c)
+{
+    if (c < 0x80)
+        return out[0] = (char)c, 1;
+    if (c < 0x800)
+        return out[0] = (char)(0xC0 | c >> 6), out[1] = (char)(0x80 | (c & 63)), 2;
+    if (c < 0x10000)
+        return out[0] = (char)(0xE0 | c >> 12), out[1] = (char)(0x80 | (c >> 6 & 63)), out[2] = (char)(0x80 | (c & 63)), 3;
+    return out[0] = (char)(0xF0 | c >> 18), out[1] = (char)(0x80 | (c >> 12 & 63)), out[2] = (char)(0x80 | (c >> 6 & 63)),
+           out[3] = (char)(0x80 | (c & 63)), 4;
+}
+
+/* Decodes the escapes of s into out [s.n] (never longer than the source). False: half a surrogate pair. */
+static bool dsv3__json_decode(dsv3__json_str s, char *out, size_t *n)
+{
+    const char *p = s.p, *end = s.p + s.n;
+    char *o = out;
+    while (p < end) {
+        if (*p != '\\') {
+            *o++ = *p++;
+            continue;
+        }
+        char c = *++p; /* in bounds: dsv3__json_string has seen each escape whole */
+        p++;
+        const char *from = "\"\\/bfnrt", *to = "\"\\/\b\f\n\r\t", *at = c ? strchr(from, c) : NULL;
+        if (at) {
+            *o++ = to[at - from];
+            continue;
+        }
+        int hi = c == 'u' && end - p >= 4 ? dsv3__json_hex4(p) : -1;
+        if (hi < 0 || (hi >= 0xDC00 && hi <= 0xDFFF))
+            return false;
+        p += 4;
+        uint32_t code = (uint32_t)hi;
+        if (hi >= 0xD800 && hi <= 0xDBFF) {
+            int lo = end - p >= 6 && p[0] == '\\' && p[1] == 'u' ? dsv3__json_hex4(p + 2) : -1;
+            if (lo < 0xDC00 || lo > 0xDFFF)
+                return false;
+            code = 0x10000u + (((uint32_t)hi - 0xD800u) << 10) + ((uint32_t)lo - 0xDC00u);
+            p += 6;
+        }
+        o += dsv3__utf8_put(o, code);
+    }
+    *n = (size_t)(o - out);
+    return true;
+}
+
+/* Copies a decoded string, terminated, into out [size]. Too long, a bad escape, or a NUL in it: the error sticks. */
+static bool dsv3__json_copy(dsv3__json *j, char *out, size_t size)
+{
+    dsv3__json_str s;
+    size_t n;
+    out[0] = 0;
+    if (!dsv3__json_string(j, &s))
+        return false;
+    if (s.n >= size)
+        return dsv3__json_fail(j, "this string is too long");
+    if (!dsv3__json_decode(s, out, &n) || memchr(out, 0, n))
+        return out[0] = 0, dsv3__json_fail(j, "a bad escape in the string before");
+    out[n] = 0;
+    return true;
+}
+
+/* s, escapes decoded, equals the literal (at most 255 bytes)? */
+static bool dsv3__json_is(dsv3__json_str s, const char *literal)
+{
+    char decoded[6 * 255];
+    size_t n = s.n;
+    if (!s.escaped)
+        return n == strlen(literal) && memcmp(s.p, literal, n) == 0;
+    return n <= sizeof decoded && dsv3__json_decode(s, decoded, &n) && n == strlen(literal) &&
+           memcmp(decoded, literal, n) == 0;
+}
+
+static bool dsv3__json_key(dsv3__json *j, dsv3__json_str *key)
+{
+    if (!dsv3__json_item(j) || !dsv3__json_string(j, key))
+        return false;
+    if (dsv3__json_peek(j) != ':')
+        return dsv3__json_fail(j, "expected a colon");
+    j->p++;
+    return true;
+}
+
+/* A number: its value as a double, and, if written as an integer that fits 63 bits, exactly.
+   Up to 15 digits and exponents to 22 the double is the correctly rounded one; otherwise within a few units, and
+   infinite where it is too large. */
+static bool dsv3__json_number(dsv3__json *j, double *value, int64_t *integer, bool *is_integer)
+{
+    uint64_t digits = 0;
+    int exponent = 0;
+    bool negative = false, any = false, exact = true; /* exact: no digit has been left out yet */
+    *value = 0;
+    *integer = 0;
+    *is_integer = false;
+    char c = dsv3__json_peek(j);
+    if (c == 'N' || c == 'I')
+        return dsv3__json_fail(j, "NaN and Infinity are not numbers here");
+    if (c == '-') {
+        negative = true;
+        j->p++;
+    }
+    const char *start = j->p;
+    for (; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
+        uint64_t digit = (uint64_t)(*j->p - '0');
+        any = true;
+        if (exact && digits <= ((uint64_t)INT64_MAX - digit) / 10)
+            digits = digits * 10 + digit;
+        else
+            exponent++, exact = false;
+    }
+    if (!any || (*start == '0' && j->p - start > 1))
+        return dsv3__json_fail(j, "expected a number");
+    *is_integer = exact;
+    if (j->p < j->end && *j->p == '.') {
+        *is_integer = false;
+        for (any = false, j->p++; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
+            uint64_t digit = (uint64_t)(*j->p - '0');
+            any = true;
+            if (exact && digits <= ((uint64_t)INT64_MAX - digit) / 10)
+                digits = digits * 10 + digit, exponent--;
+            else
+                exact = false;
+        }
+        if (!any)
+            return dsv3__json_fail(j, "digits are missing behind the point");
+    }
+    if (j->p < j->end && (*j->p == 'e' || *j->p == 'E')) {
+        int e = 0;
+        bool minus = false;
+        *is_integer = false;
+        j->p++;
+        if (j->p < j->end && (*j->p == '-' || *j->p == '+'))
+            minus = *j->p++ == '-';
+        for (any = false; j->p < j->end && *j->p >= '0' && *j->p <= '9'; j->p++) {
+            any = true;
+            if (e < 10000)
+                e = e * 10 + (*j->p - '0');
+        }
+        if (!any)
+            return dsv3__json_fail(j, "digits are missing in the exponent");
+        exponent += minus ? -e : e;
+    }
+    static const double powers[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,  1e8,  1e9,  1e10, 1e11,
+                                    1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+    double v = (double)digits;
+    while (digits && exponent > 0 && v <= 1.7976931348623157e308) {
+        int step = exponent < 22 ? exponent : 22;
+        v *= powers[step];
+        exponent -= step;
+    }
+    while (digits && exponent < 0 && v > 0) {
+        int step = -exponent < 22 ? -exponent : 22;
+        v /= powers[step];
+        exponent += step;
+    }
+    *value = negative ? -v : v;
+    if (*is_integer)
+        *integer = negative ? -(int64_t)digits : (int64_t)digits;
+    return true;
+}
+
+/* A non-negative integer, exactly. "4096.0" counts as one, "1e3" too. */
+static bool dsv3__json_uint(dsv3__json *j, uint64_t *value)
+{
+    double v;
+    int64_t integer;
+    bool is_integer;
+    *value = 0;
+    if (!dsv3__json_number(j, &v, &integer, &is_integer))
+        return false;
+    if (!is_integer && v >= 0 && v < 9007199254740992.0 && v == (double)(int64_t)v)
+        is_integer = true, integer = (int64_t)v;
+    if (!is_integer || integer < 0)
+        return dsv3__json_fail(j, "expected a non-negative integer");
+    *value = (uint64_t)integer;
+    return true;
+}
+
+static bool dsv3__json_word(dsv3__json *j, const char *word)
+{
+    size_t n = strlen(word);
+    if ((size_t)(j->end - j->p) < n || memcmp(j->p, word, n) != 0)
+        return dsv3__json_fail(j, "expected a value");
+    j->p += n;
+    return true;
+}
+
+static bool dsv3__json_bool(dsv3__json *j, bool *value)
+{
+    char c = dsv3__json_peek(j);
+    *value = c == 't';
+    if (c != 't' && c != 'f')
+        return dsv3__json_fail(j, "expected true or false");
+    return dsv3__json_word(j, c == 't' ? "true" : "false");
+}
+
+/* Takes a null if there is one. */
+static bool dsv3__json_null(dsv3__json *j)
+{
+    return dsv3__json_peek(j) == 'n' && dsv3__json_word(j, "null");
+}
+
+/* One value of any kind, however deep (to 64). Numbers that are no numbers (NaN, 1e400) pass: nobody reads them. */
+static bool dsv3__json_skip(dsv3__json *j)
+{
+    int depth = j->depth;
+    bool in = false; /* inside something this call opened */
+    do {
+        dsv3__json_str s;
+        double v;
+        int64_t i;
+        bool b;
+        if (in) {
+            if (j->close[j->depth - 1] == '}' ? !dsv3__json_key(j, &s) : !dsv3__json_item(j)) {
+                in = j->depth > depth;
+                continue;
+            }
+        }
+        switch (dsv3__json_peek(j)) {
+        case '{':
+            dsv3__json_open(j, '{');
+            break;
+        case '[':
+            dsv3__json_open(j, '[');
+            break;
+        case '"':
+            dsv3__json_string(j, &s);
+            break;
+        case 't':
+        case 'f':
+            dsv3__json_bool(j, &b);
+            break;
+        case 'n':
+            dsv3__json_null(j);
+            break;
+        case 'N':
+            dsv3__json_word(j, "NaN");
+            break;
+        case 'I':
+            dsv3__json_word(j, "Infinity");
+            break;
+        case '-':
+            if (j->end - j->p > 1 && j->p[1] == 'I') {
+                dsv3__json_word(j, "-Infinity");
+                break;
+            }
+            dsv3__json_number(j, &v, &i, &b);
+            break;
+        default:
+            dsv3__json_number(j, &v, &i, &b);
+        }
+        in = j->depth > depth;
+    } while (in && !j->result);
+    return !j->result;
+}
+
+static dsv3_result dsv3__json_end(dsv3__json *j)
+{
+    dsv3__json_space(j);
+    if (!j->result && j->p < j->end)
+        dsv3__json_fail(j, "something stands behind the end");
+    return j->result;
+}
+// =============================================================================
+// >>st   Files of a checkpoint: safetensors headers, the shard index, name -> place.
+//        In: a reader. Out: a table of tensors whose bytes lie inside their files. Every number that comes from a file is
+//        checked here, once (formats.md 1.2, 1.7, 1.8); nothing below looks at a length again.
+// =============================================================================
+
+#define DSV3__ST_HEADER_MAX 100000000u /* the format's own limit */
+#define DSV3__ST_INDEX_MAX (256u << 20)
+#define DSV3__ST_CONFIG_MAX (16u << 20)
+#define DSV3__ST_TOKENIZER_MAX (64u << 20)
+#define DSV3__ST_SHARDS_MAX 4096u
+#define DSV3__ST_NAME_MAX 512u
+
+/* A whole small file in memory. */
+typedef struct dsv3__blob {
+    dsv3__str text;
+    dsv3_file file;
+    bool open;
+    void *owned; /* read into memory, if the reader does not have it there */
+} dsv3__blob;
+
+typedef struct dsv3__st_shard {
+    dsv3_file file;
+    bool open;
+    const char *name; /* terminated */
+} dsv3__st_shard;
+
+typedef struct dsv3__st_tensor {
+    const char *name;     /* terminated */
+    const uint8_t *data;  /* NULL until read, where the reader does not map */
+    uint64_t offset;      /* in the file */
+    uint64_t size;        /* bytes */
+    const uint64_t *shape; /* [rank] */
+    uint32_t shard;
+    uint16_t rank;
+    uint16_t dtype;       /* dsv3_dtype */
+} dsv3__st_tensor;
+
+/* Growing storage for names and shapes: chunks, so that pointers stay good. */
+typedef struct dsv3__st_chunk {
+    struct dsv3__st_chunk *next;
+    uint64_t used, size;
+} dsv3__st_chunk;
+
+typedef struct dsv3__st {
+    dsv3__mem *mem;
+    dsv3_reader reader;
+    const dsv3_progress *progress;
+    uint64_t progress_done;
+    dsv3__st_shard *shards; /* [n_shards] */
+    uint64_t n_shards, cap_shards;
+    dsv3__st_tensor *tensors; /* [n_tensors], in the order of the files */
+    uint64_t n_tensors, cap_tensors;
+    uint32_t *slots; /* [n_slots] open addressing: tensor + 1, or 0 */
+    uint64_t n_slots;
+    dsv3__st_chunk *chunks;
+    uint64_t n_unlisted; /* tensors in shards that the index does not name: ignored */
+    uint64_t data_bytes;
+} dsv3__st;
+
+static dsv3_result dsv3__blob_open(dsv3__blob *blob, const dsv3_reader *reader, dsv3__mem *mem, const char *name, uint64_t limit,
+                                   dsv3_error *err)
+{
+    memset(blob, 0, sizeof *blob);
+    blob->text.p = "";
+    dsv3_result r = reader->open_fn(reader->user, name, &blob->file);
+    if (r == DSV3_ERROR_FILE_NOT_FOUND)
+        return DSV3__FAIL(err, r, "%s: not found", name);
+    if (r)
+        return DSV3__FAIL(err, r, "%s: cannot be opened as a regular file", name);
+    blob->open = true;
+    if (blob->file.size > limit || blob->file.size > SIZE_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %u bytes, more than the %u expected at most", name, blob->file.size, limit);
+    blob->text.n = (size_t)blob->file.size;
+    if (blob->file.data) {
+        blob->text.p = (const char *)blob->file.data;
+        return DSV3_OK;
+    }
+    if (!blob->text.n)
+        return DSV3_OK;
+    if (!reader->read_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s: the reader gives neither data nor read_fn", name);
+    DSV3__TRY(dsv3__mem_alloc(mem, &blob->owned, blob->text.n, name, err));
+    blob->text.p = (const char *)blob->owned;
+    if (reader->read_fn(reader->user, &blob->file, 0, blob->owned, blob->text.n))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: reading %u bytes failed", name, (uint64_t)blob->text.n);
+    return DSV3_OK;
+}
+
+static void dsv3__blob_close(dsv3__blob *blob, const dsv3_reader *reader, dsv3__mem *mem)
+{
+    dsv3__mem_free(mem, blob->owned);
+    if (blob->open && reader->close_fn)
+        reader->close_fn(reader->user, &blob->file);
+    memset(blob, 0, sizeof *blob);
+}
+
+/* 8-aligned bytes that live as long as the table. */
+static dsv3_result dsv3__st_keep(dsv3__st *st, void **out, uint64_t size, dsv3_error *err)
+{
+    size = (size + 7) & ~(uint64_t)7;
+    if (!st->chunks || st->chunks->size - st->chunks->used < size) {
+        void *block;
+        uint64_t payload = size > 65536 - 64 ? size : 65536 - 64;
+        DSV3__TRY(dsv3__mem_alloc(st->mem, &block, payload + sizeof(dsv3__st_chunk), "names of tensors", err));
+        dsv3__st_chunk *chunk = (dsv3__st_chunk *)block;
+        chunk->next = st->chunks;
+        chunk->used = 0;
+        chunk->size = payload;
+        st->chunks = chunk;
+    }
+    *out = (uint8_t *)(st->chunks + 1) + st->chunks->used;
+    st->chunks->used += size;
+    return DSV3_OK;
+}
+
+/* Decodes and terminates a name. NUL inside, a bad escape or too many bytes: an error. */
+static dsv3_result dsv3__st_name(char *out /* [DSV3__ST_NAME_MAX + 1] */, dsv3__json_str s, const char *file, dsv3_error *err)
+{
+    size_t n;
+    if (s.n > DSV3__ST_NAME_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: a name of %u bytes, more than %u", file, (uint64_t)s.n,
+                          (uint64_t)DSV3__ST_NAME_MAX);
+    if (!dsv3__json_decode(s, out, &n) || memchr(out, 0, n))
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: a name with a bad escape or a NUL in it", file);
+    out[n] = 0;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__st_keep_name(dsv3__st *st, const char **out, const char *name, dsv3_error *err)
+{
+    void *p;
+    size_t n = strlen(name) + 1;
+    DSV3__TRY(dsv3__st_keep(st, &p, n, err));
+    memcpy(p, name, n);
+    *out = (const char *)p;
+    return DSV3_OK;
+}
+
+/* A shard's name is data from the index: one plain path component, nothing else (CVE-2026-75104 and its like). */
+static bool dsv3__st_name_is_safe(const char *name)
+{
+    size_t n = strlen(name);
+    static const char suffix[] = ".safetensors";
+    if (n <= sizeof suffix - 1 || n > 255 || strcmp(name + n - (sizeof suffix - 1), suffix) != 0)
+        return false;
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)name[i] < 0x20 || name[i] == 0x7f || strchr("/\\:", name[i]))
+            return false;
+    return name[0] != '.';
+}
+
+static const dsv3__st_tensor *dsv3__st_find(const dsv3__st *st, const char *name)
+{
+    if (!st->n_slots)
+        return NULL;
+    for (uint64_t i = dsv3__hash(name, strlen(name)) & (st->n_slots - 1);; i = (i + 1) & (st->n_slots - 1)) {
+        if (!st->slots[i])
+            return NULL;
+        if (strcmp(st->tensors[st->slots[i] - 1].name, name) == 0)
+            return &st->tensors[st->slots[i] - 1];
+    }
+}
+
+/* Enters tensor `index` into the table, which is kept at most half full. False: the name is there already. */
+static dsv3_result dsv3__st_enter(dsv3__st *st, uint32_t index, bool *fresh, dsv3_error *err)
+{
+    if ((uint64_t)index * 2 >= st->n_slots) {
+        void *slots;
+        uint64_t n = st->n_slots ? st->n_slots * 2 : 256;
+        DSV3__TRY(dsv3__mem_alloc(st->mem, &slots, n * sizeof(uint32_t), "table of tensors", err));
+        memset(slots, 0, (size_t)n * sizeof(uint32_t));
+        dsv3__mem_free(st->mem, st->slots);
+        st->slots = (uint32_t *)slots;
+        st->n_slots = n;
+        for (uint32_t t = 0; t < index; t++) {
+            const char *name = st->tensors[t].name;
+            uint64_t i = dsv3__hash(name, strlen(name)) & (n - 1);
+            while (st->slots[i])
+                i = (i + 1) & (n - 1);
+            st->slots[i] = t + 1;
+        }
+    }
+    const char *name = st->tensors[index].name;
+    uint64_t i = dsv3__hash(name, strlen(name)) & (st->n_slots - 1);
+    for (; st->slots[i]; i = (i + 1) & (st->n_slots - 1)) {
+        if (strcmp(st->tensors[st->slots[i] - 1].name, name) == 0) {
+            *fresh = false;
+            return DSV3_OK;
+        }
+    }
+    st->slots[i] = index + 1;
+    *fresh = true;
+    return DSV3_OK;
+}
+
+static const struct {
+    const char *name;
+    dsv3_dtype dtype;
+} dsv3__st_dtypes[] = {
+    {"F32", DSV3_DTYPE_F32},         {"F16", DSV3_DTYPE_F16},         {"BF16", DSV3_DTYPE_BF16},
+    {"F8_E4M3", DSV3_DTYPE_F8_E4M3}, {"F8_E8M0", DSV3_DTYPE_F8_E8M0}, {"F8_E5M2", DSV3_DTYPE_F8_E5M2},
+    {"I8", DSV3_DTYPE_I8},           {"U8", DSV3_DTYPE_U8},           {"I16", DSV3_DTYPE_I16},
+    {"U16", DSV3_DTYPE_U16},         {"I32", DSV3_DTYPE_I32},         {"U32", DSV3_DTYPE_U32},
+    {"I64", DSV3_DTYPE_I64},         {"U64", DSV3_DTYPE_U64},         {"F64", DSV3_DTYPE_F64},
+    {"BOOL", DSV3_DTYPE_BOOL},
+};
+
+/* begin and end of each tensor of one file, to see that they tile it */
+typedef struct dsv3__st_span {
+    uint64_t begin, end;
+} dsv3__st_span;
+
+static bool dsv3__st_span_less(dsv3__st_span a, dsv3__st_span b)
+{
+    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
+}
+
+/* Heapsort: no allocation, no worst case. Files as published are in order already and skip it. */
+static void dsv3__st_span_sort(dsv3__st_span *a, size_t n)
+{
+    for (size_t start = n / 2, end = n; end > 1;) {
+        if (start > 0) {
+            start--;
+        } else {
+            dsv3__st_span last = a[--end];
+            a[end] = a[0];
+            a[0] = last;
+        }
+        for (size_t i = start, child; (child = 2 * i + 1) < end; i = child) {
+            if (child + 1 < end && dsv3__st_span_less(a[child], a[child + 1]))
+                child++;
+            if (!dsv3__st_span_less(a[i], a[child]))
+                break;
+            dsv3__st_span swap = a[i];
+            a[i] = a[child];
+            a[child] = swap;
+        }
+    }
+}
+
+/* One entry of a header: {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]} -> t and span. */
+static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_tensor *t, dsv3__st_span *span,
+                                       const char *file, dsv3_error *err)
+{
+    dsv3__json_str key, dtype;
+    uint64_t shape[DSV3_MAX_RANK], count = 1, bytes, offsets[2] = {0, 0};
+    uint32_t rank = 0, n_offsets = 0;
+    bool has_dtype = false, has_shape = false, has_offsets = false;
+    void *kept;
+    dtype.p = "", dtype.n = 0, dtype.escaped = false;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        if (dsv3__json_is(key, "dtype") && !has_dtype) {
+            has_dtype = dsv3__json_string(j, &dtype);
+        } else if (dsv3__json_is(key, "shape") && !has_shape) {
+            has_shape = dsv3__json_open(j, '[');
+            while (dsv3__json_item(j)) {
+                double v;
+                int64_t dim;
+                bool is_integer;
+                if (rank == DSV3_MAX_RANK)
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: more than 8 dimensions", file, t->name);
+                if (dsv3__json_number(j, &v, &dim, &is_integer) && (!is_integer || dim < 0))
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape holds %f, expected a non-negative integer",
+                                           file, t->name, v);
+                shape[rank++] = (uint64_t)dim;
+            }
+        } else if (dsv3__json_is(key, "data_offsets") && !has_offsets) {
+            has_offsets = dsv3__json_open(j, '[');
+            while (dsv3__json_item(j)) {
+                double v;
+                int64_t at;
+                bool is_integer;
+                if (n_offsets == 2)
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: data_offsets: expected 2 numbers, found more", file,
+                                           t->name);
+                if (dsv3__json_number(j, &v, &at, &is_integer) && (!is_integer || at < 0))
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS,
+                                           "%s: %s: data_offsets hold %f, expected a non-negative integer", file, t->name, v);
+                offsets[n_offsets++] = (uint64_t)at;
+            }
+        } else if (dsv3__json_is(key, "dtype") || dsv3__json_is(key, "shape") || dsv3__json_is(key, "data_offsets")) {
+            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: a key stands twice", file, t->name);
+        } else {
+            dsv3__json_skip(j);
+        }
+    }
+    if (j->result)
+        return j->result;
+    if (!has_dtype || !has_shape || n_offsets != 2)
+        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: expected dtype, shape and two data_offsets", file, t->name);
+    t->dtype = DSV3_DTYPE_UNKNOWN;
+    for (size_t i = 0; i < DSV3__COUNT(dsv3__st_dtypes); i++)
+        if (dsv3__json_is(dtype, dsv3__st_dtypes[i].name))
+            t->dtype = (uint16_t)dsv3__st_dtypes[i].dtype;
+    for (uint32_t i = 0; i < rank; i++)
+        if (!dsv3__mul(count, shape[i], &count))
+            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape %D is larger than any file", file, t->name, shape,
+                                   rank);
+    if (offsets[0] > offsets[1])
+        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: data_offsets end at %u before they begin at %u", file, t->name,
+                               offsets[1], offsets[0]);
+    if (t->dtype != DSV3_DTYPE_UNKNOWN) { /* of a type we do not know only the place can be checked */
+        if (!dsv3__mul(count, dsv3_dtype_size((dsv3_dtype)t->dtype), &bytes) || bytes != offsets[1] - offsets[0])
+            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: %s %D takes %u bytes, data_offsets give %u", file, t->name,
+                                   dsv3_dtype_name((dsv3_dtype)t->dtype), shape, rank, bytes, offsets[1] - offsets[0]);
+    }
+    DSV3__TRY(dsv3__st_keep(st, &kept, rank * sizeof(uint64_t), err));
+    if (rank)
+        memcpy(kept, shape, rank * sizeof(uint64_t));
+    t->shape = (const uint64_t *)kept;
+    t->rank = (uint16_t)rank;
+    t->size = offsets[1] - offsets[0];
+    span->begin = offsets[0];
+    span->end = offsets[1];
+    return DSV3_OK;
+}
+
+/* "__metadata__": strings, which nobody needs. */
+static bool dsv3__st_skip_metadata(dsv3__json *j)
+{
+    dsv3__json_str key, value;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key))
+        dsv3__json_string(j, &value);
+    return !j->result;
+}
+
+/* Where an index says a tensor is. */
+typedef struct dsv3__st_place {
+    const char *name;
+    uint32_t shard;
+    bool found;
+} dsv3__st_place;
+
+typedef struct dsv3__st_map {
+    dsv3__st_place *places; /* [n] */
+    uint64_t n, cap;
+    uint32_t *slots; /* [n_slots] open addressing: place + 1 */
+    uint64_t n_slots;
+} dsv3__st_map;
+
+static dsv3__st_place *dsv3__st_map_find(const dsv3__st_map *map, const char *name, uint64_t *slot)
+{
+    uint64_t i = dsv3__hash(name, strlen(name)) & (map->n_slots - 1);
+    for (; map->slots[i]; i = (i + 1) & (map->n_slots - 1))
+        if (strcmp(map->places[map->slots[i] - 1].name, name) == 0)
+            return *slot = i, &map->places[map->slots[i] - 1];
+    return *slot = i, (dsv3__st_place *)NULL;
+}
+
+/* The header of one shard: its tensors that `map` (NULL: no index) places there enter the table. */
+static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json *j, uint64_t data_at, dsv3__st_span **spans,
+                                        uint64_t *cap_spans, dsv3__st_map *map, dsv3_error *err)
+{
+    const char *file = st->shards[shard].name;
+    uint64_t n_spans = 0, data_size = st->shards[shard].file.size - data_at;
+    dsv3__json_str key;
+    bool metadata = false, ordered = true;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        dsv3__st_tensor t;
+        char name[DSV3__ST_NAME_MAX + 1];
+        void *array;
+        memset(&t, 0, sizeof t);
+        if (dsv3__json_is(key, "__metadata__")) {
+            if (metadata)
+                return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: __metadata__ stands twice", file);
+            metadata = true;
+            if (!dsv3__st_skip_metadata(j))
+                return j->result;
+            continue;
+        }
+        DSV3__TRY(dsv3__st_name(name, key, file, err));
+        t.name = name; /* until it is kept */
+        array = *spans;
+        dsv3_result grown = dsv3__mem_grow(st->mem, &array, cap_spans, n_spans, n_spans + 1, sizeof(dsv3__st_span), "offsets", err);
+        *spans = (dsv3__st_span *)array;
+        DSV3__TRY(grown);
+        dsv3__st_span *span = *spans + n_spans++;
+        DSV3__TRY(dsv3__st_read_entry(st, j, &t, span, file, err));
+        ordered = ordered && (n_spans == 1 || !dsv3__st_span_less(*span, span[-1]));
+        if (span->end > data_size)
+            return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %s ends at byte %u of the data, the file holds %u", file, t.name,
+                              span->end, data_size);
+        if (map) {
+            uint64_t slot;
+            dsv3__st_place *place = dsv3__st_map_find(map, t.name, &slot);
+            if (!place || place->shard != shard) {
+                st->n_unlisted++;
+                continue;
+            }
+            if (place->found)
+                return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: %s stands twice", file, t.name);
+            place->found = true;
+            t.name = place->name;
+        } else {
+            DSV3__TRY(dsv3__st_keep_name(st, &t.name, name, err));
+        }
+        t.shard = shard;
+        t.offset = data_at + span->begin;
+        if (st->shards[shard].file.data)
+            t.data = (const uint8_t *)st->shards[shard].file.data + t.offset;
+        if (st->n_tensors >= 0x7fffffffu)
+            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: too many tensors", file);
+        array = st->tensors;
+        grown = dsv3__mem_grow(st->mem, &array, &st->cap_tensors, st->n_tensors, st->n_tensors + 1, sizeof t, "tensors", err);
+        st->tensors = (dsv3__st_tensor *)array;
+        DSV3__TRY(grown);
+        st->tensors[st->n_tensors] = t;
+        bool fresh;
+        DSV3__TRY(dsv3__st_enter(st, (uint32_t)st->n_tensors, &fresh, err));
+        if (!fresh)
+            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: %s stands twice", file, t.name);
+        st->n_tensors++;
+        st->data_bytes += t.size;
+    }
+    DSV3__TRY(dsv3__json_end(j));
+    if (!ordered)
+        dsv3__st_span_sort(*spans, (size_t)n_spans);
+    uint64_t at = 0; /* the tensors must tile the data: no hole, no overlap, nothing behind them */
+    for (uint64_t i = 0; i < n_spans; at = (*spans)[i++].end)
+        if ((*spans)[i].begin != at)
+            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: a tensor begins at byte %u of the data, expected %u: they %s", file,
+                              (*spans)[i].begin, at, (*spans)[i].begin < at ? "overlap" : "leave a hole");
+    if (at != data_size)
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the tensors take %u bytes, the file holds %u", file, at, data_size);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__st_report(dsv3__st *st, uint64_t bytes, uint64_t total, dsv3_error *err)
+{
+    st->progress_done += bytes;
+    if (st->progress->fn && !st->progress->fn(st->progress->user, st->progress_done, total))
+        return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "opening was cancelled by the progress callback");
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_map *map, dsv3_error *err)
+{
+    dsv3__st_shard *s = &st->shards[shard];
+    dsv3_result r = st->reader.open_fn(st->reader.user, s->name, &s->file);
+    if (r == DSV3_ERROR_FILE_NOT_FOUND)
+        return DSV3__FAIL(err, r, "%s: not found%s", s->name, map ? ", but model.safetensors.index.json names it" : "");
+    if (r)
+        return DSV3__FAIL(err, r, "%s: cannot be opened as a regular file", s->name);
+    s->open = true;
+    uint8_t first[8];
+    if (s->file.size < 8)
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %u bytes, expected 8 of header length at least", s->name, s->file.size);
+    if (s->file.data)
+        memcpy(first, s->file.data, 8);
+    else if (!st->reader.read_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s: the reader gives neither data nor read_fn", s->name);
+    else if (st->reader.read_fn(st->reader.user, &s->file, 0, first, 8))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: reading failed", s->name);
+    uint64_t n = dsv3__load64(first);
+    if (n > DSV3__ST_HEADER_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: header of %u bytes, the format allows %u", s->name, n,
+                          (uint64_t)DSV3__ST_HEADER_MAX);
+    if (n > s->file.size - 8)
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: header of %u bytes, the file holds %u behind its length", s->name, n,
+                          s->file.size - 8);
+    void *owned = NULL;
+    const char *header = (const char *)s->file.data + 8;
+    if (!s->file.data) {
+        DSV3__TRY(dsv3__mem_alloc(st->mem, &owned, n, s->name, err));
+        header = (const char *)owned;
+        if (st->reader.read_fn(st->reader.user, &s->file, 8, owned, (size_t)n)) {
+            dsv3__mem_free(st->mem, owned);
+            return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: reading %u bytes of header failed", s->name, n);
+        }
+    }
+    dsv3__json j;
+    dsv3__st_span *spans = NULL;
+    uint64_t cap_spans = 0;
+    dsv3__json_init(&j, header, (size_t)n, s->name, err);
+    r = n && header[0] == '{' ? dsv3__st_read_header(st, shard, &j, 8 + n, &spans, &cap_spans, map, err)
+                              : DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the header does not begin with {", s->name);
+    dsv3__mem_free(st->mem, spans);
+    dsv3__mem_free(st->mem, owned);
+    return r ? r : dsv3__st_report(st, n, 0, err);
+}
+
+static dsv3_result dsv3__st_add_shard(dsv3__st *st, const char *name, uint32_t *shard, dsv3_error *err)
+{
+    for (uint64_t i = st->n_shards; i-- > 0;) { /* neighbours in the index mostly share one */
+        if (strcmp(st->shards[i].name, name) == 0) {
+            *shard = (uint32_t)i;
+            return DSV3_OK;
+        }
+    }
+    if (st->n_shards == DSV3__ST_SHARDS_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "model.safetensors.index.json: more than %u shards",
+                          (uint64_t)DSV3__ST_SHARDS_MAX);
+    void *array = st->shards;
+    dsv3_result grown =
+        dsv3__mem_grow(st->mem, &array, &st->cap_shards, st->n_shards, st->n_shards + 1, sizeof(dsv3__st_shard), "shards", err);
+    st->shards = (dsv3__st_shard *)array;
+    DSV3__TRY(grown);
+    *shard = (uint32_t)st->n_shards;
+    memset(&st->shards[st->n_shards], 0, sizeof(dsv3__st_shard));
+    DSV3__TRY(dsv3__st_keep_name(st, &st->shards[st->n_shards].name, name, err));
+    st->n_shards++;
+    return DSV3_OK;
+}
+
+/* model.safetensors.index.json: {"weight_map": {name: shard, ...}, ...} */
+static dsv3_result dsv3__st_read_index(dsv3__st *st, dsv3__str text, dsv3__st_map *map, dsv3_error *err)
+{
+    static const char file[] = "model.safetensors.index.json";
+    dsv3__json j;
+    dsv3__json_str key, value;
+    const char *last = NULL; /* the shard named just before */
+    uint32_t last_shard = 0;
+    bool has_map = false;
+    dsv3__json_init(&j, text.p, text.n, file, err);
+    dsv3__json_open(&j, '{');
+    while (dsv3__json_key(&j, &key)) {
+        if (!dsv3__json_is(key, "weight_map")) {
+            dsv3__json_skip(&j);
+            continue;
+        }
+        if (has_map)
+            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: weight_map stands twice", file);
+        has_map = true;
+        dsv3__json_open(&j, '{');
+        while (dsv3__json_key(&j, &key)) {
+            dsv3__st_place place;
+            char name[DSV3__ST_NAME_MAX + 1];
+            void *array = map->places;
+            uint64_t slot;
+            if (!dsv3__json_string(&j, &value))
+                break;
+            DSV3__TRY(dsv3__st_name(name, key, file, err));
+            DSV3__TRY(dsv3__st_keep_name(st, &place.name, name, err));
+            if (!last || !dsv3__json_is(value, last)) {
+                DSV3__TRY(dsv3__st_name(name, value, file, err));
+                if (!dsv3__st_name_is_safe(name))
+                    return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS,
+                                      "%s: %s: shard \"%s\", expected the plain name of a .safetensors file", file, place.name,
+                                      name);
+                DSV3__TRY(dsv3__st_add_shard(st, name, &last_shard, err));
+                last = st->shards[last_shard].name;
+            }
+            place.shard = last_shard;
+            place.found = false;
+            if (map->n >= 0x7fffffffu)
+                return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: too many tensors", file);
+            dsv3_result grown = dsv3__mem_grow(st->mem, &array, &map->cap, map->n, map->n + 1, sizeof place, "index", err);
+            map->places = (dsv3__st_place *)array;
+            DSV3__TRY(grown);
+            if (map->n * 2 >= map->n_slots) {
+                void *slots;
+                uint64_t n = map->n_slots ? map->n_slots * 2 : 256;
+                DSV3__TRY(dsv3__mem_alloc(st->mem, &slots, n * sizeof(uint32_t), "index", err));
+                memset(slots, 0, (size_t)n * sizeof(uint32_t));
+                dsv3__mem_free(st->mem, map->slots);
+                map->slots = (uint32_t *)slots;
+                map->n_slots = n;
+                for (uint64_t i = 0; i < map->n; i++) {
+                    dsv3__st_map_find(map, map->places[i].name, &slot);
+                    map->slots[slot] = (uint32_t)i + 1;
+                }
+            }
+            if (dsv3__st_map_find(map, place.name, &slot))
+                return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: %s stands twice", file, place.name);
+            map->places[map->n] = place;
+            map->slots[slot] = (uint32_t)++map->n;
+        }
+    }
+    DSV3__TRY(dsv3__json_end(&j));
+    if (!map->n)
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: weight_map is missing or empty", file);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__st_open_shards(dsv3__st *st, dsv3__blob *index, dsv3__st_map *map, dsv3_error *err)
+{
+    dsv3_result r = dsv3__blob_open(index, &st->reader, st->mem, "model.safetensors.index.json", DSV3__ST_INDEX_MAX, err);
+    if (r == DSV3_ERROR_FILE_NOT_FOUND) {
+        uint32_t shard;
+        DSV3__TRY(dsv3__st_add_shard(st, "model.safetensors", &shard, err));
+        r = dsv3__st_open_shard(st, shard, NULL, err);
+        if (r == DSV3_ERROR_FILE_NOT_FOUND)
+            return DSV3__FAIL(err, r, "neither model.safetensors.index.json nor model.safetensors is there");
+        return r;
+    }
+    DSV3__TRY(r);
+    DSV3__TRY(dsv3__st_read_index(st, index->text, map, err));
+    DSV3__TRY(dsv3__st_report(st, index->text.n, 0, err));
+    for (uint32_t i = 0; i < st->n_shards; i++)
+        DSV3__TRY(dsv3__st_open_shard(st, i, map, err));
+    for (uint64_t i = 0; i < map->n; i++)
+        if (!map->places[i].found)
+            return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: not in %s, where the index places it", map->places[i].name,
+                              st->shards[map->places[i].shard].name);
+    return DSV3_OK;
+}
+
+static void dsv3__st_close(dsv3__st *st)
+{
+    for (uint64_t i = 0; i < st->n_shards; i++)
+        if (st->shards[i].open && st->reader.close_fn)
+            st->reader.close_fn(st->reader.user, &st->shards[i].file);
+    while (st->chunks) {
+        dsv3__st_chunk *next = st->chunks->next;
+        dsv3__mem_free(st->mem, st->chunks);
+        st->chunks = next;
+    }
+    dsv3__mem_free(st->mem, st->shards);
+    dsv3__mem_free(st->mem, st->tensors);
+    dsv3__mem_free(st->mem, st->slots);
+    memset(st, 0, sizeof *st);
+}
+
+/* Opens all shards and reads their headers. An index, if present, decides; else model.safetensors alone.
+   On failure everything is closed again. */
+static dsv3_result dsv3__st_open(dsv3__st *st, dsv3__mem *mem, const dsv3_reader *reader, const dsv3_progress *progress,
+                                 dsv3_error *err)
+{
+    dsv3__blob index;
+    dsv3__st_map map;
+    memset(st, 0, sizeof *st);
+    memset(&index, 0, sizeof index);
+    memset(&map, 0, sizeof map);
+    st->mem = mem;
+    st->reader = *reader;
+    st->progress = progress;
+    dsv3_result r = dsv3__st_open_shards(st, &index, &map, err);
+    dsv3__blob_close(&index, reader, mem);
+    dsv3__mem_free(mem, map.places);
+    dsv3__mem_free(mem, map.slots);
+    if (r)
+        dsv3__st_close(st);
+    return r;
+}
+
+/* A tensor's view without its scales. */
+static void dsv3__st_view(const dsv3__st_tensor *t, dsv3_tensor *view)
+{
+    memset(view, 0, sizeof *view);
+    view->data = t->data;
+    view->dtype = (dsv3_dtype)t->dtype;
+    view->rank = t->rank;
+    uint64_t columns = 1;
+    for (uint32_t i = 0; i < t->rank; i++) {
+        view->shape[i] = t->shape[i];
+        columns *= t->rank == 1 || i > 0 ? t->shape[i] : 1; /* no overflow: the whole product was checked */
+    }
+    view->row_stride = columns * dsv3_dtype_size(view->dtype);
+}
+
+/* The view, with the scales of the sibling `<name>_scale_inv` attached if there is one: F8_E4M3 needs one. */
+static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t, dsv3_tensor *view, const dsv3__st_tensor **scale,
+                                   dsv3_error *err)
+{
+    char name[DSV3__ST_NAME_MAX + 16];
+    const char *file = st->shards[t->shard].name;
+    dsv3__st_view(t, view);
+    *scale = NULL;
+    if (view->dtype != DSV3_DTYPE_F8_E4M3 && view->dtype != DSV3_DTYPE_BF16)
+        return DSV3_OK;
+    dsv3__format(name, sizeof name, "%s_scale_inv", t->name);
+    *scale = dsv3__st_find(st, name);
+    if (view->dtype == DSV3_DTYPE_BF16 && *scale)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s is BF16, yet %s exists", file, t->name, name);
+    if (view->dtype == DSV3_DTYPE_BF16)
+        return DSV3_OK;
+    if (!*scale)
+        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: %s is F8_E4M3, but %s is missing", file, t->name, name);
+    dsv3_tensor s;
+    dsv3__st_view(*scale, &s);
+    if (view->rank != 2 || s.rank != 2 || s.shape[0] != dsv3__ceil_div(view->shape[0], 128) ||
+        s.shape[1] != dsv3__ceil_div(view->shape[1], 128)) {
+        uint64_t want[2];
+        want[0] = dsv3__ceil_div(view->shape[0], 128);
+        want[1] = dsv3__ceil_div(view->shape[1], 128);
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of 128 x 128 of %D, found %D", file, name, want,
+                          (uint32_t)2, view->shape, view->rank, s.shape, s.rank);
+    }
+    if (s.dtype != DSV3_DTYPE_F32 && s.dtype != DSV3_DTYPE_BF16 && s.dtype != DSV3_DTYPE_F8_E8M0)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, BF16 or F8_E8M0", file, name,
+                          dsv3_dtype_name(s.dtype));
+    view->scale = s.data;
+    view->scale_dtype = s.dtype;
+    view->scale_stride = s.shape[1];
+    view->block_rows = view->block_cols = 128;
+    return DSV3_OK;
+}
+// =============================================================================
+// >>cfg   config.json and generation_config.json -> dsv3_config and the checkpoint's own sampling.
+//         Checked once, so that no code below asks again. What is not supported is refused by the name of its key
+//         (model.md, REJECT list). Absent keys mean what they mean in transformers' configuration classes.
+// =============================================================================
+
+/* The public configuration, and what is read only to be checked. */
+typedef struct dsv3__cfg {
+    dsv3_config c;
+    bool v2;                /* model_type deepseek_v2 */
+    bool has_q_lora;        /* false: the key is absent and the tensors decide */
+    bool has_kv_heads;
+    char hidden_act[32];
+    char scoring[32];
+    char topk[32];
+    char rope_type[32];
+    char fmt[16];
+    char activation_scheme[16];
+    uint32_t moe_layer_freq, num_key_value_heads;
+    bool attention_bias, mlp_bias, truncate;
+    double partial_rotary_factor;
+    dsv3_sample_opts sampling; /* generation_config.json */
+} dsv3__cfg;
+
+typedef enum dsv3__cfg_kind { DSV3__CFG_U32, DSV3__CFG_F32, DSV3__CFG_F64, DSV3__CFG_BOOL, DSV3__CFG_TEXT } dsv3__cfg_kind;
+
+typedef struct dsv3__cfg_key {
+    const char *name;
+    dsv3__cfg_kind kind;
+    size_t offset; /* in dsv3__cfg */
+    size_t size;   /* of a text */
+} dsv3__cfg_key;
+
+#define DSV3__CFG(kind, name, field) {name, DSV3__CFG_##kind, offsetof(dsv3__cfg, field), sizeof(((dsv3__cfg *)0)->field)}
+
+static const dsv3__cfg_key dsv3__cfg_keys[] = {
+    DSV3__CFG(TEXT, "model_type", c.model_type),
+    DSV3__CFG(U32, "vocab_size", c.vocab_size),
+    DSV3__CFG(U32, "hidden_size", c.hidden_size),
+    DSV3__CFG(U32, "intermediate_size", c.intermediate_size),
+    DSV3__CFG(U32, "moe_intermediate_size", c.moe_intermediate_size),
+    DSV3__CFG(U32, "num_hidden_layers", c.num_hidden_layers),
+    DSV3__CFG(U32, "first_k_dense_replace", c.first_k_dense_replace),
+    DSV3__CFG(U32, "num_attention_heads", c.num_attention_heads),
+    DSV3__CFG(U32, "num_key_value_heads", num_key_value_heads),
+    DSV3__CFG(U32, "q_lora_rank", c.q_lora_rank),
+    DSV3__CFG(U32, "kv_lora_rank", c.kv_lora_rank),
+    DSV3__CFG(U32, "qk_nope_head_dim", c.qk_nope_head_dim),
+    DSV3__CFG(U32, "qk_rope_head_dim", c.qk_rope_head_dim),
+    DSV3__CFG(U32, "v_head_dim", c.v_head_dim),
+    DSV3__CFG(U32, "n_routed_experts", c.n_routed_experts),
+    DSV3__CFG(U32, "n_shared_experts", c.n_shared_experts),
+    DSV3__CFG(U32, "num_experts_per_tok", c.num_experts_per_tok),
+    DSV3__CFG(U32, "n_group", c.n_group),
+    DSV3__CFG(U32, "topk_group", c.topk_group),
+    DSV3__CFG(U32, "moe_layer_freq", moe_layer_freq),
+    DSV3__CFG(U32, "max_position_embeddings", c.max_position_embeddings),
+    DSV3__CFG(U32, "num_nextn_predict_layers", c.num_nextn_predict_layers),
+    DSV3__CFG(TEXT, "scoring_func", scoring),
+    DSV3__CFG(TEXT, "topk_method", topk),
+    DSV3__CFG(BOOL, "norm_topk_prob", c.norm_topk_prob),
+    DSV3__CFG(BOOL, "tie_word_embeddings", c.tie_word_embeddings),
+    DSV3__CFG(BOOL, "rope_interleave", c.rope_interleave),
+    DSV3__CFG(BOOL, "attention_bias", attention_bias),
+    DSV3__CFG(BOOL, "mlp_bias", mlp_bias),
+    DSV3__CFG(F32, "routed_scaling_factor", c.routed_scaling_factor),
+    DSV3__CFG(F32, "rms_norm_eps", c.rms_norm_eps),
+    DSV3__CFG(F64, "rope_theta", c.rope_theta),
+    DSV3__CFG(F64, "partial_rotary_factor", partial_rotary_factor),
+    DSV3__CFG(TEXT, "hidden_act", hidden_act),
+    DSV3__CFG(TEXT, "torch_dtype", c.dtype),
+    DSV3__CFG(TEXT, "dtype", c.dtype),
+};
+
+/* Keys of rope_scaling, and of rope_parameters, its name in newer files. */
+static const dsv3__cfg_key dsv3__cfg_rope_keys[] = {
+    DSV3__CFG(TEXT, "type", rope_type),
+    DSV3__CFG(TEXT, "rope_type", rope_type),
+    DSV3__CFG(F64, "rope_theta", c.rope_theta),
+    DSV3__CFG(F64, "factor", c.rope_factor),
+    DSV3__CFG(F64, "beta_fast", c.rope_beta_fast),
+    DSV3__CFG(F64, "beta_slow", c.rope_beta_slow),
+    DSV3__CFG(F64, "mscale", c.rope_mscale),
+    DSV3__CFG(F64, "mscale_all_dim", c.rope_mscale_all_dim),
+    DSV3__CFG(F64, "attention_factor", c.rope_attention_factor),
+    DSV3__CFG(F64, "partial_rotary_factor", partial_rotary_factor),
+    DSV3__CFG(U32, "original_max_position_embeddings", c.rope_original_max_position_embeddings),
+    DSV3__CFG(BOOL, "truncate", truncate),
+};
+
+static const dsv3__cfg_key dsv3__cfg_quant_keys[] = {
+    DSV3__CFG(TEXT, "quant_method", c.quant_method),
+    DSV3__CFG(TEXT, "fmt", fmt),
+    DSV3__CFG(TEXT, "activation_scheme", activation_scheme),
+    DSV3__CFG(TEXT, "scale_fmt", c.scale_fmt),
+};
+
+/* What transformers takes from generation_config.json; a key that is absent switches its filter off. */
+static const dsv3__cfg_key dsv3__cfg_generation_keys[] = {
+    DSV3__CFG(F32, "temperature", sampling.temperature),
+    DSV3__CFG(U32, "top_k", sampling.top_k),
+    DSV3__CFG(F32, "top_p", sampling.top_p),
+    DSV3__CFG(F32, "min_p", sampling.min_p),
+    DSV3__CFG(F32, "repetition_penalty", sampling.repetition_penalty),
+};
+
+/* Takes the value if `key` is in the table; a null leaves the default. *seen: one bit a key, a second time is an error. */
+static bool dsv3__cfg_take(dsv3__cfg *cfg, dsv3__json *j, dsv3__json_str key, const dsv3__cfg_key *keys, size_t n_keys,
+                           uint64_t *seen)
+{
+    size_t i = 0;
+    while (i < n_keys && !dsv3__json_is(key, keys[i].name))
+        i++;
+    if (i == n_keys)
+        return false;
+    if (*seen >> i & 1)
+        return DSV3__JSON_FAIL(j, DSV3_ERROR_JSON, "%s: %s stands twice", j->file, keys[i].name), true;
+    *seen |= (uint64_t)1 << i;
+    if (dsv3__json_null(j))
+        return true;
+    void *field = (uint8_t *)cfg + keys[i].offset;
+    double v = 0;
+    int64_t integer;
+    uint64_t u = 0;
+    bool b = false;
+    switch (keys[i].kind) {
+    case DSV3__CFG_U32:
+        if (dsv3__json_uint(j, &u) && u > 0x7fffffff)
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: %s is %u, more than 2^31 - 1", j->file, keys[i].name, u);
+        else
+            *(uint32_t *)field = (uint32_t)u;
+        break;
+    case DSV3__CFG_F32:
+        dsv3__json_number(j, &v, &integer, &b);
+        *(float *)field = (float)v;
+        break;
+    case DSV3__CFG_F64:
+        dsv3__json_number(j, &v, &integer, &b);
+        *(double *)field = v;
+        break;
+    case DSV3__CFG_BOOL:
+        dsv3__json_bool(j, &b);
+        *(bool *)field = b;
+        break;
+    case DSV3__CFG_TEXT:
+        dsv3__json_copy(j, (char *)field, keys[i].size);
+        break;
+    }
+    return true;
+}
+
+/* eos_token_id: an id, a list of ids, or null. The union over all files is kept. */
+static void dsv3__cfg_eos(dsv3__cfg *cfg, dsv3__json *j)
+{
+    bool list = dsv3__json_peek(j) == '[';
+    if (dsv3__json_null(j) || (list && !dsv3__json_open(j, '[')))
+        return;
+    while (!list || dsv3__json_item(j)) {
+        uint64_t id;
+        uint32_t i = 0;
+        if (!dsv3__json_uint(j, &id))
+            return;
+        while (i < cfg->c.n_eos && (uint64_t)cfg->c.eos_token_id[i] != id)
+            i++;
+        if (i == cfg->c.n_eos && id <= 0x7fffffff) {
+            if (i == DSV3__COUNT(cfg->c.eos_token_id)) {
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: eos_token_id: more than %u ids", j->file, (uint64_t)i);
+                return;
+            }
+            cfg->c.eos_token_id[cfg->c.n_eos++] = (int32_t)id;
+        }
+        if (!list)
+            return;
+    }
+}
+
+static void dsv3__cfg_bos(dsv3__cfg *cfg, dsv3__json *j)
+{
+    uint64_t id;
+    if (!dsv3__json_null(j) && dsv3__json_uint(j, &id) && id <= 0x7fffffff)
+        cfg->c.bos_token_id = (int32_t)id;
+}
+
+static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
+{
+    dsv3__json_str key;
+    uint64_t seen = 0;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        if (dsv3__json_is(key, "weight_block_size")) {
+            uint64_t block[2] = {0, 0}, n = 0, v = 0;
+            if (dsv3__json_null(j))
+                continue;
+            dsv3__json_open(j, '[');
+            while (dsv3__json_item(j) && dsv3__json_uint(j, &v)) {
+                if (n < 2)
+                    block[n] = v;
+                n++;
+            }
+            if (!j->result && (n != 2 || block[0] != 128 || block[1] != 128))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.weight_block_size is %D, expected [128, 128]",
+                                j->file, block, (uint32_t)(n < 2 ? n : 2));
+        } else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_quant_keys, DSV3__COUNT(dsv3__cfg_quant_keys), &seen)) {
+            dsv3__json_skip(j);
+        }
+    }
+    if (j->result)
+        return;
+    if (strcmp(cfg->c.quant_method, "fp8") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.quant_method is \"%s\", expected \"fp8\"", j->file,
+                        cfg->c.quant_method);
+    else if (cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"", j->file, cfg->fmt);
+    else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"",
+                        j->file, cfg->activation_scheme);
+}
+
+/* Keys whose mere presence means another network. */
+static const char *const dsv3__cfg_foreign[] = {
+    "index_topk",   "index_n_heads",   "index_head_dim", /* DeepSeek-V3.2's sparse attention */
+    "text_config",                                       /* multimodal wrappers */
+    "compression_config", "qk_layernorm", "llama_4_scaling",
+};
+
+static dsv3_result dsv3__cfg_read(dsv3__cfg *cfg, dsv3__str text, dsv3_error *err)
+{
+    dsv3__json j;
+    dsv3__json_str key;
+    uint64_t seen = 0;
+    bool q_lora_null = false, seen_quantization = false;
+    dsv3__json_init(&j, text.p, text.n, "config.json", err);
+    dsv3__json_open(&j, '{');
+    while (dsv3__json_key(&j, &key)) {
+        for (size_t i = 0; i < DSV3__COUNT(dsv3__cfg_foreign); i++)
+            if (dsv3__json_is(key, dsv3__cfg_foreign[i]) && dsv3__json_peek(&j) != 'n' && dsv3__json_peek(&j) != 'f')
+                return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: %s: this kind of model is not supported",
+                                  dsv3__cfg_foreign[i]);
+        if (dsv3__json_is(key, "q_lora_rank")) {
+            cfg->has_q_lora = true;
+            q_lora_null = dsv3__json_peek(&j) == 'n';
+        }
+        cfg->has_kv_heads = cfg->has_kv_heads || (dsv3__json_is(key, "num_key_value_heads") && dsv3__json_peek(&j) != 'n');
+        if (dsv3__json_is(key, "n_shared_experts") && dsv3__json_peek(&j) == 'n')
+            cfg->c.n_shared_experts = 0;
+        if (dsv3__json_is(key, "rope_scaling") || dsv3__json_is(key, "rope_parameters")) {
+            if (dsv3__json_null(&j))
+                continue;
+            dsv3__json_open(&j, '{');
+            uint64_t seen_here = 0;
+            while (dsv3__json_key(&j, &key))
+                if (!dsv3__cfg_take(cfg, &j, key, dsv3__cfg_rope_keys, DSV3__COUNT(dsv3__cfg_rope_keys), &seen_here))
+                    dsv3__json_skip(&j);
+        } else if (dsv3__json_is(key, "quantization_config")) {
+            if (seen_quantization)
+                return DSV3__FAIL(err, DSV3_ERROR_JSON, "config.json: quantization_config stands twice");
+            seen_quantization = true;
+            if (!dsv3__json_null(&j))
+                dsv3__cfg_quantization(cfg, &j);
+        } else if (dsv3__json_is(key, "eos_token_id")) {
+            dsv3__cfg_eos(cfg, &j);
+        } else if (dsv3__json_is(key, "bos_token_id")) {
+            dsv3__cfg_bos(cfg, &j);
+        } else if (!dsv3__cfg_take(cfg, &j, key, dsv3__cfg_keys, DSV3__COUNT(dsv3__cfg_keys), &seen)) {
+            dsv3__json_skip(&j);
+        }
+    }
+    if (q_lora_null)
+        cfg->c.q_lora_rank = 0;
+    return dsv3__json_end(&j);
+}
+
+/* The number must be there, and be between lo and hi. */
+static dsv3_result dsv3__cfg_range(const char *key, uint64_t value, uint64_t lo, uint64_t hi, dsv3_error *err)
+{
+    if (value >= lo && value <= hi)
+        return DSV3_OK;
+    return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: %s is %u%s, expected %u to %u", key, value,
+                      value ? "" : " or missing", lo, hi);
+}
+
+static dsv3_result dsv3__cfg_check_router(dsv3__cfg *cfg, dsv3_error *err)
+{
+    dsv3_config *c = &cfg->c;
+    c->topk_method = c->scoring_func == DSV3_SCORING_SIGMOID ? DSV3_TOPK_NOAUX_TC : DSV3_TOPK_GREEDY;
+    if (strcmp(cfg->topk, "noaux_tc") == 0)
+        c->topk_method = DSV3_TOPK_NOAUX_TC;
+    else if (strcmp(cfg->topk, "greedy") == 0)
+        c->topk_method = DSV3_TOPK_GREEDY;
+    else if (strcmp(cfg->topk, "group_limited_greedy") == 0)
+        c->topk_method = DSV3_TOPK_GROUP_LIMITED_GREEDY;
+    else if (cfg->topk[0])
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: topk_method is \"%s\", expected noaux_tc, greedy or group_limited_greedy", cfg->topk);
+    if ((c->scoring_func == DSV3_SCORING_SIGMOID) != (c->topk_method == DSV3_TOPK_NOAUX_TC))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: scoring_func \"%s\" does not go with topk_method \"%s\"",
+                          c->scoring_func == DSV3_SCORING_SIGMOID ? "sigmoid" : "softmax", cfg->topk);
+    if (c->scoring_func == DSV3_SCORING_SOFTMAX && c->norm_topk_prob)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: norm_topk_prob is true with softmax scores: the published codes disagree on it");
+    if (c->topk_method == DSV3_TOPK_GREEDY)
+        c->n_group = c->topk_group = 1;
+    DSV3__TRY(dsv3__cfg_range("n_routed_experts", c->n_routed_experts, 1, 65536, err));
+    DSV3__TRY(dsv3__cfg_range("n_group", c->n_group, 1, c->n_routed_experts, err));
+    DSV3__TRY(dsv3__cfg_range("topk_group", c->topk_group, 1, c->n_group, err));
+    if (c->n_routed_experts % c->n_group)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: n_routed_experts %u is no multiple of n_group %u",
+                          (uint64_t)c->n_routed_experts, (uint64_t)c->n_group);
+    if (c->topk_method == DSV3_TOPK_NOAUX_TC && c->n_routed_experts / c->n_group < 2 && c->n_group > 1)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: groups of one expert: noaux_tc scores a group by two");
+    DSV3__TRY(dsv3__cfg_range("num_experts_per_tok", c->num_experts_per_tok, 1,
+                              (uint64_t)c->topk_group * (c->n_routed_experts / c->n_group), err));
+    DSV3__TRY(dsv3__cfg_range("moe_intermediate_size", c->moe_intermediate_size, 1, 1u << 24, err));
+    DSV3__TRY(dsv3__cfg_range("n_shared_experts", c->n_shared_experts, 0, 4096, err));
+    return dsv3__cfg_range("n_shared_experts * moe_intermediate_size", (uint64_t)c->n_shared_experts * c->moe_intermediate_size, 0,
+                           1u << 24, err);
+}
+
+static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
+{
+    dsv3_config *c = &cfg->c;
+    if (!(c->rope_theta >= 1 && c->rope_theta < 1e30))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope_theta is %f, expected at least 1", c->rope_theta);
+    if (cfg->partial_rotary_factor != 1)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: partial_rotary_factor is %f, expected 1",
+                          cfg->partial_rotary_factor);
+    if (!cfg->rope_type[0] || strcmp(cfg->rope_type, "default") == 0) {
+        c->rope_factor = 1;
+        return DSV3_OK;
+    }
+    if (strcmp(cfg->rope_type, "yarn") != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope type is \"%s\", expected \"default\" or \"yarn\"",
+                          cfg->rope_type);
+    if (!cfg->truncate)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope truncate is false, which is not supported");
+    c->rope_yarn = true;
+    DSV3__TRY(dsv3__cfg_range("original_max_position_embeddings", c->rope_original_max_position_embeddings, 1, 1u << 30, err));
+    if (c->rope_factor == 0)
+        c->rope_factor = (double)c->max_position_embeddings / c->rope_original_max_position_embeddings;
+    if (c->rope_beta_fast == 0)
+        c->rope_beta_fast = 32;
+    if (c->rope_beta_slow == 0)
+        c->rope_beta_slow = 1;
+    if (!(c->rope_factor > 0 && c->rope_factor < 1e9 && c->rope_beta_fast > 0 && c->rope_beta_slow > 0 &&
+          c->rope_beta_fast < 1e9 && c->rope_beta_slow < 1e9))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: yarn factor %f, beta_fast %f, beta_slow %f: out of range",
+                          c->rope_factor, c->rope_beta_fast, c->rope_beta_slow);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__cfg_check(dsv3__cfg *cfg, dsv3_error *err)
+{
+    dsv3_config *c = &cfg->c;
+    static const char *const types[] = {"deepseek_v3", "deepseek_v2", "kimi_k2", "joyai_llm_flash"};
+    size_t type = 0;
+    while (type < DSV3__COUNT(types) && strcmp(types[type], c->model_type) != 0)
+        type++;
+    if (type == DSV3__COUNT(types))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: model_type is \"%s\", expected deepseek_v3, deepseek_v2, kimi_k2 or joyai_llm_flash",
+                          c->model_type);
+    if (strcmp(cfg->scoring, "sigmoid") == 0)
+        c->scoring_func = DSV3_SCORING_SIGMOID;
+    else if (strcmp(cfg->scoring, "softmax") == 0)
+        c->scoring_func = DSV3_SCORING_SOFTMAX;
+    else if (cfg->scoring[0])
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: scoring_func is \"%s\", expected sigmoid or softmax",
+                          cfg->scoring);
+    else
+        c->scoring_func = cfg->v2 && strcmp(cfg->topk, "noaux_tc") != 0 ? DSV3_SCORING_SOFTMAX : DSV3_SCORING_SIGMOID;
+    if (strcmp(cfg->hidden_act, "silu") != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: hidden_act is \"%s\", expected \"silu\"", cfg->hidden_act);
+    if (cfg->attention_bias)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: attention_bias is true, which is not supported");
+    if (cfg->mlp_bias)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: mlp_bias is true, which is not supported");
+    if (cfg->moe_layer_freq != 1)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: moe_layer_freq is %u, expected 1",
+                          (uint64_t)cfg->moe_layer_freq);
+    DSV3__TRY(dsv3__cfg_range("vocab_size", c->vocab_size, 1, 1u << 24, err));
+    DSV3__TRY(dsv3__cfg_range("hidden_size", c->hidden_size, 1, 1u << 20, err));
+    DSV3__TRY(dsv3__cfg_range("num_hidden_layers", c->num_hidden_layers, 1, 4096, err));
+    DSV3__TRY(dsv3__cfg_range("num_attention_heads", c->num_attention_heads, 1, 4096, err));
+    DSV3__TRY(dsv3__cfg_range("kv_lora_rank", c->kv_lora_rank, 1, 65536, err));
+    DSV3__TRY(dsv3__cfg_range("qk_nope_head_dim", c->qk_nope_head_dim, 1, 65536, err));
+    DSV3__TRY(dsv3__cfg_range("qk_rope_head_dim", c->qk_rope_head_dim, 2, 65536, err));
+    DSV3__TRY(dsv3__cfg_range("v_head_dim", c->v_head_dim, 1, 65536, err));
+    DSV3__TRY(dsv3__cfg_range("q_lora_rank", c->q_lora_rank, 0, 1u << 20, err));
+    DSV3__TRY(dsv3__cfg_range("max_position_embeddings", c->max_position_embeddings, 1, 1u << 30, err));
+    if (c->qk_rope_head_dim % 2)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: qk_rope_head_dim is %u, expected an even number",
+                          (uint64_t)c->qk_rope_head_dim);
+    if (cfg->has_kv_heads && cfg->num_key_value_heads != c->num_attention_heads)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: num_key_value_heads is %u, expected num_attention_heads %u",
+                          (uint64_t)cfg->num_key_value_heads, (uint64_t)c->num_attention_heads);
+    if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps < 1))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rms_norm_eps is %f, expected 0 to 1",
+                          (double)c->rms_norm_eps);
+    if (c->first_k_dense_replace > c->num_hidden_layers)
+        c->first_k_dense_replace = c->num_hidden_layers;
+    if (c->first_k_dense_replace > 0)
+        DSV3__TRY(dsv3__cfg_range("intermediate_size", c->intermediate_size, 1, 1u << 24, err));
+    if (c->first_k_dense_replace < c->num_hidden_layers)
+        DSV3__TRY(dsv3__cfg_check_router(cfg, err));
+    return dsv3__cfg_check_rope(cfg, err);
+}
+
+static void dsv3__cfg_defaults(dsv3__cfg *cfg, bool v2)
+{
+    dsv3_config *c = &cfg->c;
+    memset(cfg, 0, sizeof *cfg);
+    cfg->v2 = v2;
+    cfg->moe_layer_freq = 1;
+    cfg->truncate = true;
+    cfg->partial_rotary_factor = 1;
+    memcpy(cfg->hidden_act, "silu", 5);
+    c->first_k_dense_replace = v2 ? 0 : 3;
+    c->n_shared_experts = v2 ? 2 : 1;
+    c->n_group = v2 ? 1 : 8;
+    c->topk_group = v2 ? 1 : 4;
+    c->routed_scaling_factor = v2 ? 1.0f : 2.5f;
+    c->norm_topk_prob = !v2;
+    c->rope_interleave = true;
+    c->rms_norm_eps = 1e-6f;
+    c->rope_theta = 10000;
+    c->max_position_embeddings = v2 ? 2048 : 4096;
+    c->bos_token_id = -1;
+}
+
+/* Is the file a deepseek_v2's? Its defaults differ, and keys come in any order. */
+static bool dsv3__cfg_is_v2(dsv3__str text)
+{
+    dsv3_error ignored;
+    dsv3__json j;
+    dsv3__json_str key, value;
+    bool v2 = false;
+    dsv3__json_init(&j, text.p, text.n, "config.json", &ignored);
+    dsv3__json_open(&j, '{');
+    while (dsv3__json_key(&j, &key)) {
+        if (dsv3__json_is(key, "model_type") && dsv3__json_peek(&j) == '"')
+            v2 = dsv3__json_string(&j, &value) && dsv3__json_is(value, "deepseek_v2");
+        else
+            dsv3__json_skip(&j);
+    }
+    return v2;
+}
+
+/* config.json, checked. */
+static dsv3_result dsv3__cfg_load(dsv3__cfg *cfg, dsv3__str text, dsv3_error *err)
+{
+    dsv3__cfg_defaults(cfg, dsv3__cfg_is_v2(text));
+    DSV3__TRY(dsv3__cfg_read(cfg, text, err));
+    return dsv3__cfg_check(cfg, err);
+}
+
+/* generation_config.json: stop ids, and how the checkpoint wants to be sampled. */
+static dsv3_result dsv3__cfg_generation(dsv3__cfg *cfg, dsv3__str text, dsv3_error *err)
+{
+    dsv3__json j;
+    dsv3__json_str key;
+    uint64_t seen = 0;
+    bool do_sample = false;
+    cfg->sampling.temperature = 1; /* transformers' default, when it samples */
+    dsv3__json_init(&j, text.p, text.n, "generation_config.json", err);
+    dsv3__json_open(&j, '{');
+    while (dsv3__json_key(&j, &key)) {
+        if (dsv3__json_is(key, "eos_token_id"))
+            dsv3__cfg_eos(cfg, &j);
+        else if (dsv3__json_is(key, "bos_token_id"))
+            dsv3__cfg_bos(cfg, &j);
+        else if (dsv3__json_is(key, "do_sample") && dsv3__json_peek(&j) != 'n')
+            dsv3__json_bool(&j, &do_sample);
+        else if (!dsv3__cfg_take(cfg, &j, key, dsv3__cfg_generation_keys, DSV3__COUNT(dsv3__cfg_generation_keys), &seen))
+            dsv3__json_skip(&j);
+    }
+    DSV3__TRY(dsv3__json_end(&j));
+    if (!do_sample)
+        memset(&cfg->sampling, 0, sizeof cfg->sampling);
+    return DSV3_OK;
+}
+// =============================================================================
+// >>wt   The open model: names of the checkpoint -> views of its weights, every shape and dtype checked against the
+//        configuration. Nothing is copied where the reader maps; with read_fn each tensor is read here, once.
+// =============================================================================
+
+/* W_down(silu(W_gate x) * (W_up x)): a dense layer's, a routed expert's, the shared expert's. */
+typedef struct dsv3__mlp {
+    dsv3_tensor gate; /* [inter, hidden_size] */
+    dsv3_tensor up;   /* [inter, hidden_size] */
+    dsv3_tensor down; /* [hidden_size, inter] */
+} dsv3__mlp;
+
+typedef struct dsv3__layer {
+    dsv3_tensor input_norm; /* [hidden_size] */
+    dsv3_tensor post_norm;  /* [hidden_size] */
+    dsv3_tensor q_a;        /* [q_lora_rank, hidden_size]; unused without q_lora_rank */
+    dsv3_tensor q_a_norm;   /* [q_lora_rank] */
+    dsv3_tensor q_b;        /* [n_heads * (nope + rope), q_lora_rank], or q_proj: [.., hidden_size] */
+    dsv3_tensor kv_a;       /* [kv_lora_rank + rope, hidden_size] */
+    dsv3_tensor kv_a_norm;  /* [kv_lora_rank] */
+    dsv3_tensor kv_b;       /* [n_heads * (nope + v), kv_lora_rank]: of head h first W_UK, then W_UV */
+    dsv3_tensor o;          /* [hidden_size, n_heads * v] */
+    bool moe;
+    bool has_mlp;           /* dense layers; MoE layers with a shared expert */
+    dsv3__mlp mlp;          /* inter = intermediate_size, or n_shared_experts * moe_intermediate_size */
+    dsv3_tensor router;     /* [n_routed_experts, hidden_size] */
+    dsv3_tensor router_bias; /* [n_routed_experts]; noaux_tc only */
+    dsv3__mlp *experts;     /* [n_routed_experts], inter = moe_intermediate_size */
+} dsv3__layer;
+
+struct dsv3_model {
+    dsv3__mem mem;
+    dsv3_logger logger;
+    dsv3__cfg cfg;
+    dsv3_config config;      /* = cfg.c, as handed out */
+    const dsv3__kern *k;
+    dsv3__st st;
+    dsv3__layer *layers;     /* [num_hidden_layers] */
+    dsv3_tensor embed;       /* [vocab_size, hidden_size] */
+    dsv3_tensor norm;        /* [hidden_size] */
+    dsv3_tensor head;        /* [vocab_size, hidden_size] */
+    float *inv_freq;         /* [rope / 2] */
+    float rope_amplitude;    /* multiplies cos and sin */
+    float softmax_scale;
+    dsv3_tokenizer *tokenizer; /* NULL: none that is known, and `tokenizer_error` says why */
+    dsv3_error tokenizer_error;
+    size_t max_token_bytes;
+};
+
+/* The bytes of a tensor, read from its file if the reader does not map. */
+static dsv3_result dsv3__wt_load(dsv3_model *m, const dsv3__st_tensor *tensor, dsv3_error *err)
+{
+    dsv3__st_tensor *t = m->st.tensors + (tensor - m->st.tensors);
+    dsv3__st_shard *shard = &m->st.shards[t->shard];
+    void *data;
+    if (t->data)
+        return DSV3_OK;
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &data, t->size, t->name, err));
+    t->data = (const uint8_t *)data;
+    if (t->size && m->st.reader.read_fn(m->st.reader.user, &shard->file, t->offset, data, (size_t)t->size))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %s: reading %u bytes at %u failed", shard->name, t->name, t->size, t->offset);
+    return dsv3__st_report(&m->st, t->size, m->st.data_bytes, err);
+}
+
+/* A weight by name with the shape it must have; cols 0: a vector [rows]. */
+static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *name, uint64_t rows, uint64_t cols, dsv3_error *err)
+{
+    const dsv3__st_tensor *t = dsv3__st_find(&m->st, name), *scale;
+    uint64_t want[2];
+    if (!t)
+        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: not in the checkpoint", name);
+    want[0] = rows;
+    want[1] = cols;
+    uint32_t rank = cols ? 2 : 1;
+    if (t->rank != rank || memcmp(t->shape, want, rank * sizeof(uint64_t)) != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D, found %D", m->st.shards[t->shard].name, name, want, rank,
+                          t->shape, (uint32_t)t->rank);
+    DSV3__TRY(dsv3__wt_load(m, t, err));
+    DSV3__TRY(dsv3__st_weight(&m->st, t, view, &scale, err));
+    if (scale) {
+        DSV3__TRY(dsv3__wt_load(m, scale, err));
+        view->scale = scale->data;
+    }
+    return dsv3__ten_check(view, name, true, err);
+}
+
+/* model.layers.<layer>.<part>, printed in one place. */
+typedef struct dsv3__wt_name {
+    char text[128];
+} dsv3__wt_name;
+
+static dsv3_result dsv3__wt_layer_tensor(dsv3_model *m, dsv3_tensor *view, uint32_t layer, const char *part, uint64_t rows,
+                                         uint64_t cols, dsv3_error *err)
+{
+    dsv3__wt_name name;
+    dsv3__format(name.text, sizeof name.text, "model.layers.%u.%s.weight", (uint64_t)layer, part);
+    return dsv3__wt_get(m, view, name.text, rows, cols, err);
+}
+
+static dsv3_result dsv3__wt_mlp(dsv3_model *m, dsv3__mlp *mlp, uint32_t layer, const char *part, uint64_t inter, dsv3_error *err)
+{
+    dsv3__wt_name name;
+    uint64_t dim = m->config.hidden_size;
+    dsv3__format(name.text, sizeof name.text, "%s.gate_proj", part);
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &mlp->gate, layer, name.text, inter, dim, err));
+    dsv3__format(name.text, sizeof name.text, "%s.up_proj", part);
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &mlp->up, layer, name.text, inter, dim, err));
+    dsv3__format(name.text, sizeof name.text, "%s.down_proj", part);
+    return dsv3__wt_layer_tensor(m, &mlp->down, layer, name.text, dim, inter, err);
+}
+
+static dsv3_result dsv3__wt_attention(dsv3_model *m, dsv3__layer *l, uint32_t layer, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    uint64_t q_rows = (uint64_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
+    uint64_t v_rows = (uint64_t)c->num_attention_heads * c->v_head_dim;
+    if (c->q_lora_rank) {
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->q_a, layer, "self_attn.q_a_proj", c->q_lora_rank, c->hidden_size, err));
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->q_a_norm, layer, "self_attn.q_a_layernorm", c->q_lora_rank, 0, err));
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->q_b, layer, "self_attn.q_b_proj", q_rows, c->q_lora_rank, err));
+    } else {
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->q_b, layer, "self_attn.q_proj", q_rows, c->hidden_size, err));
+    }
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->kv_a, layer, "self_attn.kv_a_proj_with_mqa",
+                                    (uint64_t)c->kv_lora_rank + c->qk_rope_head_dim, c->hidden_size, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->kv_a_norm, layer, "self_attn.kv_a_layernorm", c->kv_lora_rank, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->kv_b, layer, "self_attn.kv_b_proj",
+                                    (uint64_t)c->num_attention_heads * (c->qk_nope_head_dim + c->v_head_dim), c->kv_lora_rank, err));
+    return dsv3__wt_layer_tensor(m, &l->o, layer, "self_attn.o_proj", c->hidden_size, v_rows, err);
+}
+
+static dsv3_result dsv3__wt_moe(dsv3_model *m, dsv3__layer *l, uint32_t layer, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    dsv3__wt_name name;
+    void *experts;
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->router, layer, "mlp.gate", c->n_routed_experts, c->hidden_size, err));
+    dsv3__format(name.text, sizeof name.text, "model.layers.%u.mlp.gate.e_score_correction_bias", (uint64_t)layer);
+    if (c->topk_method == DSV3_TOPK_NOAUX_TC)
+        DSV3__TRY(dsv3__wt_get(m, &l->router_bias, name.text, c->n_routed_experts, 0, err));
+    else if (dsv3__st_find(&m->st, name.text))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json does not say noaux_tc", name.text);
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &experts, c->n_routed_experts * sizeof(dsv3__mlp), "experts", err));
+    l->experts = (dsv3__mlp *)experts;
+    for (uint32_t e = 0; e < c->n_routed_experts; e++) {
+        dsv3__format(name.text, sizeof name.text, "mlp.experts.%u", (uint64_t)e);
+        DSV3__TRY(dsv3__wt_mlp(m, &l->experts[e], layer, name.text, c->moe_intermediate_size, err));
+    }
+    l->has_mlp = c->n_shared_experts > 0;
+    dsv3__format(name.text, sizeof name.text, "model.layers.%u.mlp.shared_experts.gate_proj.weight", (uint64_t)layer);
+    if (!l->has_mlp && dsv3__st_find(&m->st, name.text))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json has no n_shared_experts", name.text);
+    if (l->has_mlp)
+        DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, layer, "mlp.shared_experts", (uint64_t)c->n_shared_experts * c->moe_intermediate_size, err));
+    return DSV3_OK;
+}
+
+/* Is there a query latent? null and absent keys mean different things to different readers: the tensors decide. */
+static dsv3_result dsv3__wt_q_lora(dsv3_model *m, dsv3_error *err)
+{
+    const dsv3__st_tensor *q_a = dsv3__st_find(&m->st, "model.layers.0.self_attn.q_a_proj.weight");
+    if (!m->cfg.has_q_lora)
+        m->config.q_lora_rank = q_a && q_a->rank == 2 && q_a->shape[0] <= 1u << 20 ? (uint32_t)q_a->shape[0] : 0;
+    if (m->config.q_lora_rank && !q_a && dsv3__st_find(&m->st, "model.layers.0.self_attn.q_proj.weight"))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: q_lora_rank is %u, but the checkpoint has q_proj, no q_a_proj",
+                          (uint64_t)m->config.q_lora_rank);
+    if (!m->config.q_lora_rank && q_a)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: q_lora_rank is null, but the checkpoint has q_a_proj");
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    void *layers;
+    DSV3__TRY(dsv3__wt_q_lora(m, err));
+    DSV3__TRY(dsv3__wt_get(m, &m->embed, "model.embed_tokens.weight", c->vocab_size, c->hidden_size, err));
+    DSV3__TRY(dsv3__wt_get(m, &m->norm, "model.norm.weight", c->hidden_size, 0, err));
+    if (c->tie_word_embeddings)
+        m->head = m->embed;
+    else
+        DSV3__TRY(dsv3__wt_get(m, &m->head, "lm_head.weight", c->vocab_size, c->hidden_size, err));
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &layers, c->num_hidden_layers * sizeof(dsv3__layer), "layers", err));
+    memset(layers, 0, c->num_hidden_layers * sizeof(dsv3__layer));
+    m->layers = (dsv3__layer *)layers;
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+        dsv3__layer *l = &m->layers[i];
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->input_norm, i, "input_layernorm", c->hidden_size, 0, err));
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->post_norm, i, "post_attention_layernorm", c->hidden_size, 0, err));
+        DSV3__TRY(dsv3__wt_attention(m, l, i, err));
+        l->moe = i >= c->first_k_dense_replace;
+        if (l->moe) {
+            DSV3__TRY(dsv3__wt_moe(m, l, i, err));
+        } else {
+            l->has_mlp = true;
+            DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, i, "mlp", c->intermediate_size, err));
+        }
+    }
+    return DSV3_OK;
+}
+
+static void dsv3__wt_unbind(dsv3_model *m)
+{
+    for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers; i++)
+        dsv3__mem_free(&m->mem, m->layers[i].experts);
+    dsv3__mem_free(&m->mem, m->layers);
+    for (uint64_t i = 0; i < m->st.n_tensors; i++)
+        if (!m->st.shards[m->st.tensors[i].shard].file.data)
+            dsv3__mem_free(&m->mem, m->st.tensors[i].data);
+}
+
+/* Has the tensor a value, or a scale, that is not finite? Only asked when logits were not. */
+static bool dsv3__wt_is_bad(const dsv3_tensor *t)
+{
+    uint64_t cols = t->rank == 2 ? t->shape[1] : t->shape[0], rows = t->rank == 2 ? t->shape[0] : 1;
+    for (uint64_t r = 0; r < rows; r++)
+        for (uint64_t i = 0; i < cols; i++) {
+            float v = dsv3__num_get((const uint8_t *)t->data + r * t->row_stride, t->dtype, i);
+            if (!(v - v == 0))
+                return true;
+        }
+    if (!t->scale)
+        return false;
+    for (uint64_t r = 0; r < dsv3__ceil_div(rows, t->block_rows); r++)
+        for (uint64_t i = 0; i < dsv3__ceil_div(cols, t->block_cols); i++) {
+            float v = dsv3__num_get(t->scale, t->scale_dtype, r * t->scale_stride + i);
+            if (!(v - v == 0))
+                return true;
+        }
+    return false;
+}
+
+/* Logits were not finite: which tensor is to blame? Always an error. */
+static dsv3_result dsv3__wt_blame(const dsv3_model *m, dsv3_error *err)
+{
+    for (uint64_t i = 0; i < m->st.n_tensors; i++) {
+        const dsv3__st_tensor *t = &m->st.tensors[i], *scale;
+        dsv3_tensor view;
+        dsv3_error ignored;
+        if (!t->data || (t->rank != 1 && t->rank != 2) || dsv3__st_weight(&m->st, t, &view, &scale, &ignored) ||
+            dsv3__ten_check(&view, t->name, true, &ignored) || !dsv3__wt_is_bad(&view))
+            continue;
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s holds a value that is not finite: logits are lost",
+                          m->st.shards[t->shard].name, t->name);
+    }
+    return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR,
+                      "logits are not finite, though every weight is: activations overflow f32 (a scale of the wrong size?)");
+}
+// =============================================================================
+// >>nn   What a layer is made of: normalisation, rotary positions, linear maps, gated MLPs, over n rows at once.
+//        Needs: mm, thr, wt. Owns: the scratch of a session (dsv3__work).
+//        One function for one row and for many; a row's bits depend on no other row.
+// =============================================================================
+
+#define DSV3__STRIP 64      /* outputs a task computes: a multiple of 64, so that strips can be packed alone */
+#define DSV3__HEAD_ROWS 16  /* rows, and */
+#define DSV3__HEAD_GROUP 8  /* heads at most, that one attention task takes */
+#define DSV3__UK_ROWS 16    /* rows of W_UK decoded at a time */
+#define DSV3__KEY_BLOCK 64  /* positions between two looks at the running maximum; blocks begin at multiples of it */
+
+/* Rows of one MLP: some rows of the batch go through it, with weights. */
+typedef struct dsv3__mlp_group {
+    const dsv3__mlp *mlp;
+    const uint32_t *rows;  /* [n] rows of the batch; NULL: 0 ... n - 1 */
+    const float *weights;  /* [n]; NULL: 1 */
+    uint32_t n;
+    uint32_t inter;
+    uint32_t first_task;   /* number of its first strip */
+    float *h;              /* [n, h_stride] silu(gate) * up, packed for `down` */
+    size_t h_stride;
+} dsv3__mlp_group;
+
+/* Where a worker writes what only it reads. */
+typedef struct dsv3__worker {
+    float *panel;  /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
+    float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
+    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
+    float *u;      /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
+    float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
+    float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
+    uint8_t *taken; /* [n_routed_experts] the router's marks */
+    float *choice; /* [2, n_routed_experts] its scores */
+} dsv3__worker;
+
+/* Scratch of a session. Strides are in floats and at least dsv3__mm_pad(width). */
+typedef struct dsv3__work {
+    const dsv3_model *m;
+    dsv3__pool *pool;
+    uint32_t max_batch;     /* rows at once */
+    size_t cache_stride;    /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
+    size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
+    float *x;               /* [n, x_stride] the residual stream */
+    float *xn;              /* [n, x_stride] normalised, columns in order */
+    float *xp;              /* [n, x_stride] the same, packed for FP8 weights */
+    float *norm;            /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
+    float *norm2;           /* the same, for a second norm of the step */
+    float *q_a;             /* [n, q_a_stride] query latent */
+    float *q;               /* [n, q_stride] queries of all heads: nope, then rope */
+    float *kv;              /* [n, kv_stride] latent and k_pe before norm and rotation */
+    float *o;               /* [n, o_stride] attention's values of all heads */
+    float *rope;            /* [n, qk_rope_head_dim] cos of each pair, then sin */
+    float *router;          /* [n, n_routed_experts] router logits */
+    float *h;               /* dense: [n, pad(inter)]; MoE: [n * top_k, pad(moe_inter)], then the shared expert's */
+    uint32_t *choice;       /* [n, top_k] chosen experts, ascending */
+    float *choice_weight;   /* [n, top_k] */
+    uint32_t *slot_rows;    /* [n * top_k] rows, by expert */
+    float *slot_weights;    /* [n * top_k] */
+    uint32_t *expert_first; /* [n_routed_experts + 1] */
+    dsv3__mlp_group *groups; /* [n_routed_experts + 1] */
+    dsv3__worker *workers;  /* [n_threads] */
+} dsv3__work;
+
+/* Takes `count` things of `size` bytes from the plan; base NULL only measures. */
+static void *dsv3__carve(uint8_t *base, uint64_t *used, uint64_t count, uint64_t size)
+{
+    void *p = base ? base + *used : NULL;
+    *used += (count * size + 63) & ~(uint64_t)63;
+    return p;
+}
+
+static size_t dsv3__work_widest(const dsv3_config *c)
+{
+    size_t widest = c->hidden_size, v = (size_t)c->num_attention_heads * c->v_head_dim;
+    size_t inter = c->first_k_dense_replace ? c->intermediate_size : 0;
+    size_t shared = (size_t)c->n_shared_experts * c->moe_intermediate_size;
+    widest = widest > v ? widest : v;
+    widest = widest > inter ? widest : inter;
+    widest = widest > shared ? widest : shared;
+    widest = widest > c->moe_intermediate_size ? widest : c->moe_intermediate_size;
+    widest = widest > c->q_lora_rank ? widest : c->q_lora_rank;
+    return widest > c->kv_lora_rank ? widest : c->kv_lora_rank;
+}
+
+/* Lays the scratch out in `base`; returns the bytes it takes. No overflow: every factor is bounded in >>cfg, the
+   products stay below 2^63. */
+static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads, uint8_t *base)
+{
+    const dsv3_config *c = &m->config;
+    const uint64_t f = sizeof(float), n = max_batch;
+    uint64_t used = 0, h_moe = 0, h_dense = 0, slots = n * c->num_experts_per_tok, experts = c->n_routed_experts;
+    bool moe = c->first_k_dense_replace < c->num_hidden_layers;
+    size_t widest = dsv3__work_widest(c);
+    memset(w, 0, sizeof *w);
+    w->m = m;
+    w->max_batch = max_batch;
+    w->cache_stride = ((size_t)c->kv_lora_rank + c->qk_rope_head_dim + 63) / 64 * 64;
+    w->x_stride = dsv3__mm_pad(c->hidden_size);
+    w->q_a_stride = c->q_lora_rank ? dsv3__mm_pad(c->q_lora_rank) : 0;
+    w->q_stride = (size_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
+    w->kv_stride = dsv3__mm_pad((size_t)c->kv_lora_rank + c->qk_rope_head_dim);
+    w->o_stride = dsv3__mm_pad((size_t)c->num_attention_heads * c->v_head_dim);
+    if (!moe)
+        slots = experts = 0;
+    if (moe)
+        h_moe = slots * dsv3__mm_pad(c->moe_intermediate_size) +
+                n * (c->n_shared_experts ? dsv3__mm_pad((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
+    if (c->first_k_dense_replace)
+        h_dense = n * dsv3__mm_pad(c->intermediate_size);
+    w->x = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
+    w->xn = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
+    w->xp = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
+    w->norm = (float *)dsv3__carve(base, &used, widest, f);
+    w->norm2 = (float *)dsv3__carve(base, &used, widest, f);
+    w->q_a = (float *)dsv3__carve(base, &used, n * w->q_a_stride, f);
+    w->q = (float *)dsv3__carve(base, &used, n * w->q_stride, f);
+    w->kv = (float *)dsv3__carve(base, &used, n * w->kv_stride, f);
+    w->o = (float *)dsv3__carve(base, &used, n * w->o_stride, f);
+    w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
+    w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
+    w->router = (float *)dsv3__carve(base, &used, n * experts, f);
+    w->choice = (uint32_t *)dsv3__carve(base, &used, slots, sizeof(uint32_t));
+    w->choice_weight = (float *)dsv3__carve(base, &used, slots, f);
+    w->slot_rows = (uint32_t *)dsv3__carve(base, &used, slots, sizeof(uint32_t));
+    w->slot_weights = (float *)dsv3__carve(base, &used, slots, f);
+    w->expert_first = (uint32_t *)dsv3__carve(base, &used, experts + 1, sizeof(uint32_t));
+    w->groups = (dsv3__mlp_group *)dsv3__carve(base, &used, experts + 1, sizeof(dsv3__mlp_group));
+    w->workers = (dsv3__worker *)dsv3__carve(base, &used, n_threads, sizeof(dsv3__worker));
+    for (uint32_t i = 0; i < n_threads; i++) {
+        dsv3__worker t;
+        t.panel = (float *)dsv3__carve(base, &used, dsv3__mm_panel_floats(widest), f);
+        t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
+        t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
+        t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->cache_stride, f);
+        t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
+        t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
+        t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
+        t.choice = (float *)dsv3__carve(base, &used, experts * 2, f);
+        if (base)
+            w->workers[i] = t;
+    }
+    return used;
+}
+
+// ---- Linear maps -----------------------------------------------------------------------------------------
+
+/* out [n, rows of w] = x times the transposed w, or added to out. */
+typedef struct dsv3__linear {
+    const dsv3_tensor *w;
+    const float *x; /* [n, x_stride] packed for w's dtype */
+    size_t x_stride;
+    float *out;
+    size_t out_stride;
+    bool add;
+} dsv3__linear;
+
+typedef struct dsv3__linear_task {
+    dsv3__work *w;
+    const dsv3__linear *maps;
+    uint32_t n_maps, n;
+} dsv3__linear_task;
+
+static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__linear_task *t = (const dsv3__linear_task *)ctx;
+    const dsv3__linear *map = t->maps;
+    dsv3__worker *mine = &t->w->workers[worker];
+    uint32_t strips;
+    while (task >= (strips = (uint32_t)dsv3__ceil_div(map->w->shape[0], DSV3__STRIP)))
+        task -= strips, map++;
+    uint64_t r0 = (uint64_t)task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < map->w->shape[0] ? r0 + DSV3__STRIP : map->w->shape[0];
+    if (!map->add) {
+        dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, map->out + r0, map->out_stride);
+        return;
+    }
+    dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, mine->a, DSV3__STRIP);
+    for (uint32_t i = 0; i < t->n; i++)
+        for (uint64_t r = r0; r < r1; r++)
+            map->out[i * map->out_stride + r] += mine->a[i * DSV3__STRIP + (r - r0)];
+}
+
+/* Independent maps of the same n rows, one join for all. */
+static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_maps, uint32_t n)
+{
+    dsv3__linear_task t;
+    uint64_t tasks = 0;
+    t.w = w, t.maps = maps, t.n_maps = n_maps, t.n = n;
+    for (uint32_t i = 0; i < n_maps; i++)
+        tasks += dsv3__ceil_div(maps[i].w->shape[0], DSV3__STRIP);
+    dsv3__pool_run(w->pool, (uint32_t)tasks, dsv3__nn_linear_task, &t);
+}
+
+// ---- RMSNorm ---------------------------------------------------------------------------------------------
+
+/* y = weight * (x / sqrt(mean(x^2) + eps)), all in f32; eps is added to the mean, inside the root. y may be x. */
+static void dsv3__nn_rmsnorm_row(const dsv3__kern *k, float *y, const float *x, const float *weight, size_t n, float eps)
+{
+    float r = 1.0f / sqrtf(k->dot_f32(x, x, NULL, n) / (float)n + eps);
+    for (size_t i = 0; i < n; i++)
+        y[i] = weight[i] * (x[i] * r);
+}
+
+typedef struct dsv3__norm_task {
+    dsv3__work *w;
+    float eps;
+    uint32_t n;
+} dsv3__norm_task;
+
+static void dsv3__nn_rmsnorm_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__norm_task *t = (const dsv3__norm_task *)ctx;
+    dsv3__work *w = t->w;
+    const size_t dim = w->m->config.hidden_size;
+    float *xn = w->xn + i * w->x_stride;
+    (void)worker;
+    dsv3__nn_rmsnorm_row(w->m->k, xn, w->x + i * w->x_stride, w->norm, dim, t->eps);
+    dsv3__mm_pack(xn, w->x_stride, xn, w->x_stride, 1, dim, DSV3_DTYPE_F32);
+    dsv3__mm_pack(w->xp + i * w->x_stride, w->x_stride, xn, w->x_stride, 1, dim, DSV3_DTYPE_F8_E4M3);
+}
+
+/* x -> xn and xp, n rows. weight [hidden_size] */
+static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps, uint32_t n)
+{
+    dsv3__norm_task t;
+    t.w = w, t.eps = eps, t.n = n;
+    dsv3__ten_row_values(w->m->k, w->norm, weight, 0);
+    dsv3__pool_run(w->pool, n, dsv3__nn_rmsnorm_task, &t);
+}
+
+/* The normalised rows as this weight wants them. */
+static const float *dsv3__nn_input(const dsv3__work *w, const dsv3_tensor *weight)
+{
+    return weight->dtype == DSV3_DTYPE_F8_E4M3 ? w->xp : w->xn;
+}
+
+// ---- Rotary positions ------------------------------------------------------------------------------------
+
+/* g of YaRN: how much attention is sharpened for a context stretched by `factor`. */
+static double dsv3__nn_yarn_mscale(double factor, double mscale)
+{
+    return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
+}
+
+/* Inverse frequencies [rope / 2], the amplitude of cos and sin, and the softmax scale (model.md 4.2 - 4.4). Roundings to
+   f32 follow transformers' _compute_yarn_parameters: at position 10^5 a last bit of a frequency is a visible angle. */
+static void dsv3__nn_rope_setup(dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    const uint32_t dim = c->qk_rope_head_dim;
+    double low = 0, high = 0, pi = 3.14159265358979323846;
+    if (c->rope_yarn) {
+        double l0 = c->rope_original_max_position_embeddings, base = 2 * log(c->rope_theta);
+        low = floor(dim * log(l0 / (c->rope_beta_fast * 2 * pi)) / base);
+        high = ceil(dim * log(l0 / (c->rope_beta_slow * 2 * pi)) / base);
+        low = low > 0 ? low : 0;
+        high = high < dim - 1.0 ? high : dim - 1.0;
+        if (low == high)
+            high += 0.001;
+    }
+    for (uint32_t i = 0; i < dim / 2; i++) {
+        float power = (float)pow(c->rope_theta, (double)((float)(2 * i) / (float)dim)), plain = 1.0f / power;
+        m->inv_freq[i] = plain;
+        if (c->rope_yarn) {
+            float ramp = ((float)i - (float)low) / (float)(high - low);
+            ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
+            float keep = 1.0f - ramp, stretched = 1.0f / ((float)c->rope_factor * power);
+            m->inv_freq[i] = stretched * (1.0f - keep) + plain * keep;
+        }
+    }
+    double amplitude = 1, sharpen = 1;
+    if (c->rope_yarn) {
+        if (c->rope_attention_factor != 0)
+            amplitude = c->rope_attention_factor;
+        else if (c->rope_mscale != 0 && c->rope_mscale_all_dim != 0)
+            amplitude = dsv3__nn_yarn_mscale(c->rope_factor, c->rope_mscale) /
+                        dsv3__nn_yarn_mscale(c->rope_factor, c->rope_mscale_all_dim);
+        else
+            amplitude = dsv3__nn_yarn_mscale(c->rope_factor, 1);
+        if (c->rope_mscale_all_dim != 0)
+            sharpen = dsv3__nn_yarn_mscale(c->rope_factor, c->rope_mscale_all_dim);
+    }
+    m->rope_amplitude = (float)amplitude;
+    m->softmax_scale = (float)(sharpen * sharpen / sqrt((double)c->qk_nope_head_dim + c->qk_rope_head_dim));
+}
+
+/* table [rope] = cos of each pair, then sin. The angle is rounded to f32, as the reference's is; cos and sin are double
+   libm rounded to f32, so that the table is the same on every platform. */
+static void dsv3__nn_rope_table(const dsv3_model *m, float *table, uint32_t position)
+{
+    const uint32_t half = m->config.qk_rope_head_dim / 2;
+    for (uint32_t i = 0; i < half; i++) {
+        float angle = (float)position * m->inv_freq[i];
+        table[i] = (float)cos((double)angle) * m->rope_amplitude;
+        table[half + i] = (float)sin((double)angle) * m->rope_amplitude;
+    }
+}
+
+/* Rotates v [rope] into out. DeepSeek's pairs are neighbours (2i, 2i + 1); rope_interleave false: (i, i + rope / 2). */
+static void dsv3__nn_rope(const dsv3_model *m, float *out, const float *v, const float *table)
+{
+    const uint32_t half = m->config.qk_rope_head_dim / 2;
+    const bool neighbours = m->config.rope_interleave;
+    for (uint32_t i = 0; i < half; i++) {
+        uint32_t a = neighbours ? 2 * i : i, b = neighbours ? 2 * i + 1 : i + half;
+        float cosine = table[i], sine = table[half + i], va = v[a], vb = v[b];
+        out[a] = va * cosine - vb * sine;
+        out[b] = vb * cosine + va * sine;
+    }
+}
+
+// ---- Gated MLPs ------------------------------------------------------------------------------------------
+
+typedef struct dsv3__mlp_task {
+    dsv3__work *w;
+    const dsv3__mlp_group *groups;
+    uint32_t n_groups, n;
+} dsv3__mlp_task;
+
+/* One strip of one group: h = silu(gate x) * (up x), packed for `down`. */
+static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
+    const dsv3__kern *k = t->w->m->k;
+    dsv3__worker *mine = &t->w->workers[worker];
+    uint32_t lo = 0, hi = t->n_groups; /* the last group whose first_task <= task */
+    while (hi - lo > 1) {
+        uint32_t mid = (lo + hi) / 2;
+        if (t->groups[mid].first_task <= task)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    const dsv3__mlp_group *g = &t->groups[lo];
+    const dsv3__mlp *mlp = g->mlp;
+    uint32_t r0 = (task - g->first_task) * DSV3__STRIP, r1 = r0 + DSV3__STRIP < g->inter ? r0 + DSV3__STRIP : g->inter;
+    const size_t stride = t->w->x_stride;
+    dsv3__mm_strip(k, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &mlp->gate), stride, g->rows, g->n, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(k, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &mlp->up), stride, g->rows, g->n, mine->b, DSV3__STRIP);
+    for (uint32_t i = 0; i < g->n; i++)
+        k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
+    dsv3__mm_pack(g->h + r0, g->h_stride, g->h + r0, g->h_stride, g->n, r1 - r0, mlp->down.dtype);
+}
+
+/* One strip of outputs over all groups: x += the sum of weight * (down h), groups in order, a row at a time complete. */
+static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
+    dsv3__work *w = t->w;
+    dsv3__worker *mine = &w->workers[worker];
+    uint32_t dim = w->m->config.hidden_size, r0 = task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < dim ? r0 + DSV3__STRIP : dim;
+    float *sum = mine->b; /* [n, DSV3__STRIP] */
+    memset(sum, 0, (size_t)t->n * DSV3__STRIP * sizeof(float));
+    for (uint32_t j = 0; j < t->n_groups; j++) {
+        const dsv3__mlp_group *g = &t->groups[j];
+        dsv3__mm_strip(w->m->k, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n, mine->a, DSV3__STRIP);
+        for (uint32_t i = 0; i < g->n; i++) {
+            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP, *from = mine->a + (size_t)i * DSV3__STRIP;
+            float weight = g->weights ? g->weights[i] : 1.0f;
+            for (uint32_t r = 0; r < r1 - r0; r++)
+                to[r] += weight * from[r];
+        }
+    }
+    for (uint32_t i = 0; i < t->n; i++)
+        for (uint32_t r = r0; r < r1; r++)
+            w->x[i * w->x_stride + r] += sum[i * DSV3__STRIP + (r - r0)];
+}
+
+/* x += all groups, n rows; xn and xp hold the normalised rows. Two joins, however many experts. */
+static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_groups, uint32_t n)
+{
+    dsv3__mlp_task t;
+    uint32_t tasks = 0;
+    t.w = w, t.groups = groups, t.n_groups = n_groups, t.n = n;
+    for (uint32_t i = 0; i < n_groups; i++) {
+        groups[i].first_task = tasks;
+        tasks += (groups[i].inter + DSV3__STRIP - 1) / DSV3__STRIP;
+    }
+    dsv3__pool_run(w->pool, tasks, dsv3__nn_mlp_up_task, &t);
+    dsv3__pool_run(w->pool, (w->m->config.hidden_size + DSV3__STRIP - 1) / DSV3__STRIP, dsv3__nn_mlp_down_task, &t);
+}
+// =============================================================================
+// >>mla   Multi-head latent attention, absorbed form (DeepSeek-V2, section 2.1; model.md 3). Needs: nn.
+//         In: normalised rows. Out: x += attention. Owns the layout of a cache row: the latent after its norm
+//         [kv_lora_rank], k_pe after its rotation [qk_rope_head_dim], zeros to a multiple of 64. One row serves all heads.
+//         Absorbed is the only form: W_UK goes to the query's side, W_UV behind the sum over positions, so that keys and
+//         values are never expanded and bits depend on tokens and positions alone.
+// =============================================================================
+
+/* One row of a pass: which timeline, which position, which token. */
+typedef struct dsv3__row {
+    float *cache;       /* the timeline: [num_hidden_layers, cache_tokens, cache_stride] */
+    uint32_t cache_tokens;
+    uint32_t position;
+    int32_t token;
+    float *logits;      /* [vocab_size] out; NULL: not asked for */
+    int32_t *experts;   /* [n_moe_layers, top_k] out; NULL */
+} dsv3__row;
+
+typedef struct dsv3__mla_task {
+    dsv3__work *w;
+    const dsv3__layer *l;
+    const dsv3__row *rows;
+    uint32_t layer, n;
+    uint32_t group; /* heads a task takes */
+} dsv3__mla_task;
+
+DSV3__INLINE float *dsv3__mla_cache(const dsv3__work *w, const dsv3__row *row, uint32_t layer, uint32_t position)
+{
+    return row->cache + ((size_t)layer * row->cache_tokens + position) * w->cache_stride;
+}
+
+/* Of one row: the query latent is normalised (in place), latent and k_pe go into the cache. */
+static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    const float latent_eps = 1e-6f; /* whatever rms_norm_eps says: as transformers and the shipped code have it */
+    const float *kv = w->kv + i * w->kv_stride;
+    float *cache = dsv3__mla_cache(w, &t->rows[i], t->layer, t->rows[i].position);
+    (void)worker;
+    if (c->q_lora_rank) {
+        float *q_a = w->q_a + i * w->q_a_stride;
+        dsv3__nn_rmsnorm_row(w->m->k, q_a, q_a, w->norm, c->q_lora_rank, latent_eps);
+        dsv3__mm_pack(q_a, w->q_a_stride, q_a, w->q_a_stride, 1, c->q_lora_rank, t->l->q_b.dtype);
+    }
+    dsv3__nn_rmsnorm_row(w->m->k, cache, kv, w->norm2, c->kv_lora_rank, latent_eps);
+    dsv3__nn_rope(w->m, cache + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
+    for (size_t j = (size_t)c->kv_lora_rank + c->qk_rope_head_dim; j < w->cache_stride; j++)
+        cache[j] = 0;
+}
+
+/* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
+static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0, uint32_t n_heads)
+{
+    const dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, latent = c->kv_lora_rank;
+    const size_t head_stride = t->group * w->cache_stride; /* from a row's query to the next row's */
+    memset(mine->q, 0, n_rows * head_stride * sizeof(float));
+    for (uint32_t j = 0; j < n_heads; j++) {
+        float *q = mine->q + j * w->cache_stride;
+        const float *from = w->q + row0 * w->q_stride + (size_t)(h0 + j) * (nope + rope);
+        uint64_t w_uk = (uint64_t)(h0 + j) * (nope + c->v_head_dim); /* row of kv_b */
+        for (uint32_t i = 0; i < nope; i += DSV3__UK_ROWS) {
+            uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
+            for (uint32_t r = 0; r < count; r++)
+                dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
+            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
+        }
+        for (uint32_t i = 0; i < n_rows; i++)
+            dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope, w->rope + (row0 + i) * rope);
+    }
+}
+
+/* Softmax over positions 0 ... row's own, of the latents: q [n_heads, cache_stride] in, its first kv_lora_rank floats out.
+   Blocks of positions lie at multiples of DSV3__KEY_BLOCK and are merged in order by the running maximum, so the bits
+   depend on the position alone. */
+static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q, uint32_t n_heads)
+{
+    const dsv3__work *w = t->w;
+    const dsv3__kern *k = w->m->k;
+    const uint32_t latent = w->m->config.kv_lora_rank;
+    float max[DSV3__HEAD_GROUP], sum[DSV3__HEAD_GROUP];
+    memset(mine->u, 0, (size_t)n_heads * latent * sizeof(float));
+    for (uint32_t j = 0; j < n_heads; j++)
+        max[j] = -INFINITY, sum[j] = 0;
+    for (uint32_t t0 = 0; t0 <= row->position; t0 += DSV3__KEY_BLOCK) {
+        uint32_t count = row->position - t0 + 1 < DSV3__KEY_BLOCK ? row->position - t0 + 1 : DSV3__KEY_BLOCK;
+        const float *cache = dsv3__mla_cache(w, row, t->layer, t0); /* [count, cache_stride] */
+        k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads, w->cache_stride);
+        for (uint32_t j = 0; j < n_heads; j++) {
+            float *score = mine->score + j * DSV3__KEY_BLOCK, block_max = -INFINITY;
+            for (uint32_t i = 0; i < count; i++) {
+                score[i] *= w->m->softmax_scale;
+                block_max = score[i] > block_max ? score[i] : block_max;
+            }
+            if (block_max > max[j]) {
+                float shrink = dsv3__exp(max[j] - block_max); /* 0 in the first block */
+                sum[j] *= shrink;
+                for (uint32_t i = 0; i < latent; i++)
+                    mine->u[j * latent + i] *= shrink;
+                max[j] = block_max;
+            }
+            sum[j] += k->exp_sum(score, count, max[j]);
+        }
+        k->outer(mine->u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, latent);
+    }
+    for (uint32_t j = 0; j < n_heads; j++) {
+        float scale = 1.0f / sum[j];
+        for (uint32_t i = 0; i < latent; i++)
+            q[j * w->cache_stride + i] = mine->u[j * latent + i] * scale;
+    }
+}
+
+/* A group of heads over a few rows: absorb, attend, W_UV. Writes their part of o. */
+static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    dsv3__worker *mine = &w->workers[worker];
+    const uint32_t n_groups = (c->num_attention_heads + t->group - 1) / t->group;
+    const uint32_t h0 = task % n_groups * t->group, row0 = task / n_groups * DSV3__HEAD_ROWS;
+    const uint32_t n_heads = (uint32_t)dsv3__min(t->group, c->num_attention_heads - h0);
+    const uint32_t n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0);
+    const size_t head_stride = t->group * w->cache_stride;
+    dsv3__mla_absorb(t, mine, row0, n_rows, h0, n_heads);
+    for (uint32_t i = 0; i < n_rows; i++)
+        dsv3__mla_attend(t, mine, &t->rows[row0 + i], mine->q + i * head_stride, n_heads);
+    for (uint32_t j = 0; j < n_heads; j++) {
+        uint64_t w_uv = (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
+        float *u = mine->q + j * w->cache_stride;
+        dsv3__mm_pack(u, head_stride, u, head_stride, n_rows, c->kv_lora_rank, t->l->kv_b.dtype);
+        dsv3__mm_strip(w->m->k, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
+                       w->o + row0 * w->o_stride + (size_t)(h0 + j) * c->v_head_dim, w->o_stride);
+    }
+}
+
+static void dsv3__mla_pack_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    float *o = t->w->o + i * t->w->o_stride;
+    (void)worker;
+    dsv3__mm_pack(o, t->w->o_stride, o, t->w->o_stride, 1, (size_t)t->w->m->config.num_attention_heads * t->w->m->config.v_head_dim,
+                  t->l->o.dtype);
+}
+
+/* x += attention of layer l over rows [n]; xn and xp hold the normalised rows. */
+static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t layer, const dsv3__row *rows, uint32_t n)
+{
+    const dsv3_config *c = &w->m->config;
+    const bool q_lora = c->q_lora_rank != 0;
+    const uint32_t heads = c->num_attention_heads, chunks = (n + DSV3__HEAD_ROWS - 1) / DSV3__HEAD_ROWS;
+    dsv3__linear first[2], q_b, o;
+    dsv3__mla_task t;
+
+    first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, &l->kv_a), first[0].x_stride = w->x_stride;
+    first[0].out = w->kv, first[0].out_stride = w->kv_stride, first[0].add = false;
+    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, first[1].w), first[1].x_stride = w->x_stride;
+    first[1].out = q_lora ? w->q_a : w->q, first[1].out_stride = q_lora ? w->q_a_stride : w->q_stride, first[1].add = false;
+    dsv3__nn_linear(w, first, 2, n);
+
+    t.w = w, t.l = l, t.rows = rows, t.layer = layer, t.n = n;
+    t.group = (uint32_t)dsv3__ceil_div((uint64_t)heads * chunks, (uint64_t)w->pool->n_threads * 4);
+    t.group = t.group < DSV3__HEAD_GROUP ? t.group : DSV3__HEAD_GROUP;
+    if (q_lora)
+        dsv3__ten_row_values(w->m->k, w->norm, &l->q_a_norm, 0);
+    dsv3__ten_row_values(w->m->k, w->norm2, &l->kv_a_norm, 0);
+    dsv3__pool_run(w->pool, n, dsv3__mla_latent_task, &t);
+
+    if (q_lora) {
+        q_b.w = &l->q_b, q_b.x = w->q_a, q_b.x_stride = w->q_a_stride, q_b.out = w->q, q_b.out_stride = w->q_stride, q_b.add = false;
+        dsv3__nn_linear(w, &q_b, 1, n);
+    }
+    dsv3__pool_run(w->pool, (heads + t.group - 1) / t.group * chunks, dsv3__mla_heads_task, &t);
+
+    dsv3__pool_run(w->pool, n, dsv3__mla_pack_task, &t);
+    o.w = &l->o, o.x = w->o, o.x_stride = w->o_stride, o.out = w->x, o.out_stride = w->x_stride, o.add = true;
+    dsv3__nn_linear(w, &o, 1, n);
+}
+
+// =============================================================================
+// >>moe   Router and experts (DeepSeek-V3, section 2.1.2; model.md 5). In: normalised rows. Out: x += experts.
+//         The bias decides who is chosen and never how much they count. Rows are grouped by expert; a row's sum runs
+//         over its experts in ascending order, the shared expert last, whoever else is in the batch.
+// =============================================================================
+
+/* The best of those not taken: the larger, and of equals the lower index. NaN never wins against a number. */
+static uint32_t dsv3__moe_best(const float *score, const uint8_t *taken, uint32_t n)
+{
+    uint32_t best = n;
+    for (uint32_t i = 0; i < n; i++)
+        if (!taken[i] && (best == n || score[i] > score[best] || (score[best] != score[best] && score[i] == score[i])))
+            best = i;
+    return best;
+}
+
+/* What a group is worth: its two best (noaux_tc), or its best. */
+static float dsv3__moe_group_score(const dsv3_config *c, const float *score, uint32_t n)
+{
+    float first = -INFINITY, second = -INFINITY;
+    for (uint32_t i = 0; i < n; i++) {
+        if (score[i] > first)
+            second = first, first = score[i];
+        else if (score[i] > second)
+            second = score[i];
+    }
+    return c->topk_method == DSV3_TOPK_NOAUX_TC ? first + second : first;
+}
+
+/* chosen [top_k] ascending, weight [top_k], from the router's logits z [n_routed_experts]. bias: NULL without noaux_tc.
+   scratch: choice [2 * n_routed_experts], taken [n_routed_experts]. */
+static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weight, const float *z, const float *bias, float *choice,
+                            uint8_t *taken)
+{
+    const uint32_t n = c->n_routed_experts, group_size = n / c->n_group;
+    float *score = choice + n; /* s: what the weight comes from; choice = s + bias: what the choice comes from */
+    if (c->scoring_func == DSV3_SCORING_SIGMOID) {
+        for (uint32_t e = 0; e < n; e++)
+            score[e] = dsv3__sigmoid(z[e]);
+    } else {
+        float max = -INFINITY, sum = 0;
+        for (uint32_t e = 0; e < n; e++)
+            max = z[e] > max ? z[e] : max;
+        for (uint32_t e = 0; e < n; e++)
+            sum += score[e] = dsv3__exp(z[e] - max);
+        for (uint32_t e = 0; e < n; e++)
+            score[e] /= sum;
+    }
+    memset(taken, 0, n);
+    if (c->topk_group < c->n_group) { /* experts of the groups left out count as taken */
+        for (uint32_t e = 0; e < n; e++)
+            choice[e] = score[e] + (bias ? bias[e] : 0);
+        for (uint32_t left_out = c->n_group - c->topk_group; left_out; left_out--) {
+            uint32_t worst = c->n_group; /* the smaller, and of equals the higher index */
+            float worst_score = 0;
+            for (uint32_t g = 0; g < c->n_group; g++) {
+                if (taken[g * group_size])
+                    continue;
+                float s = dsv3__moe_group_score(c, choice + g * group_size, group_size);
+                if (worst == c->n_group || !(s > worst_score))
+                    worst = g, worst_score = s;
+            }
+            memset(taken + worst * group_size, 2, group_size);
+        }
+    }
+    for (uint32_t e = 0; e < n; e++)
+        choice[e] = score[e] + (bias ? bias[e] : 0);
+    for (uint32_t i = 0; i < c->num_experts_per_tok; i++)
+        taken[dsv3__moe_best(choice, taken, n)] = 1;
+    float sum = 0;
+    for (uint32_t e = 0, i = 0; e < n; e++)
+        if (taken[e] == 1)
+            chosen[i] = e, weight[i++] = score[e], sum += score[e];
+    for (uint32_t i = 0; i < c->num_experts_per_tok; i++)
+        weight[i] = (c->norm_topk_prob ? weight[i] / (sum + 1e-20f) : weight[i]) * c->routed_scaling_factor;
+}
+
+typedef struct dsv3__moe_task {
+    dsv3__work *w;
+    const float *bias; /* [n_routed_experts] or NULL */
+} dsv3__moe_task;
+
+static void dsv3__moe_route_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__moe_task *t = (const dsv3__moe_task *)ctx;
+    dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    dsv3__worker *mine = &w->workers[worker];
+    dsv3__moe_route(c, w->choice + (size_t)i * c->num_experts_per_tok, w->choice_weight + (size_t)i * c->num_experts_per_tok,
+                    w->router + (size_t)i * c->n_routed_experts, t->bias, mine->choice, mine->taken);
+}
+
+/* x += the layer's MLP: dense, or routed and shared experts. rows [n] only for the experts they ask to see. */
+static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_layer, const dsv3__row *rows, uint32_t n)
+{
+    const dsv3_config *c = &w->m->config;
+    const uint32_t top_k = c->num_experts_per_tok, experts = c->n_routed_experts;
+    uint32_t n_groups = 0;
+    float *h = w->h;
+    if (l->moe) {
+        dsv3__linear router;
+        dsv3__moe_task t;
+        router.w = &l->router, router.x = dsv3__nn_input(w, &l->router), router.x_stride = w->x_stride;
+        router.out = w->router, router.out_stride = experts, router.add = false;
+        dsv3__nn_linear(w, &router, 1, n);
+        t.w = w, t.bias = NULL;
+        if (l->router_bias.data) {
+            dsv3__ten_row_values(w->m->k, w->norm, &l->router_bias, 0);
+            t.bias = w->norm;
+        }
+        dsv3__pool_run(w->pool, n, dsv3__moe_route_task, &t);
+        /* rows by expert: count, sum up, fill */
+        memset(w->expert_first, 0, (experts + 1) * sizeof(uint32_t));
+        for (size_t i = 0; i < (size_t)n * top_k; i++)
+            w->expert_first[w->choice[i] + 1]++;
+        for (uint32_t e = 0; e < experts; e++)
+            w->expert_first[e + 1] += w->expert_first[e];
+        for (uint32_t i = 0; i < n; i++) {
+            for (uint32_t j = 0; j < top_k; j++) {
+                uint32_t e = w->choice[(size_t)i * top_k + j], slot = w->expert_first[e]++;
+                w->slot_rows[slot] = i;
+                w->slot_weights[slot] = w->choice_weight[(size_t)i * top_k + j];
+                if (rows[i].experts)
+                    rows[i].experts[(size_t)moe_layer * top_k + j] = (int32_t)e;
+            }
+        }
+        const size_t stride = dsv3__mm_pad(c->moe_intermediate_size);
+        for (uint32_t e = 0, first = 0; e < experts; first = w->expert_first[e++]) { /* filling moved each start to its end */
+            dsv3__mlp_group *g = &w->groups[n_groups];
+            if (w->expert_first[e] == first)
+                continue;
+            g->mlp = &l->experts[e];
+            g->rows = w->slot_rows + first;
+            g->weights = w->slot_weights + first;
+            g->n = w->expert_first[e] - first;
+            g->inter = c->moe_intermediate_size;
+            g->h = h + (size_t)first * stride;
+            g->h_stride = stride;
+            n_groups++;
+        }
+        h += (size_t)n * top_k * stride;
+    }
+    if (l->has_mlp) {
+        dsv3__mlp_group *g = &w->groups[n_groups++];
+        g->mlp = &l->mlp;
+        g->rows = NULL;
+        g->weights = NULL;
+        g->n = n;
+        g->inter = l->moe ? c->n_shared_experts * c->moe_intermediate_size : c->intermediate_size;
+        g->h = h;
+        g->h_stride = dsv3__mm_pad(g->inter);
+    }
+    dsv3__nn_mlp(w, w->groups, n_groups, n);
+}
+
+// =============================================================================
+// >>fwd   The model: embedding, layers, final norm, head, for n rows of any timelines and positions.
+//         Rows of one timeline must come in rising order, each behind what its cache holds or in this very batch.
+// =============================================================================
+
+typedef struct dsv3__head_task {
+    dsv3__work *w;
+    const dsv3__row *rows;
+    uint32_t n;
+    const uint32_t *asked; /* [n] which rows */
+} dsv3__head_task;
+
+/* One strip of the vocabulary for all rows that ask. */
+static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__head_task *t = (const dsv3__head_task *)ctx;
+    dsv3__work *w = t->w;
+    dsv3__worker *mine = &w->workers[worker];
+    uint32_t vocab = w->m->config.vocab_size, r0 = task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < vocab ? r0 + DSV3__STRIP : vocab;
+    dsv3__mm_strip(w->m->k, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->head), w->x_stride, t->asked, t->n, mine->a,
+                   DSV3__STRIP);
+    for (uint32_t i = 0; i < t->n; i++)
+        memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
+}
+
+/* x -> logits of the rows that ask. `asked` is scratch [n]. */
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
+{
+    const uint32_t vocab = w->m->config.vocab_size;
+    dsv3__head_task t;
+    t.w = w, t.rows = rows, t.n = 0, t.asked = asked;
+    for (uint32_t i = 0; i < n; i++)
+        if (rows[i].logits)
+            asked[t.n++] = i;
+    if (!t.n)
+        return DSV3_OK;
+    dsv3__nn_rmsnorm(w, &w->m->norm, w->m->config.rms_norm_eps, n);
+    dsv3__pool_run(w->pool, (vocab + DSV3__STRIP - 1) / DSV3__STRIP, dsv3__fwd_head_task, &t);
+    for (uint32_t i = 0; i < t.n; i++) {
+        const float *logits = rows[asked[i]].logits;
+        float not_finite = 0; /* stays 0 unless a logit is infinite or NaN */
+        for (uint32_t v = 0; v < vocab; v++)
+            not_finite += logits[v] - logits[v];
+        if (not_finite != 0)
+            return dsv3__wt_blame(w->m, err);
+    }
+    return DSV3_OK;
+}
+
+/* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. cancel: looked at before
+   every layer. */
+static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, const uint32_t *cancel,
+                                  dsv3_error *err)
+{
+    const dsv3_model *m = w->m;
+    const float eps = m->config.rms_norm_eps;
+    uint32_t moe_layer = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        dsv3__ten_row_values(m->k, w->x + i * w->x_stride, &m->embed, (uint64_t)rows[i].token);
+        dsv3__nn_rope_table(m, w->rope + (size_t)i * m->config.qk_rope_head_dim, rows[i].position);
+    }
+    for (uint32_t i = 0; i < m->config.num_hidden_layers; i++) {
+        const dsv3__layer *l = &m->layers[i];
+        if (dsv3__atomic_load(cancel))
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
+        dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
+        dsv3__mla_forward(w, l, i, rows, n);
+        dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
+        dsv3__moe_forward(w, l, moe_layer, rows, n);
+        moe_layer += l->moe;
+    }
+    return dsv3__fwd_logits(w, rows, n, asked, err);
+}
+
+// =============================================================================
+// >>tok   The checkpoint's tokenizer: byte-level BPE of tokenizer.json, to the id.
+//         Text -> marker gaps -> pieces (three chained splits) -> words (merging) -> ids; ids -> bytes -> text.
+//         Needs: json, mem. Owns: nothing while it runs; a tokenizer never changes once it is open.
+// =============================================================================
+
+/* What a tokenizer.json promises, and how it is kept here.
+
+   1. Markers. Texts of added_tokens ("<|User|>") are cut out first, but only if the caller asks for it: text is text.
+   2. Splitting. Three regular expressions, each applied to the pieces that the one before left. They are three fixed
+      rules over five classes of characters, so there is no regex engine: dsv3__tok_piece finds the end of the next
+      piece in one walk over the UTF-8. A file with other patterns is refused by dsv3__tok_load_pattern.
+   3. Merging. A piece starts as its bytes; of all neighbouring pairs that the merges name, the one of lowest rank (the
+      leftmost of these) becomes one, until none is left.
+   4. Ids. A table from the result to the id.
+
+   Words. A token that merging can make is a *word*, numbered by age: 0 ... 255 are the bytes themselves, 256 + r is what
+   merge r makes. So a word is its own rank: "lowest rank" is "lowest word", and one number a pair serves as both.
+
+   Two ways of merging give the same result. dsv3__tok_merge_heap follows the rule to the letter, n log n, for any file.
+   dsv3__tok_merge_chain never merges: it takes the longest word at each place that can stand behind the one before, and
+   goes back a word where none can. It rests on two facts about files in which every word, spelled out, merges back to
+   itself (true of anything a BPE trainer writes; dsv3__tok_check_words verifies it when the file is opened):
+     - a row of words is the merging of its bytes exactly if each two neighbours are the merging of theirs: whatever
+       merges first across some border would do so with only these two words present;
+     - two neighbours are that if no pair (x, y) across the border ever merges: x among the words that end the left one
+       while it grows, y among those that begin the right one (dsv3__tok_apart). Two or three look-ups settle it.
+   PERF: on Italian, Chinese, Japanese and mixed text chain merges XX times as fast as heap, and a million equal
+   characters need no more time than any others.
+
+   Bytes that are not UTF-8 are characters of the class "other", each by itself, and stand for themselves: every byte
+   string has ids, and their bytes are that string again. */
+
+enum {
+    DSV3__TOK_FILE_MAX = 64 << 20,    /* bytes of tokenizer.json */
+    DSV3__TOK_CONFIG_MAX = 16 << 20,  /* bytes of tokenizer_config.json */
+    DSV3__TOK_IDS_MAX = 1 << 21,      /* ids, and words: three of them fit a slot of dsv3__tok_map */
+    DSV3__TOK_WORD_MAX = 256,         /* bytes of a word for chain (DeepSeek-V3: 128), else heap */
+    DSV3__TOK_MARKER_MAX = 256,       /* bytes of an added token (DeepSeek-V3: 33): bounds the look-ahead of a match */
+    DSV3__TOK_PROBES_MAX = 256,       /* a file whose hashes collide this often was made to */
+    DSV3__TOK_FAST = 256,             /* bytes of a token read in one go; longer ones take the careful way */
+    DSV3__TOK_ENTRY = 60,             /* bytes of file for an entry and its merge: a first guess at their number */
+    DSV3__TOK_CHUNK = 64              /* bytes decoded at a time */
+};
+
+/* Text of ill-formed UTF-8 arrives in pieces: what is certain goes out, up to three bytes wait. Starts as {0}. */
+typedef struct dsv3__tok_stream {
+    uint8_t n; /* bytes waiting: the beginning of a well-formed sequence */
+    uint8_t bytes[3];
+} dsv3__tok_stream;
+
+/* Length (at least 1, n > 0) of the first character at p, or of the maximal part of one that is none, as Unicode
+   counts them (chapter 3, table 3-8). *state: 0 well-formed, 1 ill-formed, 2 neither yet: the bytes end within it. */
+static size_t dsv3__tok_utf8_part(const uint8_t *p, size_t n, int *state)
+{
+    size_t want = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2, i = 1;
+    uint8_t lo = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80; /* of the second byte: shortest forms */
+    uint8_t hi = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF; /* no surrogates, nothing behind U+10FFFF */
+    *state = p[0] >= 0x80;
+    if (p[0] < 0xC2 || p[0] > 0xF4)
+        return 1;
+    for (; i < want && i < n && p[i] >= lo && p[i] <= hi; i++)
+        lo = 0x80, hi = 0xBF;
+    *state = i == want ? 0 : i == n ? 2 : 1;
+    return i;
+}
+
+/* Appends n bytes and writes what is now certain: whole characters, U+FFFD for each ill-formed part. Returns the length.
+   out        [3 * (n + 3)] */
+static size_t dsv3__tok_stream_put(dsv3__tok_stream *s, const char *bytes, size_t n, char *out)
+{
+    const uint8_t *p = (const uint8_t *)bytes, *end = p + n;
+    char *o = out;
+    while (p < end) {
+        uint8_t window[4]; /* the bytes that wait and those that may complete them */
+        size_t waiting = s->n, have = waiting, part;
+        int state;
+        if (!waiting && *p < 0x80) {
+            *o++ = (char)*p++;
+            continue;
+        }
+        memcpy(window, s->bytes, waiting);
+        for (const uint8_t *q = p; have < 4 && q < end; q++)
+            window[have++] = *q;
+        part = dsv3__tok_utf8_part(window, have, &state);
+        if (state == 2) { /* part == have < 4 */
+            memcpy(s->bytes, window, part);
+            s->n = (uint8_t)part;
+            return (size_t)(o - out);
+        }
+        memcpy(o, state == 0 ? (const char *)window : "\xEF\xBF\xBD", state == 0 ? part : 3);
+        o += state == 0 ? part : 3;
+        s->n = 0;
+        p += part - waiting; /* part >= waiting: what waits is the beginning of a sequence */
+    }
+    return (size_t)(o - out);
+}
+
+/* The end: an incomplete character becomes U+FFFD. out [3]. Harmless when called again. */
+static size_t dsv3__tok_stream_flush(dsv3__tok_stream *s, char *out)
+{
+    size_t n = s->n ? 3 : 0;
+    memcpy(out, "\xEF\xBF\xBD", n);
+    s->n = 0;
+    return n;
+}
+
+#ifndef DSV3_NO_TOKENIZER
+
+/* Open addressing, linear probing. A slot is key << 22 | value; 0 is an empty one, values are never 0. */
+typedef struct dsv3__tok_map {
+    uint64_t *slots; /* [1 << (64 - shift)] */
+    uint64_t used;
+    unsigned shift;
+} dsv3__tok_map;
+
+#define DSV3__TOK_VALUE_BITS 22
+#define DSV3__TOK_VALUE_MASK ((1u << DSV3__TOK_VALUE_BITS) - 1)
+
+/* A token's bytes in the pool. */
+typedef struct dsv3__tok_span {
+    uint32_t at, n;
+} dsv3__tok_span;
+
+/* The two words that a word was made of. */
+typedef struct dsv3__tok_parts {
+    uint32_t left, right;
+} dsv3__tok_parts;
+
+typedef struct dsv3__tok_marker {
+    int32_t id;
+    uint32_t at; /* its text, in `contents` */
+    uint16_t n;
+    bool normalized; /* matched in the second pass, in what the first one left */
+    bool special;
+} dsv3__tok_marker;
+
+/* What is to know about an id. */
+enum {
+    DSV3__TOK_RAW = 1,    /* not spelled in byte letters alone: its bytes are its text */
+    DSV3__TOK_ADDED = 2,  /* in added_tokens */
+    DSV3__TOK_SPECIAL = 4 /* and `special` there */
+};
+
+#define DSV3__TOK_CLASSES_END 0x32400 /* behind it only U+E0100 ... U+E01EF have a class (marks) */
+#define DSV3__TOK_BLOCK 128           /* code points a block */
+#define DSV3__TOK_BLOCKS_MAX 256      /* different ones */
+
+#ifdef DSV3_REGRESSION
+    #define DSV3__TOK_SMALL 64
+#else
+    #define DSV3__TOK_SMALL 8192 /* bytes of scratch on the stack: words of 1000 bytes with chain, of 227 with heap */
+#endif
+
+#define DSV3__TOK_GONE UINT32_MAX /* no word */
+#define DSV3__TOK_UNSET UINT32_MAX /* where the bytes of an id are not known yet */
+
+struct dsv3_tokenizer {
+    dsv3__mem mem;
+    /* ids */
+    uint32_t n_tokens;
+    char *pool;              /* the bytes of all tokens */
+    dsv3__tok_span *spans;   /* [n_tokens] */
+    uint8_t *flags;          /* [n_tokens] */
+    int32_t bos, eos, pad;   /* -1: none */
+    bool add_bos;
+    /* words */
+    uint32_t n_words;        /* bytes, what merges make, and (ignore_merges) vocabulary that no merge makes */
+    int32_t *ids;            /* [n_words] */
+    dsv3__tok_parts *parts;  /* [n_merges] of word 256 + i */
+    dsv3__tok_map pairs;     /* left << 21 | right -> word */
+    dsv3__tok_map trie;      /* node << 8 | byte -> node. A word is its own node, other beginnings are numbered behind */
+    bool chain;              /* dsv3__tok_merge_chain may be used */
+    bool whole;              /* ignore_merges: a piece that is a word stays whole */
+    /* markers */
+    uint32_t n_markers;
+    dsv3__tok_marker *markers; /* [n_markers] in the order of the file */
+    char *contents;
+    dsv3__tok_map marker_trie; /* as trie; the root is 0, markers[i] is node 1 + i */
+    bool marker_starts[256];   /* can this byte begin one? */
+    /* classes */
+    uint8_t block_of[DSV3__TOK_CLASSES_END / DSV3__TOK_BLOCK];
+    uint8_t blocks[DSV3__TOK_BLOCKS_MAX][DSV3__TOK_BLOCK];
+};
+
+/* Where ids go. More than `cap` are only counted. */
+typedef struct dsv3__tok_sink {
+    int32_t *tokens; /* [cap] */
+    size_t cap, n;
+    dsv3__mem mem;   /* for pieces too long for `small` */
+    void *big;
+    uint64_t big_size;
+    uint64_t small[DSV3__TOK_SMALL / 8];
+    dsv3_error *err;
+} dsv3__tok_sink;
+
+DSV3__INLINE void dsv3__tok_push(dsv3__tok_sink *sink, int32_t id)
+{
+    if (sink->n < sink->cap)
+        sink->tokens[sink->n] = id;
+    sink->n++;
+}
+
+static void dsv3__tok_sink_init(dsv3__tok_sink *sink, const dsv3_tokenizer *t, int32_t *tokens, size_t cap)
+{
+    uint64_t limit = t->mem.limit; /* what a call takes for a long word counts to the tokenizer's memory while it runs */
+    dsv3__mem_init(&sink->mem, &t->mem.allocator, limit == 0 ? 0 : limit > t->mem.used ? limit - t->mem.used : 1);
+    sink->tokens = tokens;
+    sink->cap = cap;
+    sink->n = 0;
+    sink->big = NULL;
+    sink->big_size = 0;
+}
+
+/* Scratch of one piece; what it holds is gone with the next call. */
+static dsv3_result dsv3__tok_scratch(dsv3__tok_sink *sink, void **scratch, uint64_t size)
+{
+    *scratch = sink->small;
+    if (size <= sizeof sink->small)
+        return DSV3_OK;
+    if (size > sink->big_size) {
+        dsv3__mem_free(&sink->mem, sink->big);
+        sink->big_size = 0;
+        DSV3__TRY(dsv3__mem_alloc(&sink->mem, &sink->big, size, "tokenizing a long word", sink->err));
+        sink->big_size = size;
+    }
+    *scratch = sink->big;
+    return DSV3_OK;
+}
+
+// ---- Tables ----------------------------------------------------------------------------------------------
+
+DSV3__INLINE uint64_t dsv3__tok_map_home(const dsv3__tok_map *map, uint64_t key)
+{
+    return (key * 0x9E3779B97F4A7C15ull) >> map->shift;
+}
+
+DSV3__INLINE uint64_t dsv3__tok_map_next(const dsv3__tok_map *map, uint64_t i)
+{
+    return (i + 1) & (~(uint64_t)0 >> map->shift);
+}
+
+/* The value of key; 0 if there is none. */
+DSV3__INLINE uint32_t dsv3__tok_map_get(const dsv3__tok_map *map, uint64_t key)
+{
+    for (uint64_t i = dsv3__tok_map_home(map, key);; i = dsv3__tok_map_next(map, i)) {
+        uint64_t slot = map->slots[i];
+        if (slot >> DSV3__TOK_VALUE_BITS == key)
+            return (uint32_t)slot & DSV3__TOK_VALUE_MASK; /* an empty slot reads as key 0, value 0 */
+        if (!slot)
+            return 0;
+    }
+}
+
+/* An empty map for n entries, filled to 5/8 at most. */
+static dsv3_result dsv3__tok_map_init(dsv3__mem *mem, dsv3__tok_map *map, uint64_t n, dsv3_error *err)
+{
+    void *slots;
+    unsigned bits = 4;
+    while (((uint64_t)5 << bits) / 8 < n)
+        bits++;
+    DSV3__TRY(dsv3__mem_alloc(mem, &slots, (uint64_t)8 << bits, "tokenizer tables", err));
+    memset(slots, 0, (size_t)8 << bits);
+    map->slots = (uint64_t *)slots;
+    map->shift = 64 - bits;
+    map->used = 0;
+    return DSV3_OK;
+}
+
+/* Adds an entry beside those that may be there. False: too many collisions. The map must have room. */
+static bool dsv3__tok_map_insert(dsv3__tok_map *map, uint64_t key, uint32_t value)
+{
+    uint64_t i = dsv3__tok_map_home(map, key);
+    for (int probes = 0; map->slots[i]; probes++, i = dsv3__tok_map_next(map, i))
+        if (probes == DSV3__TOK_PROBES_MAX)
+            return false;
+    map->slots[i] = key << DSV3__TOK_VALUE_BITS | value;
+    map->used++;
+    return true;
+}
+
+/* Adds an entry, in a map of twice the size where it must be. */
+static dsv3_result dsv3__tok_map_put(dsv3__mem *mem, dsv3__tok_map *map, uint64_t key, uint32_t value, dsv3_error *err)
+{
+    uint64_t size = (uint64_t)1 << (64 - map->shift);
+    bool ok = true;
+    if (DSV3__UNLIKELY(map->used * 8 >= size * 5)) {
+        dsv3__tok_map old = *map;
+        DSV3__TRY(dsv3__tok_map_init(mem, map, size, err));
+        for (uint64_t i = 0; i < size && ok; i++)
+            if (old.slots[i])
+                ok = dsv3__tok_map_insert(map, old.slots[i] >> DSV3__TOK_VALUE_BITS,
+                                          (uint32_t)old.slots[i] & DSV3__TOK_VALUE_MASK);
+        dsv3__mem_free(mem, old.slots);
+    }
+    if (!ok || !dsv3__tok_map_insert(map, key, value))
+        return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER, "tokenizer.json: its entries collide in a table more than chance allows");
+    return DSV3_OK;
+}
+
+DSV3__INLINE uint32_t dsv3__tok_pair(const dsv3_tokenizer *t, uint32_t left, uint32_t right)
+{
+    return dsv3__tok_map_get(&t->pairs, (uint64_t)left << 21 | right);
+}
+
+/* Leads from `node` along n bytes to `leaf` in a trie, by new nodes numbered from *next where there are none. Shorter
+   strings must have been added before longer ones. *same: a leaf is there already (nothing was added). */
+static dsv3_result dsv3__tok_trie_add(dsv3__mem *mem, dsv3__tok_map *trie, uint32_t node, const char *bytes, uint32_t n,
+                                      uint32_t leaf, uint32_t *next, bool *same, dsv3_error *err)
+{
+    *same = false;
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t key = (uint64_t)node << 8 | (uint8_t)bytes[i];
+        uint32_t child = dsv3__tok_map_get(trie, key);
+        if (!child) {
+            child = i + 1 < n ? (*next)++ : leaf;
+            if (child > DSV3__TOK_VALUE_MASK)
+                return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER, "tokenizer.json: more than %u beginnings of words",
+                                  (uint64_t)DSV3__TOK_VALUE_MASK);
+            DSV3__TRY(dsv3__tok_map_put(mem, trie, key, child, err));
+        } else {
+            *same = i + 1 == n;
+        }
+        node = child;
+    }
+    return DSV3_OK;
+}
+
+// ---- Classes of characters -------------------------------------------------------------------------------
+
+/* What \p{L}\p{M}, \p{P}\p{S}, \p{N} and \s tell apart. */
+enum {
+    DSV3__TOK_OTHER = 0,  /* controls, format characters, unassigned, ill-formed bytes */
+    DSV3__TOK_WORD = 1,   /* letters and marks */
+    DSV3__TOK_PUNCT = 2,  /* punctuation and symbols */
+    DSV3__TOK_NUMBER = 3,
+    DSV3__TOK_SPACE = 4,
+    DSV3__TOK_CJK = 8     /* or'ed in: the second split's ranges */
+};
+
+/* Run lengths over U+0000 ... U+10FFFF: class << 5 | length; a length of 30 adds the byte that follows, 31 stands for
+   the three that follow. */
+/* Unicode 16.0, 2423 bytes. Generated by tests/gen_unicode.py. */
+// clang-format off
+static const uint8_t dsv3__tok_class_runs[] = {
+    9, 133, 18, 129, 79, 106, 71, 58, 70, 58, 68, 6, 129, 26, 129, 73, 33, 66, 1, 68, 98, 65, 33, 67, 97, 33, 65,
+    99, 65, 55, 65, 62, 1, 65, 63, 202, 1, 0, 68, 44, 78, 37, 71, 33, 65, 33, 81, 62, 87, 65, 34, 2, 36, 65, 33, 4,
+    66, 33, 65, 35, 1, 33, 1, 52, 1, 62, 53, 65, 62, 109, 65, 62, 143, 1, 62, 8, 2, 33, 70, 62, 11, 66, 2, 67, 1,
+    62, 15, 65, 33, 65, 34, 65, 34, 65, 33, 8, 59, 4, 36, 66, 17, 74, 43, 65, 1, 67, 62, 34, 106, 68, 62, 72, 65,
+    40, 1, 65, 42, 65, 38, 106, 35, 66, 33, 78, 2, 62, 29, 2, 62, 71, 14, 106, 62, 14, 68, 33, 2, 33, 66, 62, 16, 2,
+    79, 1, 60, 2, 65, 1, 43, 5, 56, 65, 38, 8, 62, 45, 1, 62, 99, 66, 106, 65, 51, 1, 40, 2, 34, 2, 54, 1, 39, 1,
+    33, 3, 36, 2, 41, 2, 34, 2, 36, 8, 33, 4, 34, 1, 37, 2, 106, 34, 66, 102, 66, 33, 65, 33, 2, 35, 1, 38, 4, 34,
+    2, 54, 1, 39, 1, 34, 1, 34, 1, 34, 2, 33, 1, 37, 4, 34, 2, 35, 3, 33, 7, 36, 1, 33, 7, 106, 38, 65, 10, 35, 1,
+    41, 1, 35, 1, 54, 1, 39, 1, 34, 1, 37, 2, 42, 1, 35, 1, 35, 2, 33, 15, 36, 2, 106, 66, 7, 39, 1, 35, 1, 40, 2,
+    34, 2, 54, 1, 39, 1, 34, 1, 37, 2, 41, 2, 34, 2, 35, 7, 35, 4, 34, 1, 37, 2, 106, 65, 33, 102, 10, 34, 1, 38, 3,
+    35, 1, 36, 3, 34, 1, 33, 1, 34, 3, 34, 3, 35, 3, 44, 4, 37, 3, 35, 1, 36, 2, 33, 6, 33, 14, 109, 72, 5, 45, 1,
+    35, 1, 55, 1, 48, 2, 41, 1, 35, 1, 36, 7, 34, 1, 35, 2, 33, 2, 36, 2, 106, 7, 65, 103, 65, 36, 65, 40, 1, 35, 1,
+    55, 1, 42, 1, 37, 2, 41, 1, 35, 1, 36, 7, 34, 6, 34, 1, 36, 2, 106, 1, 35, 12, 45, 1, 35, 1, 62, 21, 1, 35, 1,
+    37, 65, 4, 36, 103, 37, 2, 115, 65, 38, 1, 35, 1, 50, 3, 56, 1, 41, 1, 33, 2, 39, 3, 33, 4, 38, 1, 33, 1, 40, 6,
+    106, 2, 34, 65, 12, 62, 28, 4, 65, 47, 65, 106, 66, 30, 7, 34, 1, 33, 1, 37, 1, 56, 1, 33, 1, 55, 2, 37, 1, 33,
+    1, 39, 1, 106, 2, 36, 30, 2, 33, 87, 34, 70, 116, 65, 33, 65, 33, 65, 33, 68, 42, 1, 62, 6, 4, 52, 65, 50, 1,
+    62, 6, 1, 72, 33, 70, 1, 77, 30, 7, 62, 34, 106, 70, 62, 34, 106, 36, 66, 62, 8, 1, 33, 5, 33, 2, 62, 13, 65,
+    63, 77, 1, 0, 1, 36, 2, 39, 1, 33, 1, 36, 2, 62, 11, 1, 36, 2, 62, 3, 1, 36, 2, 39, 1, 33, 1, 36, 2, 47, 1, 62,
+    27, 1, 36, 2, 62, 37, 2, 35, 73, 116, 3, 48, 74, 6, 62, 56, 2, 38, 2, 65, 63, 108, 2, 0, 66, 49, 129, 58, 66, 3,
+    62, 45, 67, 99, 40, 7, 54, 9, 54, 66, 9, 52, 12, 45, 1, 35, 1, 34, 12, 62, 54, 67, 33, 68, 34, 2, 106, 6, 106,
+    6, 75, 35, 1, 33, 106, 6, 62, 59, 7, 62, 13, 5, 62, 40, 10, 62, 1, 1, 44, 4, 44, 4, 65, 3, 66, 106, 62, 0, 2,
+    37, 11, 62, 14, 4, 58, 6, 107, 3, 94, 4, 60, 2, 66, 62, 33, 1, 61, 2, 33, 106, 6, 106, 6, 71, 33, 70, 2, 62, 1,
+    30, 19, 62, 47, 1, 66, 106, 81, 41, 76, 62, 18, 106, 62, 28, 8, 68, 62, 26, 3, 69, 106, 3, 35, 106, 62, 6, 66,
+    43, 5, 62, 13, 2, 35, 72, 8, 35, 65, 62, 9, 5, 63, 22, 2, 0, 2, 38, 2, 62, 8, 2, 38, 2, 40, 1, 33, 1, 33, 1, 33,
+    1, 62, 1, 2, 62, 23, 1, 39, 65, 33, 67, 35, 1, 39, 67, 36, 2, 38, 1, 67, 45, 67, 2, 35, 1, 39, 66, 1, 139, 5,
+    88, 130, 5, 129, 94, 17, 129, 16, 97, 33, 2, 102, 69, 33, 106, 69, 1, 45, 3, 94, 3, 15, 62, 3, 15, 66, 33, 68,
+    33, 66, 42, 65, 33, 67, 37, 70, 33, 65, 33, 65, 33, 65, 36, 65, 43, 66, 36, 69, 37, 68, 33, 65, 126, 21, 34,
+    101, 66, 4, 95, 154, 2, 0, 22, 75, 21, 126, 30, 94, 48, 118, 95, 118, 2, 0, 126, 0, 95, 224, 3, 0, 2, 94, 2, 1,
+    94, 75, 62, 199, 70, 41, 5, 68, 97, 66, 62, 8, 1, 33, 5, 33, 2, 62, 26, 7, 33, 65, 14, 56, 9, 39, 1, 39, 1, 39,
+    1, 39, 1, 39, 1, 39, 1, 39, 1, 39, 1, 62, 2, 94, 17, 33, 94, 16, 30, 4, 90, 1, 94, 59, 12, 94, 184, 26, 80, 129,
+    68, 34, 97, 89, 105, 38, 65, 37, 66, 99, 34, 67, 1, 62, 56, 2, 34, 66, 35, 65, 62, 60, 65, 36, 5, 62, 13, 1, 62,
+    64, 1, 66, 100, 74, 62, 2, 94, 8, 9, 65, 48, 94, 1, 1, 106, 94, 0, 104, 65, 111, 94, 2, 106, 94, 9, 111, 95, 64,
+    1, 0, 63, 192, 25, 0, 94, 34, 63, 141, 86, 0, 3, 94, 25, 9, 62, 16, 66, 62, 239, 67, 48, 106, 34, 20, 62, 21,
+    65, 42, 65, 62, 73, 106, 34, 70, 8, 87, 41, 66, 62, 73, 66, 62, 37, 2, 34, 1, 33, 1, 40, 21, 62, 24, 68, 33, 3,
+    102, 68, 6, 62, 22, 68, 8, 62, 40, 8, 66, 106, 6, 56, 67, 33, 65, 35, 106, 62, 6, 66, 62, 6, 11, 65, 61, 3, 62,
+    35, 77, 1, 33, 106, 4, 66, 48, 106, 37, 1, 62, 25, 9, 46, 2, 106, 2, 68, 55, 67, 62, 43, 24, 35, 66, 48, 66, 37,
+    10, 38, 2, 38, 2, 38, 9, 39, 1, 39, 1, 62, 13, 65, 46, 66, 4, 62, 93, 65, 34, 2, 106, 6, 63, 164, 43, 0, 12, 55,
+    4, 62, 19, 31, 4, 33, 0, 63, 110, 1, 0, 2, 62, 76, 30, 8, 39, 12, 37, 5, 44, 65, 45, 1, 37, 1, 33, 1, 34, 1, 34,
+    1, 62, 78, 81, 16, 63, 107, 1, 0, 82, 62, 34, 2, 62, 24, 7, 65, 30, 2, 44, 68, 48, 74, 6, 48, 94, 5, 1, 83, 1,
+    68, 4, 37, 1, 62, 105, 4, 79, 106, 71, 58, 70, 58, 75, 62, 59, 3, 38, 2, 38, 2, 38, 2, 35, 3, 71, 1, 71, 13, 66,
+    2, 44, 1, 58, 1, 51, 1, 34, 1, 47, 2, 46, 30, 4, 62, 93, 5, 67, 4, 126, 15, 3, 73, 126, 27, 81, 98, 67, 1, 77,
+    3, 65, 30, 17, 94, 15, 33, 30, 100, 61, 3, 62, 19, 15, 33, 123, 4, 62, 2, 100, 9, 52, 97, 40, 97, 5, 62, 13, 5,
+    62, 0, 1, 65, 62, 6, 4, 40, 65, 101, 30, 12, 62, 128, 2, 106, 6, 62, 6, 4, 62, 6, 4, 62, 10, 8, 62, 22, 11, 65,
+    43, 1, 47, 1, 39, 1, 34, 1, 43, 1, 47, 1, 39, 1, 34, 3, 62, 22, 12, 63, 55, 1, 0, 9, 54, 10, 40, 24, 38, 1, 62,
+    12, 1, 41, 30, 39, 38, 2, 33, 1, 62, 14, 1, 34, 3, 33, 2, 55, 1, 65, 104, 55, 66, 103, 62, 1, 8, 105, 30, 18,
+    51, 1, 34, 5, 101, 54, 102, 3, 65, 58, 5, 65, 30, 34, 62, 26, 4, 98, 34, 112, 2, 126, 16, 36, 1, 34, 5, 40, 1,
+    35, 1, 61, 2, 35, 4, 33, 105, 7, 73, 7, 61, 98, 65, 61, 99, 30, 2, 40, 65, 62, 0, 4, 101, 71, 9, 62, 24, 3, 71,
+    54, 2, 104, 51, 5, 104, 50, 7, 68, 12, 103, 30, 50, 62, 43, 30, 25, 62, 21, 13, 62, 21, 7, 102, 62, 10, 8, 106,
+    6, 106, 60, 3, 37, 65, 55, 8, 66, 30, 178, 126, 1, 1, 62, 12, 1, 34, 65, 2, 34, 16, 35, 30, 25, 62, 3, 106, 33,
+    8, 62, 3, 100, 69, 22, 54, 68, 30, 8, 53, 103, 20, 55, 9, 62, 41, 71, 4, 126, 0, 38, 9, 62, 30, 66, 1, 68, 33,
+    13, 57, 7, 106, 6, 62, 23, 1, 106, 68, 36, 8, 62, 6, 66, 33, 9, 62, 39, 68, 36, 65, 34, 106, 33, 65, 33, 67, 1,
+    116, 11, 50, 1, 62, 7, 70, 36, 30, 32, 39, 1, 33, 1, 36, 1, 47, 1, 42, 65, 6, 62, 29, 5, 106, 6, 36, 1, 40, 2,
+    34, 2, 54, 1, 39, 1, 34, 1, 37, 1, 42, 2, 34, 2, 35, 2, 33, 6, 33, 5, 39, 2, 39, 3, 37, 11, 42, 1, 33, 2, 33, 1,
+    62, 8, 1, 42, 1, 33, 2, 33, 1, 36, 1, 40, 66, 1, 66, 8, 34, 29, 62, 45, 69, 106, 66, 1, 65, 36, 30, 0, 62, 40,
+    65, 33, 8, 106, 30, 136, 62, 24, 2, 41, 87, 38, 30, 4, 62, 35, 67, 33, 11, 106, 6, 77, 19, 62, 27, 65, 6, 106,
+    6, 116, 28, 59, 2, 47, 4, 108, 68, 39, 30, 155, 62, 29, 65, 30, 70, 62, 34, 115, 12, 40, 2, 33, 2, 40, 1, 34, 1,
+    62, 0, 1, 34, 2, 41, 67, 9, 106, 30, 40, 40, 2, 62, 16, 2, 40, 65, 34, 27, 62, 33, 72, 33, 8, 62, 44, 67, 33,
+    69, 13, 62, 43, 7, 74, 30, 152, 62, 3, 65, 14, 106, 6, 41, 1, 62, 15, 1, 41, 69, 10, 125, 3, 66, 62, 0, 2, 54,
+    1, 46, 30, 43, 39, 1, 34, 1, 62, 14, 3, 33, 1, 34, 1, 41, 8, 106, 6, 38, 1, 34, 1, 62, 7, 1, 34, 1, 38, 7, 106,
+    31, 54, 1, 0, 55, 66, 7, 49, 1, 62, 11, 3, 37, 77, 106, 33, 30, 55, 33, 15, 117, 93, 13, 65, 63, 154, 3, 0, 30,
+    72, 126, 81, 1, 69, 11, 62, 166, 31, 76, 10, 0, 62, 67, 66, 13, 63, 48, 4, 0, 16, 54, 10, 63, 155, 15, 0, 5, 63,
+    71, 2, 0, 31, 185, 26, 0, 62, 18, 106, 31, 198, 6, 0, 63, 57, 2, 0, 7, 62, 1, 1, 106, 4, 66, 62, 49, 1, 106, 6,
+    62, 0, 2, 37, 65, 10, 62, 25, 73, 36, 66, 10, 106, 1, 103, 1, 53, 5, 51, 31, 176, 1, 0, 62, 15, 67, 106, 30,
+    168, 62, 34, 119, 68, 30, 71, 62, 45, 4, 62, 27, 7, 49, 30, 34, 34, 65, 34, 11, 34, 14, 63, 248, 23, 0, 8, 63,
+    214, 4, 0, 30, 11, 42, 31, 231, 34, 0, 36, 1, 39, 1, 34, 1, 63, 35, 1, 0, 15, 33, 29, 35, 2, 33, 14, 36, 8, 63,
+    140, 1, 0, 31, 4, 9, 0, 62, 77, 5, 45, 3, 41, 7, 42, 2, 65, 34, 65, 31, 96, 15, 0, 94, 210, 106, 6, 95, 180, 1,
+    0, 30, 46, 62, 16, 2, 55, 9, 94, 86, 30, 30, 94, 216, 10, 94, 9, 2, 94, 30, 37, 67, 38, 8, 40, 66, 39, 94, 0,
+    36, 94, 31, 21, 94, 36, 35, 65, 30, 92, 116, 12, 116, 12, 94, 57, 9, 121, 30, 105, 62, 55, 1, 62, 41, 1, 34, 2,
+    33, 2, 34, 2, 36, 1, 44, 1, 33, 1, 39, 1, 62, 35, 1, 36, 2, 40, 1, 39, 1, 60, 1, 36, 1, 37, 1, 33, 3, 39, 1, 63,
+    84, 1, 0, 2, 57, 65, 57, 65, 62, 1, 65, 57, 65, 62, 1, 65, 57, 65, 62, 1, 65, 57, 65, 62, 1, 65, 57, 65, 40, 2,
+    126, 20, 95, 0, 2, 0, 62, 25, 68, 62, 20, 72, 33, 78, 33, 71, 15, 37, 1, 47, 31, 80, 4, 0, 62, 1, 6, 38, 30,
+    183, 39, 1, 49, 2, 39, 1, 34, 1, 37, 5, 62, 32, 30, 3, 33, 30, 82, 62, 15, 3, 46, 2, 106, 4, 33, 65, 31, 64, 1,
+    0, 62, 1, 17, 62, 18, 106, 5, 65, 31, 208, 1, 0, 62, 2, 106, 30, 184, 62, 3, 106, 4, 65, 31, 224, 1, 0, 39, 1,
+    36, 1, 34, 1, 47, 1, 62, 167, 2, 105, 39, 30, 11, 62, 46, 4, 106, 4, 66, 31, 17, 3, 0, 126, 29, 65, 99, 65, 100,
+    30, 46, 126, 15, 65, 111, 30, 164, 36, 1, 59, 1, 34, 1, 33, 2, 33, 1, 42, 1, 36, 1, 33, 1, 33, 6, 33, 4, 33, 1,
+    33, 1, 33, 1, 35, 1, 34, 1, 33, 2, 33, 1, 33, 1, 33, 1, 33, 1, 33, 1, 34, 1, 33, 2, 36, 1, 39, 1, 36, 1, 36, 1,
+    33, 1, 42, 1, 49, 5, 35, 1, 37, 1, 49, 30, 22, 66, 30, 240, 94, 14, 4, 94, 70, 12, 79, 2, 79, 1, 79, 1, 94, 7,
+    10, 109, 94, 131, 30, 26, 93, 13, 94, 14, 4, 73, 7, 66, 14, 70, 30, 124, 95, 216, 3, 0, 4, 81, 3, 77, 3, 94, 89,
+    4, 94, 65, 6, 76, 4, 65, 15, 76, 4, 94, 26, 8, 74, 6, 94, 10, 8, 94, 0, 2, 76, 4, 66, 30, 32, 95, 84, 1, 0, 12,
+    78, 2, 77, 3, 74, 5, 94, 26, 7, 79, 2, 75, 6, 73, 7, 94, 117, 1, 94, 62, 106, 31, 6, 4, 0, 63, 224, 166, 0, 30,
+    2, 63, 58, 16, 0, 6, 62, 192, 2, 63, 130, 22, 0, 14, 63, 49, 29, 0, 15, 63, 110, 2, 0, 31, 162, 9, 0, 63, 30, 2,
+    0, 31, 226, 5, 0, 63, 75, 19, 0, 5, 63, 96, 16, 0, 31, 80, 221, 10, 62, 210, 31, 16, 254, 2,
+};
+// clang-format on
+
+/* The second split: [一-龥぀-ゟ゠-ヿ]+ */
+static bool dsv3__tok_is_cjk(uint32_t code)
+{
+    return (code >= 0x4E00 && code <= 0x9FA5) || (code >= 0x3040 && code <= 0x30FF);
+}
+
+/* Unfolds the run lengths into blocks of 128; blocks of one class throughout are shared. */
+static void dsv3__tok_classes_init(dsv3_tokenizer *t)
+{
+    uint8_t uniform[16] = {0}; /* class -> 1 + its block */
+    const uint8_t *run = dsv3__tok_class_runs;
+    uint32_t left = 0, n_blocks = 0;
+    uint8_t class_of_run = 0;
+    for (uint32_t b = 0; b < DSV3__COUNT(t->block_of); b++) {
+        uint8_t *block = t->blocks[n_blocks];
+        bool same = true;
+        for (uint32_t i = 0; i < DSV3__TOK_BLOCK; i++, left--) {
+            if (!left) {
+                class_of_run = *run >> 5;
+                left = *run++ & 31;
+                if (left == 30)
+                    left += *run++;
+                else if (left == 31)
+                    left = run[0] | (uint32_t)run[1] << 8 | (uint32_t)run[2] << 16, run += 3;
+            }
+            block[i] = (uint8_t)(class_of_run | (dsv3__tok_is_cjk(b * DSV3__TOK_BLOCK + i) ? DSV3__TOK_CJK : 0));
+            same = same && block[i] == block[0];
+        }
+        if (same && uniform[block[0]]) {
+            t->block_of[b] = uniform[block[0]] - 1;
+            continue;
+        }
+        DSV3_ASSERT(n_blocks < DSV3__TOK_BLOCKS_MAX - 1);
+        t->block_of[b] = (uint8_t)n_blocks++;
+        if (same)
+            uniform[block[0]] = (uint8_t)n_blocks;
+    }
+}
+
+/* Class of the character at p (before end), and its length. */
+DSV3__INLINE unsigned dsv3__tok_class(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, size_t *n)
+{
+    uint32_t code;
+    *n = 1;
+    if (*p < 0x80)
+        return t->blocks[0][*p];
+    *n = dsv3__utf8_length((const char *)p, (const char *)end);
+    switch (*n) {
+    case 2:
+        code = (p[0] & 31u) << 6 | (p[1] & 63u);
+        break;
+    case 3:
+        code = (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
+        break;
+    case 4:
+        code = (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+        if (code >= DSV3__TOK_CLASSES_END)
+            return code >= 0xE0100 && code <= 0xE01EF ? DSV3__TOK_WORD : DSV3__TOK_OTHER;
+        break;
+    default:
+        *n = 1;
+        return DSV3__TOK_OTHER;
+    }
+    return t->blocks[t->block_of[code / DSV3__TOK_BLOCK]][code % DSV3__TOK_BLOCK];
+}
+
+// ---- Splitting -------------------------------------------------------------------------------------------
+
+DSV3__INLINE bool dsv3__tok_is_newline(uint8_t c)
+{
+    return c == '\r' || c == '\n';
+}
+
+/* End of the run of characters of class `want` (a zone's bit with it) from p. */
+DSV3__INLINE const uint8_t *dsv3__tok_run(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned want)
+{
+    size_t n;
+    while (p < end && dsv3__tok_class(t, p, end, &n) == want)
+        p += n;
+    return p;
+}
+
+/* ` ?[\p{P}\p{S}]+[\r\n]*` from its first punctuation on. */
+static const uint8_t *dsv3__tok_run_punct(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned zone)
+{
+    p = dsv3__tok_run(t, p, end, DSV3__TOK_PUNCT | zone);
+    while (!zone && p < end && dsv3__tok_is_newline(*p))
+        p++;
+    return p;
+}
+
+/* `\s*[\r\n]+|\s+(?!\S)|\s+`: to the last newline of the run; else all but its last character, which is left for the
+   word behind it, unless the piece ends there. */
+static const uint8_t *dsv3__tok_run_space(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *begin = p, *last = p, *newline = NULL;
+    unsigned c = DSV3__TOK_NUMBER;
+    size_t n;
+    for (; p < end && (c = dsv3__tok_class(t, p, end, &n)) == DSV3__TOK_SPACE; p += n) {
+        last = p;
+        if (dsv3__tok_is_newline(*p))
+            newline = p + 1;
+    }
+    if (newline)
+        return newline;
+    if (p == end || c == DSV3__TOK_NUMBER || (c & DSV3__TOK_CJK) || last == begin)
+        return p;
+    return last;
+}
+
+/* Characters that nothing matches: to the first that something does, be it as the prefix of a word. */
+static const uint8_t *dsv3__tok_run_other(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned zone)
+{
+    const uint8_t *begin = p;
+    for (;;) {
+        size_t n;
+        dsv3__tok_class(t, p, end, &n);
+        const uint8_t *next = p + n;
+        unsigned c = next < end ? dsv3__tok_class(t, next, end, &n) : DSV3__TOK_NUMBER;
+        if (c == (DSV3__TOK_WORD | zone))
+            return p == begin ? dsv3__tok_run(t, next, end, c) : p;
+        if (c != (DSV3__TOK_OTHER | zone))
+            return next;
+        p = next;
+    }
+}
+
+/* End of the piece that begins at p (before end). The first two splits (numbers in threes; CJK or not) are only borders
+   that the alternatives of the third do not cross: its classes are compared together with the zone's bit, and a number
+   is in none of them. */
+static const uint8_t *dsv3__tok_piece(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end)
+{
+    size_t n;
+    unsigned c = dsv3__tok_class(t, p, end, &n), zone = c & DSV3__TOK_CJK, next;
+    const uint8_t *e = p + n;
+    switch (c & ~(unsigned)DSV3__TOK_CJK) {
+    case DSV3__TOK_WORD:
+        return dsv3__tok_run(t, e, end, c);
+    case DSV3__TOK_PUNCT:
+        if (*p >= 0x80 || e == end || *e >= 0x80 || t->blocks[0][*e] != DSV3__TOK_WORD)
+            return dsv3__tok_run_punct(t, e, end, zone);
+        while (e < end && *e < 0x80 && t->blocks[0][*e] == DSV3__TOK_WORD) /* [!"#$...][A-Za-z]+ */
+            e++;
+        return e;
+    case DSV3__TOK_NUMBER:
+        for (int i = 1; i < 3 && e < end && dsv3__tok_class(t, e, end, &n) == DSV3__TOK_NUMBER; i++)
+            e += n;
+        return e;
+    case DSV3__TOK_SPACE:
+        next = e < end && !dsv3__tok_is_newline(*p) ? dsv3__tok_class(t, e, end, &n) : DSV3__TOK_SPACE;
+        if (next == DSV3__TOK_WORD)
+            return dsv3__tok_run(t, e + n, end, DSV3__TOK_WORD);
+        if (next == DSV3__TOK_PUNCT && *p == ' ')
+            return dsv3__tok_run_punct(t, e, end, 0);
+        return dsv3__tok_run_space(t, p, end);
+    default:
+        return dsv3__tok_run_other(t, p, end, zone);
+    }
+}
+
+// ---- Merging ---------------------------------------------------------------------------------------------
+
+/* The longest word at p, and its length. Every byte is a word. */
+DSV3__INLINE uint32_t dsv3__tok_longest(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, size_t *n)
+{
+    uint32_t node = *p, word = *p, n_words = t->n_words;
+    const uint8_t *q = p + 1;
+    *n = 1;
+    while (q < end && (node = dsv3__tok_map_get(&t->trie, (uint64_t)node << 8 | *q)) != 0) {
+        q++;
+        if (node < n_words)
+            word = node, *n = (size_t)(q - p);
+    }
+    return word;
+}
+
+/* Do left and right stay two words, if only pairs of lower rank than `limit` merge? Walks back in time: x is what ends the
+   left one, y what begins the right one, at a moment when x was not yet a part of x_until nor y of y_until.
+   A tie (the word that y goes into would merge this very pair) falls to the pair across the border, which is further left. */
+static bool dsv3__tok_apart(const dsv3_tokenizer *t, uint32_t x, uint32_t y, uint32_t limit)
+{
+    uint32_t x_until = limit, y_until = limit;
+    for (;;) {
+        uint32_t made = dsv3__tok_pair(t, x, y);
+        if (made && made < x_until && made <= y_until)
+            return false;
+        if (x < 256 && y < 256)
+            return true;
+        if (x > y) {
+            x_until = x;
+            x = t->parts[x - 256].right;
+        } else {
+            y_until = y;
+            y = t->parts[y - 256].left;
+        }
+    }
+}
+
+typedef struct dsv3__tok_link {
+    uint32_t word, end; /* its bytes end here */
+} dsv3__tok_link;
+
+/* Merges without merging: see the top of the section. Linear: each place is given up at most once.
+   first, n_first   the longest word at p, shorter than the piece */
+static dsv3_result dsv3__tok_merge_chain(const dsv3_tokenizer *t, const uint8_t *p, size_t n, uint32_t first, size_t n_first,
+                                         dsv3__tok_sink *sink)
+{
+    size_t n_links = 0, pos = 0, len = n_first;
+    uint32_t word = first;
+    void *scratch;
+    DSV3__TRY(dsv3__tok_scratch(sink, &scratch, n * sizeof(dsv3__tok_link) + n / 8 + 1));
+    dsv3__tok_link *links = (dsv3__tok_link *)scratch;  /* [n_links] the merging of the first pos bytes */
+    uint8_t *dead = (uint8_t *)scratch + n * sizeof *links; /* a bit a place: no word of the result ends here */
+    memset(dead, 0, n / 8 + 1);
+    while (pos < n) {
+        size_t end = pos + len;
+        if (!(dead[end >> 3] >> (end & 7) & 1) &&
+            (n_links == 0 || dsv3__tok_apart(t, links[n_links - 1].word, word, UINT32_MAX))) {
+            links[n_links].word = word;
+            links[n_links++].end = (uint32_t)end;
+            pos = end;
+            if (pos < n)
+                word = dsv3__tok_longest(t, p + pos, p + n, &len);
+            continue;
+        }
+        while (len == 1) { /* nothing can begin here: the word before was wrong */
+            DSV3_ASSERT(n_links > 0);
+            dead[pos >> 3] |= (uint8_t)(1 << (pos & 7));
+            n_links--;
+            len = pos - (n_links ? links[n_links - 1].end : 0);
+            pos -= len;
+        }
+        word = dsv3__tok_longest(t, p + pos, p + pos + len - 1, &len); /* the next shorter one */
+    }
+    for (size_t i = 0; i < n_links; i++)
+        dsv3__tok_push(sink, t->ids[links[i].word]);
+    return DSV3_OK;
+}
+
+/* A piece as a list of words, and the pairs in it that can merge. */
+typedef struct dsv3__tok_list {
+    uint32_t *word, *prev, *next; /* [n]; a place that was merged into its left neighbour holds DSV3__TOK_GONE */
+    uint64_t *heap;               /* [n_heap] new word << 32 | place, the smallest first; stale ones stay until met */
+    size_t n, n_heap;
+} dsv3__tok_list;
+
+static void dsv3__tok_heap_push(dsv3__tok_list *l, uint64_t entry)
+{
+    size_t i = l->n_heap++;
+    for (; i > 0 && l->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
+        l->heap[i] = l->heap[(i - 1) / 2];
+    l->heap[i] = entry;
+}
+
+static uint64_t dsv3__tok_heap_pop(dsv3__tok_list *l)
+{
+    uint64_t top = l->heap[0], last = l->heap[--l->n_heap];
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= l->n_heap)
+            break;
+        if (child + 1 < l->n_heap && l->heap[child + 1] < l->heap[child])
+            child++;
+        if (l->heap[child] >= last)
+            break;
+        l->heap[i] = l->heap[child];
+        i = child;
+    }
+    l->heap[i] = last;
+    return top;
+}
+
+/* Enters the pair that begins at `place`, if it merges. */
+static void dsv3__tok_list_pair(const dsv3_tokenizer *t, dsv3__tok_list *l, uint32_t place)
+{
+    uint32_t next = l->next[place], made = next < l->n ? dsv3__tok_pair(t, l->word[place], l->word[next]) : 0;
+    if (made)
+        dsv3__tok_heap_push(l, (uint64_t)made << 32 | place);
+}
+
+/* The rule itself: the pair of lowest rank merges, the leftmost of those. n log n. */
+static dsv3_result dsv3__tok_merge_heap(const dsv3_tokenizer *t, const uint8_t *p, size_t n, dsv3__tok_sink *sink)
+{
+    dsv3__tok_list l;
+    void *scratch;
+    /* n - 1 pairs at first, and two for each of at most n - 1 merges: fewer than 3 n in all */
+    DSV3__TRY(dsv3__tok_scratch(sink, &scratch, (uint64_t)n * (3 * sizeof *l.heap + 3 * sizeof *l.word)));
+    l.heap = (uint64_t *)scratch;
+    l.word = (uint32_t *)(l.heap + 3 * n);
+    l.prev = l.word + n;
+    l.next = l.prev + n;
+    l.n = n;
+    l.n_heap = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        l.word[i] = p[i];
+        l.prev[i] = i - 1; /* of place 0: behind the end */
+        l.next[i] = i + 1;
+    }
+    for (uint32_t i = 0; i + 1 < n; i++)
+        dsv3__tok_list_pair(t, &l, i);
+    while (l.n_heap) {
+        uint64_t top = dsv3__tok_heap_pop(&l);
+        uint32_t place = (uint32_t)top, made = (uint32_t)(top >> 32), next = l.next[place];
+        if (l.word[place] == DSV3__TOK_GONE || next >= n || dsv3__tok_pair(t, l.word[place], l.word[next]) != made)
+            continue;
+        l.word[place] = made;
+        l.word[next] = DSV3__TOK_GONE;
+        l.next[place] = l.next[next];
+        if (l.next[place] < n)
+            l.prev[l.next[place]] = place;
+        dsv3__tok_list_pair(t, &l, place);
+        if (l.prev[place] < n)
+            dsv3__tok_list_pair(t, &l, l.prev[place]);
+    }
+    for (uint32_t i = 0; i < n; i = l.next[i])
+        dsv3__tok_push(sink, t->ids[l.word[i]]);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_merge(const dsv3_tokenizer *t, const uint8_t *p, size_t n, dsv3__tok_sink *sink)
+{
+    if (t->chain || t->whole) {
+        size_t n_word;
+        uint32_t word = dsv3__tok_longest(t, p, p + n, &n_word);
+        if (n_word == n) {
+            dsv3__tok_push(sink, t->ids[word]);
+            return DSV3_OK;
+        }
+        if (t->chain)
+            return dsv3__tok_merge_chain(t, p, n, word, n_word, sink);
+    }
+    return dsv3__tok_merge_heap(t, p, n, sink);
+}
+
+// ---- Text to ids -----------------------------------------------------------------------------------------
+
+/* The leftmost marker of this pass in [p, end), the longest there. NULL if there is none; else its end. */
+static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, bool normalized,
+                                            const uint8_t **begin, int32_t *id)
+{
+    for (; p < end; p++) {
+        const uint8_t *found = NULL;
+        uint32_t node = 0;
+        if (!t->marker_starts[*p])
+            continue;
+        for (const uint8_t *q = p; q < end && (node = dsv3__tok_map_get(&t->marker_trie, (uint64_t)node << 8 | *q)) != 0; q++)
+            if (node <= t->n_markers && t->markers[node - 1].normalized == normalized)
+                *id = t->markers[node - 1].id, found = q + 1;
+        if (found) {
+            *begin = p;
+            return found;
+        }
+    }
+    return NULL;
+}
+
+/* Ids of [p, end). first_pass: markers are looked for, in two passes; the second sees what the first left. */
+static dsv3_result dsv3__tok_encode(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, int passes, dsv3__tok_sink *sink)
+{
+    const uint8_t *begin, *behind;
+    int32_t id = 0;
+    while (passes && (behind = dsv3__tok_find_marker(t, p, end, passes == 1, &begin, &id)) != NULL) {
+        DSV3__TRY(dsv3__tok_encode(t, p, begin, passes - 1, sink));
+        dsv3__tok_push(sink, id);
+        p = behind;
+    }
+    if (passes)
+        return dsv3__tok_encode(t, p, end, passes - 1, sink);
+    while (p < end) {
+        const uint8_t *e = dsv3__tok_piece(t, p, end);
+        DSV3__TRY(dsv3__tok_merge(t, p, (size_t)(e - p), sink));
+        p = e;
+    }
+    return DSV3_OK;
+}
+
+static int32_t dsv3__tok_marker_id(const dsv3_tokenizer *t, const char *text, size_t n)
+{
+    uint32_t node = 0;
+    for (size_t i = 0; i < n && (i == 0 || node); i++)
+        node = dsv3__tok_map_get(&t->marker_trie, (uint64_t)node << 8 | (uint8_t)text[i]);
+    return node && node <= t->n_markers ? t->markers[node - 1].id : -1;
+}
+
+// ---- Opening: the vocabulary and the merges -----------------------------------------------------------------
+
+typedef struct dsv3__tok_merge_rule {
+    uint32_t left, right, made; /* ids */
+} dsv3__tok_merge_rule;
+
+/* What only the opening needs. */
+typedef struct dsv3__tok_load {
+    dsv3_tokenizer *t;
+    dsv3_error *err;
+    dsv3__json j;           /* tokenizer.json */
+    int16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, or -1 */
+    dsv3__tok_map index;    /* 42 bits of the hash of a token -> 1 + id */
+    uint64_t n_pool, pool_cap, spans_cap, flags_cap;
+    uint32_t n_vocab; /* entries of model.vocab */
+    dsv3__tok_merge_rule *rules;
+    uint64_t n_rules, rules_cap;
+    uint64_t n_contents, contents_cap, markers_cap;
+    char *text; /* a decoded string, then the bytes of its letters */
+    uint64_t text_cap;
+    uint32_t *word_of;      /* [n_vocab] id -> word, or DSV3__TOK_GONE */
+    uint16_t *lengths;      /* what dsv3__tok_by_length sorts by */
+    uint32_t *order;        /* and its result */
+} dsv3__tok_load;
+
+#define DSV3__TOK_HASH 14695981039346656037ull
+
+DSV3__INLINE uint64_t dsv3__tok_hash(uint64_t h, uint8_t byte)
+{
+    return (h ^ byte) * 1099511628211ull;
+}
+
+/* Of the two kinds of tokens, for l->index: a raw one and one of byte letters may have the same bytes. */
+DSV3__INLINE uint64_t dsv3__tok_key(uint64_t h, bool raw)
+{
+    return (raw ? ~h : h) >> DSV3__TOK_VALUE_BITS;
+}
+
+/* ByteLevel spells a byte as a code point that prints: itself where it does, else from U+0100 up. */
+static void dsv3__tok_letters_init(int16_t *byte_of)
+{
+    int other = 0x100;
+    for (int i = 0; i < 0x144; i++)
+        byte_of[i] = -1;
+    for (int b = 0; b < 256; b++) {
+        bool prints = (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
+        byte_of[prints ? b : other++] = (int16_t)b;
+    }
+}
+
+/* Byte letters from p on (before a quote or a backslash too, if in JSON) become bytes at out [cap] and enter *hash.
+   Returns where they end. */
+DSV3__INLINE const char *dsv3__tok_letters(const dsv3__tok_load *l, const char *p, const char *end, bool in_json, char *out,
+                                           size_t cap, size_t *n, uint64_t *hash)
+{
+    uint64_t h = DSV3__TOK_HASH;
+    size_t i = 0;
+    while (p < end && i < cap) {
+        unsigned code = (uint8_t)*p, length = 1;
+        if (code >= 0xC2 && code <= 0xC5 && end - p > 1 && ((uint8_t)p[1] & 0xC0) == 0x80)
+            code = (code & 31) << 6 | ((uint8_t)p[1] & 63), length = 2;
+        else if (code >= 0x80 || (in_json && (code == '"' || code == '\\')))
+            break;
+        if (code >= DSV3__COUNT(l->byte_of) || l->byte_of[code] < 0)
+            break;
+        out[i++] = (char)l->byte_of[code];
+        h = dsv3__tok_hash(h, (uint8_t)l->byte_of[code]);
+        p += length;
+    }
+    *n = i;
+    *hash = h;
+    return p;
+}
+
+/* The id of a token by its bytes; -1 if there is none. */
+static int64_t dsv3__tok_lookup(const dsv3__tok_load *l, const char *bytes, size_t n, bool raw, uint64_t hash)
+{
+    const dsv3_tokenizer *t = l->t;
+    uint64_t key = dsv3__tok_key(hash, raw);
+    for (uint64_t i = dsv3__tok_map_home(&l->index, key); l->index.slots[i]; i = dsv3__tok_map_next(&l->index, i)) {
+        if (l->index.slots[i] >> DSV3__TOK_VALUE_BITS != key)
+            continue;
+        uint32_t id = ((uint32_t)l->index.slots[i] & DSV3__TOK_VALUE_MASK) - 1;
+        if (t->spans[id].n == n && (t->flags[id] & DSV3__TOK_RAW) == (raw ? DSV3__TOK_RAW : 0) &&
+            memcmp(t->pool + t->spans[id].at, bytes, n) == 0)
+            return id;
+    }
+    return -1;
+}
+
+/* Room for `more` bytes in a growing array of char: *p, *cap, `used` of them taken. */
+static dsv3_result dsv3__tok_room(dsv3__tok_load *l, char **p, uint64_t *cap, uint64_t used, uint64_t more, const char *what)
+{
+    void *array = *p;
+    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &array, cap, used, used + more, 1, what, l->err));
+    *p = (char *)array;
+    return DSV3_OK;
+}
+
+/* Reads a string, escapes decoded, to l->text + at. *spelled is how it stands in the file, for messages. */
+static dsv3_result dsv3__tok_load_string(dsv3__tok_load *l, size_t at, size_t *n, dsv3__str *spelled)
+{
+    dsv3__json_str s;
+    if (!dsv3__json_string(&l->j, &s))
+        return l->j.result;
+    spelled->p = s.p;
+    spelled->n = s.n;
+    DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, at, s.n, "a string of tokenizer.json"));
+    if (!dsv3__json_decode(s, l->text + at, n)) {
+        dsv3__json_fail(&l->j, "a bad escape in the string before");
+        return l->j.result;
+    }
+    return DSV3_OK;
+}
+
+static uint64_t dsv3__tok_hash_bytes(uint64_t h, const char *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h = dsv3__tok_hash(h, (uint8_t)bytes[i]);
+    return h;
+}
+
+/* Makes ids up to n - 1 exist, without bytes yet. */
+static dsv3_result dsv3__tok_load_ids(dsv3__tok_load *l, uint32_t n)
+{
+    dsv3_tokenizer *t = l->t;
+    void *spans = t->spans, *flags = t->flags;
+    DSV3__TRY(dsv3__mem_grow(&t->mem, &spans, &l->spans_cap, t->n_tokens, n, sizeof *t->spans, "tokens", l->err));
+    t->spans = (dsv3__tok_span *)spans;
+    DSV3__TRY(dsv3__mem_grow(&t->mem, &flags, &l->flags_cap, t->n_tokens, n, 1, "tokens", l->err));
+    t->flags = (uint8_t *)flags;
+    for (; t->n_tokens < n; t->n_tokens++) {
+        t->spans[t->n_tokens].at = DSV3__TOK_UNSET;
+        t->flags[t->n_tokens] = 0;
+    }
+    return DSV3_OK;
+}
+
+/* Reads a key of the vocabulary: its bytes go behind the pool. */
+static dsv3_result dsv3__tok_load_key(dsv3__tok_load *l, dsv3__str *spelled, size_t *n, bool *raw, uint64_t *hash)
+{
+    dsv3_tokenizer *t = l->t;
+    const char *p;
+    DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, DSV3__TOK_FAST, "token bytes"));
+    *raw = false;
+    if (dsv3__json_peek(&l->j) == '"') {
+        spelled->p = l->j.p + 1;
+        p = dsv3__tok_letters(l, spelled->p, l->j.end, true, t->pool + l->n_pool, DSV3__TOK_FAST, n, hash);
+        if (p < l->j.end && *p == '"') {
+            spelled->n = (size_t)(p - spelled->p);
+            l->j.p = p + 1;
+            return DSV3_OK;
+        }
+    }
+    size_t n_text; /* an escape in it, or no byte letter, or a long one */
+    DSV3__TRY(dsv3__tok_load_string(l, 0, &n_text, spelled));
+    DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, n_text, "token bytes"));
+    p = dsv3__tok_letters(l, l->text, l->text + n_text, false, t->pool + l->n_pool, n_text, n, hash);
+    if (p == l->text + n_text && n_text)
+        return DSV3_OK;
+    *raw = true;
+    *n = n_text;
+    *hash = dsv3__tok_hash_bytes(DSV3__TOK_HASH, l->text, n_text);
+    memcpy(t->pool + l->n_pool, l->text, n_text);
+    return DSV3_OK;
+}
+
+/* The number behind a key of the vocabulary. */
+static bool dsv3__tok_load_id(dsv3__json *j, uint64_t *id)
+{
+    const char *p;
+    uint64_t v = 0;
+    if (dsv3__json_peek(j) != ':')
+        return dsv3__json_fail(j, "expected a colon");
+    j->p++;
+    dsv3__json_peek(j);
+    for (p = j->p; p < j->end && p - j->p < 8 && *p >= '0' && *p <= '9'; p++)
+        v = v * 10 + (uint64_t)(*p - '0');
+    if (p == j->p || p == j->end || (*p != ',' && *p != '\n' && *p != '}') || (*j->p == '0' && p - j->p > 1))
+        return dsv3__json_uint(j, id); /* all other spellings */
+    j->p = p;
+    *id = v;
+    return true;
+}
+
+static dsv3_result dsv3__tok_load_vocab(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    dsv3__json *j = &l->j;
+    DSV3__TRY(dsv3__tok_map_init(&t->mem, &l->index, (uint64_t)(j->end - j->begin) / DSV3__TOK_ENTRY, l->err));
+    dsv3__json_open(j, '{');
+    while (dsv3__json_item(j)) {
+        dsv3__str spelled = {"", 0};
+        size_t n;
+        uint64_t hash, id;
+        bool raw;
+        DSV3__TRY(dsv3__tok_load_key(l, &spelled, &n, &raw, &hash));
+        if (!dsv3__tok_load_id(j, &id))
+            break;
+        if (id >= DSV3__TOK_IDS_MAX)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: \"%S\" has the id %u; ids end at %u",
+                              &spelled, id, (uint64_t)DSV3__TOK_IDS_MAX - 1);
+        DSV3__TRY(dsv3__tok_load_ids(l, (uint32_t)id + 1 > t->n_tokens ? (uint32_t)id + 1 : t->n_tokens));
+        if (t->spans[id].at != DSV3__TOK_UNSET)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: id %u is given twice, again to \"%S\"",
+                              id, &spelled);
+        if (dsv3__tok_lookup(l, t->pool + l->n_pool, n, raw, hash) >= 0)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: \"%S\" stands there twice", &spelled);
+        DSV3__TRY(dsv3__tok_map_put(&t->mem, &l->index, dsv3__tok_key(hash, raw), (uint32_t)id + 1, l->err));
+        t->spans[id].at = (uint32_t)l->n_pool;
+        t->spans[id].n = (uint32_t)n;
+        t->flags[id] = raw ? DSV3__TOK_RAW : 0;
+        l->n_pool += n;
+        l->n_vocab++;
+    }
+    if (!j->result && l->n_vocab != t->n_tokens) {
+        uint64_t hole = 0;
+        while (t->spans[hole].at != DSV3__TOK_UNSET)
+            hole++;
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: no entry has the id %u, but %u ids follow",
+                          hole, t->n_tokens - hole - 1);
+    }
+    return j->result;
+}
+
+/* The two halves of a merge as bytes, one behind the other in l->text. */
+typedef struct dsv3__tok_halves {
+    size_t n[2];
+    uint64_t hash[2];
+    dsv3__str spelled; /* of "a b"; of ["a", "b"] the b */
+} dsv3__tok_halves;
+
+/* The usual case: "a b" without escapes. */
+static bool dsv3__tok_load_halves_fast(dsv3__tok_load *l, dsv3__tok_halves *h)
+{
+    const char *end = l->j.end, *p = l->j.p + 1;
+    h->spelled.p = p;
+    p = dsv3__tok_letters(l, p, end, true, l->text, DSV3__TOK_FAST, &h->n[0], &h->hash[0]);
+    if (p == end || *p != ' ' || !h->n[0])
+        return false;
+    p = dsv3__tok_letters(l, p + 1, end, true, l->text + h->n[0], DSV3__TOK_FAST, &h->n[1], &h->hash[1]);
+    if (p == end || *p != '"' || !h->n[1])
+        return false;
+    h->spelled.n = (size_t)(p - h->spelled.p);
+    l->j.p = p + 1;
+    return true;
+}
+
+/* Turns l->text [from, from + n) into the bytes of half i, in place: there are never more bytes than letters. */
+static bool dsv3__tok_load_half(dsv3__tok_load *l, dsv3__tok_halves *h, int i, size_t from, size_t n)
+{
+    char *text = l->text + from;
+    return n && dsv3__tok_letters(l, text, text + n, false, l->text + (i ? h->n[0] : 0), n, &h->n[i], &h->hash[i]) == text + n;
+}
+
+static dsv3_result dsv3__tok_load_halves(dsv3__tok_load *l, uint64_t index, dsv3__tok_halves *h)
+{
+    dsv3__json *j = &l->j;
+    char kind = dsv3__json_peek(j);
+    size_t n;
+    bool good = false;
+    if (kind == '"' && dsv3__tok_load_halves_fast(l, h))
+        return DSV3_OK;
+    if (kind == '"') {
+        DSV3__TRY(dsv3__tok_load_string(l, 0, &n, &h->spelled));
+        const char *space = (const char *)memchr(l->text, ' ', n); /* a second one is no letter, and refused below */
+        size_t at = space ? (size_t)(space - l->text) : 0;
+        good = space && dsv3__tok_load_half(l, h, 0, 0, at) && dsv3__tok_load_half(l, h, 1, at + 1, n - at - 1);
+    } else if (kind == '[') {
+        dsv3__json_open(j, '[');
+        if (dsv3__json_item(j)) {
+            DSV3__TRY(dsv3__tok_load_string(l, 0, &n, &h->spelled));
+            good = dsv3__tok_load_half(l, h, 0, 0, n);
+        }
+        if (good && dsv3__json_item(j)) {
+            DSV3__TRY(dsv3__tok_load_string(l, h->n[0], &n, &h->spelled));
+            good = dsv3__tok_load_half(l, h, 1, h->n[0], n) && !dsv3__json_item(j);
+        } else {
+            good = false;
+        }
+    } else {
+        dsv3__json_skip(j);
+    }
+    if (j->result)
+        return j->result;
+    if (!good)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: model.merges[%u]: expected \"a b\" or [\"a\", \"b\"] in byte letters, found \"%S\"", index,
+                          &h->spelled);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_rule(dsv3__tok_load *l, const dsv3__tok_halves *h)
+{
+    const dsv3_tokenizer *t = l->t;
+    dsv3__tok_merge_rule *rule = &l->rules[l->n_rules];
+    size_t n = h->n[0] + h->n[1];
+    int64_t left = dsv3__tok_lookup(l, l->text, h->n[0], false, h->hash[0]);
+    int64_t right = dsv3__tok_lookup(l, l->text + h->n[0], h->n[1], false, h->hash[1]);
+    uint32_t next = l->n_rules ? rule[-1].made + 1 : 0;
+    int64_t made = next; /* PERF: nearly always the id behind the last one, in the pool behind it too */
+    if (next >= t->n_tokens || t->spans[next].n != n || (t->flags[next] & DSV3__TOK_RAW) ||
+        memcmp(t->pool + t->spans[next].at, l->text, n) != 0)
+        made = dsv3__tok_lookup(l, l->text, n, false, dsv3__tok_hash_bytes(DSV3__TOK_HASH, l->text, n));
+    if (left < 0 || right < 0 || made < 0)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.merges[%u]: \"%S\": its %s is not in model.vocab",
+                          l->n_rules, &h->spelled, left < 0 ? "first half" : right < 0 ? "second half" : "result");
+    rule->left = (uint32_t)left;
+    rule->right = (uint32_t)right;
+    rule->made = (uint32_t)made;
+    l->n_rules++;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_merges(dsv3__tok_load *l)
+{
+    dsv3__json *j = &l->j;
+    DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, 2 * DSV3__TOK_FAST, "a string of tokenizer.json"));
+    dsv3__json_open(j, '[');
+    while (dsv3__json_item(j)) {
+        dsv3__tok_halves halves;
+        void *rules = l->rules;
+        DSV3__TRY(dsv3__mem_grow(&l->t->mem, &rules, &l->rules_cap, l->n_rules, l->n_rules + 1, sizeof *l->rules, "merges", l->err));
+        l->rules = (dsv3__tok_merge_rule *)rules;
+        DSV3__TRY(dsv3__tok_load_halves(l, l->n_rules, &halves));
+        DSV3__TRY(dsv3__tok_load_rule(l, &halves));
+    }
+    return j->result;
+}
+
+// ---- Opening: words and markers -----------------------------------------------------------------------------
+
+static dsv3_result dsv3__tok_alloc_u32(dsv3__tok_load *l, uint32_t **array, uint64_t n, const char *what)
+{
+    void *p;
+    DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &p, (n ? n : 1) * sizeof **array, what, l->err));
+    *array = (uint32_t *)p;
+    return DSV3_OK;
+}
+
+/* Numbers the words: t->ids, and the other way round l->word_of. */
+static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t *ids;
+    DSV3__TRY(dsv3__tok_alloc_u32(l, &l->word_of, l->n_vocab, "words"));
+    DSV3__TRY(dsv3__tok_alloc_u32(l, &ids, l->n_vocab, "words")); /* each word is another entry of the vocabulary */
+    t->ids = (int32_t *)ids;
+    for (uint32_t id = 0; id < l->n_vocab; id++)
+        l->word_of[id] = DSV3__TOK_GONE;
+    for (uint32_t b = 0; b < 256; b++) {
+        char byte = (char)b;
+        int64_t id = dsv3__tok_lookup(l, &byte, 1, false, dsv3__tok_hash(DSV3__TOK_HASH, (uint8_t)b));
+        if (id < 0)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab has no entry for the byte %u", (uint64_t)b);
+        ids[b] = (uint32_t)id;
+        l->word_of[id] = b;
+    }
+    for (uint64_t r = 0; r < l->n_rules; r++) {
+        uint32_t made = l->rules[r].made;
+        if (l->word_of[made] != DSV3__TOK_GONE)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.merges[%u] makes the token %u, as a merge before it",
+                              r, (uint64_t)made);
+        ids[256 + r] = made;
+        l->word_of[made] = 256 + (uint32_t)r;
+    }
+    t->n_words = 256 + (uint32_t)l->n_rules;
+    for (uint32_t id = 0; id < l->n_vocab && t->whole; id++)
+        if (l->word_of[id] == DSV3__TOK_GONE && !(t->flags[id] & (DSV3__TOK_RAW | DSV3__TOK_ADDED)))
+            ids[t->n_words++] = id;
+    return DSV3_OK;
+}
+
+/* The table of pairs. t->chain: every half was made before its merge, and every word is one that a merge makes. */
+static dsv3_result dsv3__tok_load_pairs(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    void *parts;
+    DSV3__TRY(dsv3__tok_map_init(&t->mem, &t->pairs, l->n_rules, l->err));
+    DSV3__TRY(dsv3__mem_alloc(&t->mem, &parts, (l->n_rules + 1) * sizeof *t->parts, "merges", l->err));
+    t->parts = (dsv3__tok_parts *)parts;
+    t->chain = t->n_words == 256 + l->n_rules;
+    for (uint32_t r = 0; r < l->n_rules; r++) {
+        uint32_t left = l->word_of[l->rules[r].left], right = l->word_of[l->rules[r].right], made = 256 + r;
+        t->parts[r].left = left;
+        t->parts[r].right = right;
+        if (left >= made || right >= made)
+            t->chain = false;
+        if (left != DSV3__TOK_GONE && right != DSV3__TOK_GONE)
+            DSV3__TRY(dsv3__tok_map_put(&t->mem, &t->pairs, (uint64_t)left << 21 | right, made, l->err));
+    }
+    return DSV3_OK;
+}
+
+/* Does every word, spelled out, merge back to itself? Its halves do, being older; so it does if no pair across their
+   border merges before the word itself would. */
+static bool dsv3__tok_check_words(const dsv3_tokenizer *t)
+{
+    for (uint32_t w = 256; w < t->n_words; w++) {
+        if (t->spans[t->ids[w]].n > DSV3__TOK_WORD_MAX ||
+            !dsv3__tok_apart(t, t->parts[w - 256].left, t->parts[w - 256].right, w))
+            return false;
+    }
+    return true;
+}
+
+/* l->lengths [n], to be filled, and l->order [n]. */
+static dsv3_result dsv3__tok_load_lengths(dsv3__tok_load *l, uint32_t n)
+{
+    void *lengths;
+    dsv3__mem_free(&l->t->mem, l->lengths);
+    dsv3__mem_free(&l->t->mem, l->order);
+    l->lengths = NULL;
+    l->order = NULL;
+    DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &lengths, ((uint64_t)n + 1) * sizeof *l->lengths, "words", l->err));
+    l->lengths = (uint16_t *)lengths;
+    return dsv3__tok_alloc_u32(l, &l->order, n, "words");
+}
+
+/* l->order = 0 ... n - 1, the shortest first. */
+static void dsv3__tok_by_length(const dsv3__tok_load *l, uint32_t n)
+{
+    uint32_t first[DSV3__TOK_WORD_MAX + 2] = {0}; /* length -> place of the first one so long */
+    for (uint32_t i = 0; i < n; i++)
+        first[l->lengths[i] + 1]++;
+    for (uint32_t i = 1; i < DSV3__COUNT(first); i++)
+        first[i] += first[i - 1];
+    for (uint32_t i = 0; i < n; i++)
+        l->order[first[l->lengths[i]]++] = i;
+}
+
+/* What dsv3__tok_longest walks. */
+static dsv3_result dsv3__tok_load_trie(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t next = t->n_words, n = t->n_words - 256;
+    DSV3__TRY(dsv3__tok_load_lengths(l, n));
+    for (uint32_t i = 0; i < n; i++) {
+        if (t->spans[t->ids[256 + i]].n > DSV3__TOK_WORD_MAX)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.ignore_merges with tokens over %u bytes",
+                              (uint64_t)DSV3__TOK_WORD_MAX);
+        l->lengths[i] = (uint16_t)t->spans[t->ids[256 + i]].n;
+    }
+    dsv3__tok_by_length(l, n);
+    DSV3__TRY(dsv3__tok_map_init(&t->mem, &t->trie, (uint64_t)n * 2, l->err));
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t word = 256 + l->order[i];
+        const char *bytes = t->pool + t->spans[t->ids[word]].at;
+        uint32_t from = t->chain ? t->parts[word - 256].left : (uint8_t)bytes[0]; /* a node that is there already */
+        uint32_t skip = t->spans[t->ids[from]].n;
+        bool same;
+        DSV3__TRY(dsv3__tok_trie_add(&t->mem, &t->trie, from, bytes + skip, t->spans[t->ids[word]].n - skip, word, &next, &same, l->err));
+    }
+    return DSV3_OK;
+}
+
+/* Reads one of added_tokens; what it means is settled when the vocabulary is there. */
+static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
+{
+    static const char *const names[] = {"id", "content", "special", "normalized", "lstrip", "rstrip", "single_word"};
+    dsv3_tokenizer *t = l->t;
+    dsv3__json *j = &l->j;
+    dsv3__json_str key;
+    dsv3__str spelled = {"", 0};
+    bool flags[DSV3__COUNT(names)] = {false};
+    uint64_t id = 0, index = t->n_markers;
+    uint32_t seen = 0;
+    size_t n = 0;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        uint32_t k = 0;
+        while (k < DSV3__COUNT(names) && !dsv3__json_is(key, names[k]))
+            k++;
+        if (k == DSV3__COUNT(names)) {
+            dsv3__json_skip(j);
+            continue;
+        }
+        if (seen >> k & 1)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: %s is given twice", index, names[k]);
+        seen |= 1u << k;
+        if (k == 0)
+            dsv3__json_uint(j, &id);
+        else if (k == 1)
+            DSV3__TRY(dsv3__tok_load_string(l, 0, &n, &spelled));
+        else
+            dsv3__json_bool(j, &flags[k]);
+    }
+    if (j->result)
+        return j->result;
+    for (uint32_t k = 0; k < DSV3__COUNT(names); k++) {
+        if (k < 4 && !(seen >> k & 1))
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] has no %s", index, names[k]);
+        if (k >= 4 && flags[k])
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] \"%S\": %s true is not supported",
+                              index, &spelled, names[k]);
+    }
+    if (n == 0 || n > DSV3__TOK_MARKER_MAX || id >= DSV3__TOK_IDS_MAX)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: expected a content of 1 to %u bytes and an id "
+                          "below %u, found %u bytes and %u", index, (uint64_t)DSV3__TOK_MARKER_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
+    DSV3__TRY(dsv3__tok_room(l, &t->contents, &l->contents_cap, l->n_contents, n, "added tokens"));
+    memcpy(t->contents + l->n_contents, l->text, n);
+    dsv3__tok_marker *m = &t->markers[t->n_markers++];
+    m->id = (int32_t)id;
+    m->at = (uint32_t)l->n_contents;
+    m->n = (uint16_t)n;
+    m->special = flags[2];
+    m->normalized = flags[3];
+    l->n_contents += n;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_added(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    dsv3__json_open(&l->j, '[');
+    while (dsv3__json_item(&l->j)) {
+        void *markers = t->markers;
+        DSV3__TRY(dsv3__mem_grow(&t->mem, &markers, &l->markers_cap, t->n_markers, (uint64_t)t->n_markers + 1, sizeof *t->markers,
+                                 "added tokens", l->err));
+        t->markers = (dsv3__tok_marker *)markers;
+        DSV3__TRY(dsv3__tok_load_marker(l));
+    }
+    return l->j.result;
+}
+
+/* The id of a token of model.vocab by its text; -1 if there is none. Its bytes are left in l->text, their number in *n,
+   and *raw says whether they are the text itself. */
+static dsv3_result dsv3__tok_vocab_find(dsv3__tok_load *l, const char *text, size_t n_text, int64_t *id, size_t *n, bool *raw)
+{
+    uint64_t hash;
+    DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, n_text, "a string of tokenizer.json"));
+    *raw = dsv3__tok_letters(l, text, text + n_text, false, l->text, n_text, n, &hash) != text + n_text;
+    if (*raw) {
+        memcpy(l->text, text, n_text);
+        *n = n_text;
+        hash = dsv3__tok_hash_bytes(DSV3__TOK_HASH, text, n_text);
+    }
+    *id = dsv3__tok_lookup(l, l->text, *n, *raw, hash);
+    return DSV3_OK;
+}
+
+/* Ids of added tokens. `tokenizers` ignores those of the file: a content that model.vocab holds has that id, the others
+   are numbered behind it in their order. Sane files say the same; a file that does not would mean two things. */
+static dsv3_result dsv3__tok_settle_markers(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    for (uint32_t i = 0; i < t->n_markers; i++) {
+        const dsv3__tok_marker *m = &t->markers[i];
+        dsv3__str content;
+        int64_t id;
+        size_t n;
+        bool raw;
+        content.p = t->contents + m->at;
+        content.n = m->n;
+        DSV3__TRY(dsv3__tok_vocab_find(l, content.p, content.n, &id, &n, &raw));
+        if (m->id != (id >= 0 ? id : (int64_t)t->n_tokens))
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] \"%S\": expected the id %u (%s), found %u", (uint64_t)i,
+                              &content, (uint64_t)(id >= 0 ? id : (int64_t)t->n_tokens),
+                              id >= 0 ? "that of model.vocab" : "the next one", (uint64_t)m->id);
+        if (id < 0) {
+            DSV3__TRY(dsv3__tok_load_ids(l, t->n_tokens + 1));
+            DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, n, "token bytes"));
+            memcpy(t->pool + l->n_pool, l->text, n);
+            t->spans[m->id].at = (uint32_t)l->n_pool;
+            t->spans[m->id].n = (uint32_t)n;
+            t->flags[m->id] = raw ? DSV3__TOK_RAW : 0;
+            l->n_pool += n;
+        }
+        t->flags[m->id] = (uint8_t)(t->flags[m->id] | DSV3__TOK_ADDED | (m->special ? DSV3__TOK_SPECIAL : 0));
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_marker_trie(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t next = t->n_markers + 1;
+    DSV3__TRY(dsv3__tok_map_init(&t->mem, &t->marker_trie, (uint64_t)t->n_markers * 2, l->err));
+    DSV3__TRY(dsv3__tok_load_lengths(l, t->n_markers));
+    for (uint32_t i = 0; i < t->n_markers; i++)
+        l->lengths[i] = t->markers[i].n;
+    dsv3__tok_by_length(l, t->n_markers);
+    for (uint32_t i = 0; i < t->n_markers; i++) {
+        const dsv3__tok_marker *m = &t->markers[l->order[i]];
+        bool same;
+        t->marker_starts[(uint8_t)t->contents[m->at]] = true;
+        DSV3__TRY(dsv3__tok_trie_add(&t->mem, &t->marker_trie, 0, t->contents + m->at, m->n, 1 + l->order[i], &next, &same,
+                                     l->err));
+        if (same)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: its content is that of another one",
+                              (uint64_t)l->order[i]);
+    }
+    return DSV3_OK;
+}
+
+// ---- Opening: the rest of the files --------------------------------------------------------------------------
+
+/* The value of a key in the object that `object` stands before; `value` is left standing before it. False: no object, no
+   such key, or more than one. Reads ahead only: the caller's own reader has been, or will be, over the same text. */
+static bool dsv3__tok_get(const dsv3__json *object, const char *name, dsv3__json *value)
+{
+    dsv3__json o = *object;
+    dsv3__json_str key;
+    int found = 0;
+    if (dsv3__json_peek(&o) != '{')
+        return false;
+    dsv3__json_open(&o, '{');
+    while (dsv3__json_key(&o, &key)) {
+        if (dsv3__json_is(key, name)) {
+            *value = o;
+            found++;
+        }
+        dsv3__json_skip(&o);
+    }
+    return found == 1;
+}
+
+/* Is the value of this key the string `literal`? */
+static bool dsv3__tok_get_is(const dsv3__json *object, const char *name, const char *literal)
+{
+    dsv3__json value;
+    dsv3__json_str s;
+    return dsv3__tok_get(object, name, &value) && dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s) &&
+           dsv3__json_is(s, literal);
+}
+
+/* Is the value of this key false? */
+static bool dsv3__tok_get_false(const dsv3__json *object, const char *name)
+{
+    dsv3__json value;
+    return dsv3__tok_get(object, name, &value) && dsv3__json_peek(&value) == 'f';
+}
+
+/* The error of a field that says what is not covered here. */
+static dsv3_result dsv3__tok_refuse(const dsv3__tok_load *l, const dsv3__json *value, const char *field, const char *expected)
+{
+    dsv3__json at = *value;
+    dsv3__str found;
+    dsv3__json_peek(&at);
+    found.p = at.p;
+    dsv3__json_skip(&at);
+    found.n = (size_t)(at.p - found.p);
+    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: expected %s, found %S", field, expected, &found);
+}
+
+/* The patterns that dsv3__tok_piece stands for, in their order: DeepSeek-V3, R1, V3.1 and what was made like them. */
+static const char *const dsv3__tok_patterns[] = {
+    "\\p{N}{1,3}",
+    "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-\xE3\x83\xBF]+", /* U+4E00-9FA5 3040-309F 30A0-30FF */
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+};
+
+/* One Split of the pre_tokenizer. `index` is its place; a different one must be refused: it would give different ids. */
+static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *split, size_t index)
+{
+    dsv3__json pattern, regex;
+    dsv3__json_str s;
+    dsv3__str found;
+    size_t n;
+    if (!dsv3__tok_get(split, "pattern", &pattern) || !dsv3__tok_get(&pattern, "Regex", &regex) || dsv3__json_peek(&regex) != '"' ||
+        !dsv3__json_string(&regex, &s))
+        return dsv3__tok_refuse(l, split, "pre_tokenizer", "a Split with a pattern.Regex");
+    DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, s.n, "a string of tokenizer.json"));
+    if (!dsv3__json_decode(s, l->text, &n))
+        return dsv3__tok_refuse(l, &pattern, "pre_tokenizer", "a pattern without bad escapes");
+    found.p = l->text;
+    found.n = n;
+    if (index >= DSV3__COUNT(dsv3__tok_patterns) || found.n != strlen(dsv3__tok_patterns[index]) ||
+        memcmp(found.p, dsv3__tok_patterns[index], found.n) != 0)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: pre_tokenizer: no rules for split %u, pattern %S",
+                          (uint64_t)index, &found);
+    if (!dsv3__tok_get_is(split, "behavior", "Isolated") || !dsv3__tok_get_false(split, "invert"))
+        return dsv3__tok_refuse(l, split, "pre_tokenizer", "a Split with behavior Isolated, invert false");
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_pre_tokenizer(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json list;
+    size_t index = 0;
+    bool byte_level = false;
+    if (!dsv3__tok_get_is(value, "type", "Sequence") || !dsv3__tok_get(value, "pretokenizers", &list) || dsv3__json_peek(&list) != '[')
+        return dsv3__tok_refuse(l, value, "pre_tokenizer", "a Sequence of Splits and a ByteLevel");
+    dsv3__json_open(&list, '[');
+    while (dsv3__json_item(&list)) {
+        dsv3__json part = list;
+        dsv3__json_skip(&list);
+        if (!byte_level && dsv3__tok_get_is(&part, "type", "Split")) {
+            DSV3__TRY(dsv3__tok_load_split(l, &part, index++));
+            continue;
+        }
+        if (byte_level || !dsv3__tok_get_is(&part, "type", "ByteLevel") || !dsv3__tok_get_false(&part, "add_prefix_space") ||
+            !dsv3__tok_get_false(&part, "use_regex"))
+            return dsv3__tok_refuse(l, &part, "pre_tokenizer",
+                                    "Splits, then one ByteLevel with add_prefix_space and use_regex false");
+        byte_level = true;
+    }
+    if (index != DSV3__COUNT(dsv3__tok_patterns) || !byte_level)
+        return dsv3__tok_refuse(l, value, "pre_tokenizer", "three Splits and a ByteLevel");
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_normalizer(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json list = *value;
+    if (dsv3__json_peek(&list) == 'n')
+        return DSV3_OK;
+    if (dsv3__tok_get_is(value, "type", "Sequence") && dsv3__tok_get(value, "normalizers", &list) && dsv3__json_peek(&list) == '[' &&
+        dsv3__json_open(&list, '[') && !dsv3__json_item(&list))
+        return DSV3_OK;
+    return dsv3__tok_refuse(l, value, "normalizer", "null or an empty Sequence");
+}
+
+/* A TemplateProcessing that puts one token in front, as `transformers` writes it: t->bos. */
+static bool dsv3__tok_load_template(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json single, part, name, tokens, ids;
+    char bos[DSV3__TOK_MARKER_MAX];
+    uint64_t id = 0;
+    if (!dsv3__tok_get(value, "single", &single) || dsv3__json_peek(&single) != '[' || !dsv3__json_open(&single, '[') ||
+        !dsv3__json_item(&single) || !dsv3__tok_get(&single, "SpecialToken", &part) || !dsv3__tok_get(&part, "id", &name) ||
+        dsv3__json_peek(&name) != '"' || !dsv3__json_copy(&name, bos, sizeof bos))
+        return false;
+    dsv3__json_skip(&single);
+    if (!dsv3__json_item(&single) || !dsv3__tok_get(&single, "Sequence", &part) || !dsv3__tok_get_is(&part, "id", "A"))
+        return false;
+    dsv3__json_skip(&single);
+    if (dsv3__json_item(&single) || !dsv3__tok_get(value, "special_tokens", &tokens) || !dsv3__tok_get(&tokens, bos, &part) ||
+        !dsv3__tok_get(&part, "ids", &ids) || dsv3__json_peek(&ids) != '[' || !dsv3__json_open(&ids, '[') || !dsv3__json_item(&ids) ||
+        !dsv3__json_uint(&ids, &id) || dsv3__json_item(&ids) || id >= DSV3__TOK_IDS_MAX)
+        return false;
+    l->t->bos = (int32_t)id;
+    l->t->add_bos = true;
+    return true;
+}
+
+static dsv3_result dsv3__tok_load_post_processor(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json at = *value;
+    if (dsv3__json_peek(&at) == 'n' || dsv3__tok_get_is(value, "type", "ByteLevel")) /* adds nothing */
+        return DSV3_OK;
+    if (dsv3__tok_get_is(value, "type", "TemplateProcessing") && dsv3__tok_load_template(l, value))
+        return DSV3_OK;
+    return dsv3__tok_refuse(l, value, "post_processor", "null, ByteLevel, or a TemplateProcessing that puts one token in front");
+}
+
+/* A field of `model` beside vocab and merges. One that would change ids must have the value that does not; one that is not
+   known might. */
+static dsv3_result dsv3__tok_load_model_field(dsv3__tok_load *l, dsv3__json_str key, const dsv3__json *value)
+{
+    dsv3__json at = *value;
+    dsv3__json_str s = {"", 0, false};
+    dsv3__str name;
+    char kind = dsv3__json_peek(&at);
+    bool number, empty = kind == 'n' || (kind == '"' && dsv3__json_string(&at, &s) && s.n == 0);
+    int64_t integer;
+    double v;
+    if (dsv3__json_is(key, "type"))
+        return kind == '"' && dsv3__json_is(s, "BPE") ? DSV3_OK : dsv3__tok_refuse(l, value, "model.type", "\"BPE\"");
+    if (dsv3__json_is(key, "dropout")) {
+        if (kind == 'n' || ((kind == '-' || (kind >= '0' && kind <= '9')) && dsv3__json_number(&at, &v, &integer, &number) && v == 0))
+            return DSV3_OK;
+        return dsv3__tok_refuse(l, value, "model.dropout", "null or 0");
+    }
+    if (dsv3__json_is(key, "continuing_subword_prefix") || dsv3__json_is(key, "end_of_word_suffix"))
+        return empty ? DSV3_OK : dsv3__tok_refuse(l, value, "model.continuing_subword_prefix, end_of_word_suffix", "null or \"\"");
+    if (dsv3__json_is(key, "byte_fallback"))
+        return kind == 'f' ? DSV3_OK : dsv3__tok_refuse(l, value, "model.byte_fallback", "false");
+    if (dsv3__json_is(key, "ignore_merges")) {
+        l->t->whole = kind == 't';
+        return kind == 't' || kind == 'f' ? DSV3_OK : dsv3__tok_refuse(l, value, "model.ignore_merges", "true or false");
+    }
+    if (dsv3__json_is(key, "unk_token") || dsv3__json_is(key, "fuse_unk")) /* every byte is in the vocabulary */
+        return DSV3_OK;
+    name.p = key.p;
+    name.n = key.n;
+    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.%S: a field that is not known here", &name);
+}
+
+static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
+{
+    dsv3__json *j = &l->j, early = *j; /* merges that stand before the vocabulary */
+    dsv3__json_str key;
+    int n_vocab = 0, n_merges = 0;
+    bool wait = false;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        if (dsv3__json_is(key, "vocab") && n_vocab++ == 0) {
+            DSV3__TRY(dsv3__tok_load_vocab(l));
+        } else if (dsv3__json_is(key, "merges") && n_merges++ == 0) {
+            wait = n_vocab == 0;
+            early = *j;
+            if (wait)
+                dsv3__json_skip(j);
+            else
+                DSV3__TRY(dsv3__tok_load_merges(l));
+        } else {
+            dsv3__json value = *j;
+            if (dsv3__json_skip(j))
+                DSV3__TRY(dsv3__tok_load_model_field(l, key, &value)); /* a second vocab too is not known */
+        }
+    }
+    if (j->result)
+        return j->result;
+    if (!n_vocab || !n_merges)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model has no %s", n_vocab ? "merges" : "vocab");
+    if (wait) {
+        dsv3__json behind = *j;
+        *j = early;
+        DSV3__TRY(dsv3__tok_load_merges(l));
+        *j = behind;
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
+{
+    static const char *const names[] = {"model", "pre_tokenizer", "decoder", "added_tokens", "normalizer", "post_processor"};
+    dsv3__json *j = &l->j;
+    dsv3__json_str key;
+    uint32_t seen = 0;
+    if (text.n > DSV3__TOK_FILE_MAX)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %u bytes, expected at most %u", (uint64_t)text.n,
+                          (uint64_t)DSV3__TOK_FILE_MAX);
+    dsv3__json_init(j, text.p, text.n, "tokenizer.json", l->err);
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        uint32_t k = 0;
+        while (k < DSV3__COUNT(names) && !dsv3__json_is(key, names[k]))
+            k++;
+        if (k < DSV3__COUNT(names) && (seen >> k & 1))
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s is given twice", names[k]);
+        seen |= 1u << k;
+        dsv3__json value = *j;
+        if (k == 0) {
+            DSV3__TRY(dsv3__tok_load_model(l));
+        } else if (k == 3) {
+            DSV3__TRY(dsv3__tok_load_added(l));
+        } else if (dsv3__json_skip(j)) {
+            if (k == 1)
+                DSV3__TRY(dsv3__tok_load_pre_tokenizer(l, &value));
+            else if (k == 2 && !dsv3__tok_get_is(&value, "type", "ByteLevel"))
+                return dsv3__tok_refuse(l, &value, "decoder", "a ByteLevel");
+            else if (k == 4)
+                DSV3__TRY(dsv3__tok_load_normalizer(l, &value));
+            else if (k == 5)
+                DSV3__TRY(dsv3__tok_load_post_processor(l, &value));
+        }
+    }
+    DSV3__TRY(dsv3__json_end(j));
+    for (uint32_t k = 0; k < 3; k++)
+        if (!(seen >> k & 1))
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: it has no %s", names[k]);
+    return DSV3_OK;
+}
+
+/* The token that a field of tokenizer_config.json names: a string, or an object with `content`. -1: null, or unknown. */
+static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *value, const char *name, bool must, int32_t *id)
+{
+    char text[DSV3__TOK_MARKER_MAX + 1];
+    dsv3__json at = *value;
+    dsv3__str content;
+    int64_t found;
+    size_t n;
+    bool raw;
+    *id = -1;
+    if (dsv3__json_peek(&at) == 'n')
+        return DSV3_OK;
+    if (dsv3__json_peek(&at) == '{' && !dsv3__tok_get(value, "content", &at))
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %s has no content", name);
+    if (!dsv3__json_copy(&at, text, sizeof text))
+        return at.result;
+    content.p = text;
+    content.n = strlen(text);
+    *id = dsv3__tok_marker_id(l->t, text, content.n);
+    if (*id < 0) {
+        DSV3__TRY(dsv3__tok_vocab_find(l, text, content.n, &found, &n, &raw));
+        *id = (int32_t)found;
+    }
+    if (*id < 0 && must)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %s \"%S\" is no token of tokenizer.json", name, &content);
+    return DSV3_OK;
+}
+
+/* add_bos_token and the names of three tokens; tokenizer_class and the rest are not read (DeepSeek-V3's class is wrong). */
+static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
+{
+    static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token"};
+    dsv3_tokenizer *t = l->t;
+    int32_t template_bos = t->bos;
+    int32_t *const ids[] = {&t->bos, &t->eos, &t->pad};
+    dsv3__json j, values[DSV3__COUNT(names)];
+    dsv3__json_str key;
+    uint32_t seen = 0;
+    if (text.n > DSV3__TOK_CONFIG_MAX)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %u bytes, expected at most %u", (uint64_t)text.n,
+                          (uint64_t)DSV3__TOK_CONFIG_MAX);
+    if (text.n >= 3 && memcmp(text.p, "\xEF\xBB\xBF", 3) == 0) /* a byte order mark: tolerated in configurations */
+        text.p += 3, text.n -= 3;
+    dsv3__json_init(&j, text.p, text.n, "tokenizer_config.json", l->err);
+    dsv3__json_open(&j, '{');
+    while (dsv3__json_key(&j, &key)) {
+        for (uint32_t k = 0; k < DSV3__COUNT(names); k++) {
+            if (!dsv3__json_is(key, names[k]))
+                continue;
+            if (seen >> k & 1)
+                return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %s is given twice", names[k]);
+            seen |= 1u << k;
+            values[k] = j;
+        }
+        dsv3__json_skip(&j);
+    }
+    DSV3__TRY(dsv3__json_end(&j));
+    for (uint32_t k = 0; k < DSV3__COUNT(ids); k++) {
+        if (!(seen >> k & 1))
+            continue;
+        /* `transformers` lets a pad token be missing, and nothing here pads */
+        DSV3__TRY(dsv3__tok_config_token(l, &values[k], names[k], k != 2, ids[k]));
+    }
+    if (template_bos >= 0 && t->bos >= 0 && t->bos != template_bos)
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: bos_token is %d, but tokenizer.json puts %d in front",
+                          (int64_t)t->bos, (int64_t)template_bos);
+    if ((seen >> 3 & 1) && dsv3__json_peek(&values[3]) != 'n' && !dsv3__json_bool(&values[3], &t->add_bos))
+        return values[3].result;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, dsv3__str json, dsv3__str config_json)
+{
+    dsv3_tokenizer *t = l->t;
+    dsv3__tok_letters_init(l->byte_of);
+    dsv3__tok_classes_init(t);
+    DSV3__TRY(dsv3__tok_load_file(l, json));
+    DSV3__TRY(dsv3__tok_settle_markers(l));
+    DSV3__TRY(dsv3__tok_load_marker_trie(l));
+    DSV3__TRY(dsv3__tok_load_words(l));
+    DSV3__TRY(dsv3__tok_load_pairs(l));
+    t->chain = t->chain && dsv3__tok_check_words(t);
+    if (t->chain || t->whole)
+        DSV3__TRY(dsv3__tok_load_trie(l));
+    if (config_json.n)
+        DSV3__TRY(dsv3__tok_load_config(l, config_json));
+    if (t->bos >= (int32_t)t->n_tokens || (t->add_bos && t->bos < 0))
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer: a begin-of-text token is asked for, but there is no token %d",
+                          (int64_t)t->bos);
+    return DSV3_OK;
+}
+
+static void dsv3__tok_close(dsv3_tokenizer *t)
+{
+    if (!t)
+        return;
+    dsv3__mem mem = t->mem;
+    const void *const blocks[] = {t->pool, t->spans, t->flags, t->ids, t->parts, t->pairs.slots, t->trie.slots,
+                                  t->markers, t->contents, t->marker_trie.slots, t};
+    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
+        dsv3__mem_free(&mem, blocks[i]);
+}
+
+/* From the texts of tokenizer.json and, if it has any length, tokenizer_config.json; neither need outlive the call.
+   On failure *tok is NULL and nothing is kept. Errors: JSON, TOKENIZER, OUT_OF_MEMORY, MEMORY_LIMIT. */
+static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit, dsv3__str json,
+                                  dsv3__str config_json, dsv3_error *err)
+{
+    dsv3__mem mem;
+    dsv3__tok_load l;
+    void *t;
+    *tok = NULL;
+    dsv3__mem_init(&mem, allocator, memory_limit);
+    DSV3__TRY(dsv3__mem_alloc(&mem, &t, sizeof **tok, "a tokenizer", err));
+    memset(t, 0, sizeof **tok);
+    memset(&l, 0, sizeof l);
+    l.t = (dsv3_tokenizer *)t;
+    l.t->mem = mem;
+    l.t->bos = l.t->eos = l.t->pad = -1;
+    l.err = err;
+    dsv3_result r = dsv3__tok_load_all(&l, json, config_json);
+    const void *const blocks[] = {l.index.slots, l.rules, l.word_of, l.lengths, l.order, l.text};
+    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
+        dsv3__mem_free(&l.t->mem, blocks[i]);
+    if (r)
+        dsv3__tok_close(l.t);
+    else
+        *tok = l.t;
+    return r;
+}
+
+// ---- Public -------------------------------------------------------------------------------------------------
+
+DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags, int32_t *tokens,
+                                   size_t cap, size_t *count, dsv3_error *error)
+{
+    dsv3__tok_sink sink;
+    dsv3_error local;
+    sink.err = error ? error : &local;
+    dsv3__err_clear(sink.err);
+    if (count)
+        *count = 0;
+    if (!tokenizer || !count || (!text && len) || (!tokens && cap))
+        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: tokenizer, text, tokens or count is NULL");
+    if (len > INT32_MAX || (flags & ~(uint32_t)(DSV3_TOKENIZE_BOS | DSV3_TOKENIZE_MARKERS)))
+        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: %u bytes, flags %u", (uint64_t)len, (uint64_t)flags);
+    dsv3__tok_sink_init(&sink, tokenizer, tokens, cap);
+    if ((flags & DSV3_TOKENIZE_BOS) && tokenizer->add_bos)
+        dsv3__tok_push(&sink, tokenizer->bos);
+    const uint8_t *p = (const uint8_t *)(len ? text : "");
+    dsv3_result r = dsv3__tok_encode(tokenizer, p, p + len, flags & DSV3_TOKENIZE_MARKERS ? 2 : 0, &sink);
+    dsv3__mem_free(&sink.mem, sink.big);
+    if (r)
+        return r;
+    *count = sink.n;
+    if (cap && sink.n > cap)
+        return DSV3__FAIL(sink.err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_tokenize: room for %u tokens, needed %u", (uint64_t)cap,
+                          (uint64_t)sink.n);
+    return DSV3_OK;
+}
+
+DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t token, size_t *len)
+{
+    bool known = tokenizer && token >= 0 && (uint32_t)token < tokenizer->n_tokens;
+    if (len)
+        *len = known ? tokenizer->spans[token].n : 0;
+    return known ? tokenizer->pool + tokenizer->spans[token].at : NULL;
+}
+
+DSV3_API int32_t dsv3_token_find(const dsv3_tokenizer *tokenizer, const char *text, size_t len)
+{
+    return tokenizer && text ? dsv3__tok_marker_id(tokenizer, text, len) : -1;
+}
+
+DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_tokenizer_info *info)
+{
+    info->n_tokens = tokenizer ? (int32_t)tokenizer->n_tokens : 0;
+    info->bos = tokenizer ? tokenizer->bos : -1;
+    info->eos = tokenizer ? tokenizer->eos : -1;
+    info->pad = tokenizer ? tokenizer->pad : -1;
+    info->add_bos = tokenizer && tokenizer->add_bos;
+}
+
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags, char *text,
+                                     size_t cap, size_t *len, dsv3_error *error)
+{
+    char out[3 * (DSV3__TOK_CHUNK + 3)];
+    dsv3__tok_stream stream = {0, {0}};
+    dsv3_error local, *err = error ? error : &local;
+    size_t total = 0;
+    dsv3__err_clear(err);
+    if (len)
+        *len = 0;
+    if (!tokenizer || !len || (!tokens && count) || (!text && cap))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_detokenize: tokenizer, tokens, text or len is NULL");
+    if (flags & ~(uint32_t)DSV3_DETOKENIZE_SKIP_SPECIAL)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_detokenize: flags %u", (uint64_t)flags);
+    for (size_t i = 0; i <= count; i++) {
+        size_t left = 0;
+        const char *bytes = i < count ? dsv3_token_bytes(tokenizer, tokens[i], &left) : NULL;
+        if (bytes && (flags & DSV3_DETOKENIZE_SKIP_SPECIAL) && (tokenizer->flags[tokens[i]] & DSV3__TOK_SPECIAL))
+            continue;
+        do { /* in chunks; behind the last token, the flush */
+            size_t chunk = dsv3__min(left, DSV3__TOK_CHUNK);
+            size_t n = i < count ? dsv3__tok_stream_put(&stream, bytes, chunk, out) : dsv3__tok_stream_flush(&stream, out);
+            if (total < cap)
+                memcpy(text + total, out, dsv3__min(n, cap - total));
+            total += n;
+            bytes = bytes ? bytes + chunk : NULL;
+            left -= chunk;
+        } while (left);
+    }
+    *len = total;
+    if (cap && total > cap)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_detokenize: room for %u bytes, needed %u", (uint64_t)cap, (uint64_t)total);
+    return DSV3_OK;
+}
+
+#else // DSV3_NO_TOKENIZER
+
+struct dsv3_tokenizer {
+    dsv3__mem mem;
+};
+
+static dsv3_result dsv3__tok_disabled(dsv3_error *error)
+{
+    dsv3_error local;
+    return DSV3__FAIL(error ? error : &local, DSV3_ERROR_FEATURE_DISABLED, "compiled with DSV3_NO_TOKENIZER");
+}
+
+static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit, dsv3__str json,
+                                  dsv3__str config_json, dsv3_error *err)
+{
+    (void)allocator, (void)memory_limit, (void)json, (void)config_json;
+    *tok = NULL;
+    return dsv3__tok_disabled(err);
+}
+
+static void dsv3__tok_close(dsv3_tokenizer *t)
+{
+    (void)t;
+}
+
+DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags, int32_t *tokens,
+                                   size_t cap, size_t *count, dsv3_error *error)
+{
+    (void)tokenizer, (void)text, (void)len, (void)flags, (void)tokens, (void)cap;
+    if (count)
+        *count = 0;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags, char *text,
+                                     size_t cap, size_t *len, dsv3_error *error)
+{
+    (void)tokenizer, (void)tokens, (void)count, (void)flags, (void)text, (void)cap;
+    if (len)
+        *len = 0;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t token, size_t *len)
+{
+    (void)tokenizer, (void)token;
+    if (len)
+        *len = 0;
+    return NULL;
+}
+
+DSV3_API int32_t dsv3_token_find(const dsv3_tokenizer *tokenizer, const char *text, size_t len)
+{
+    (void)tokenizer, (void)text, (void)len;
+    return -1;
+}
+
+DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_tokenizer_info *info)
+{
+    (void)tokenizer;
+    info->n_tokens = 0;
+    info->bos = info->eos = info->pad = -1;
+    info->add_bos = false;
+}
+
+#endif // DSV3_NO_TOKENIZER
+// =============================================================================
+// >>smp   Logits -> a token. What is picked is a function of logits, options and position: no hidden state.
+//         Needs kern (exp). Scratch: the session's copy of the logits.
+// =============================================================================
+
+/* A uniform number in [0, 1) for (seed, position): two rounds of SplitMix64's finaliser. The same on every platform. */
+static double dsv3__smp_uniform(uint64_t seed, uint64_t position)
+{
+    uint64_t x = seed + 0x9E3779B97F4A7C15ull;
+    for (int round = 0; round < 2; round++) {
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+        x ^= x >> 31;
+        if (round == 0)
+            x += (position + 1) * 0x9E3779B97F4A7C15ull;
+    }
+    return (double)(x >> 11) * (1.0 / 9007199254740992.0);
+}
+
+static bool dsv3__smp_opts_ok(const dsv3_sample_opts *o)
+{
+    const float huge = 1e30f; /* also refuses NaN and infinity */
+    return o->temperature >= 0 && o->temperature < huge && o->top_p >= 0 && o->top_p <= 1 && o->min_p >= 0 && o->min_p <= 1 &&
+           o->repetition_penalty >= 0 && o->repetition_penalty < huge && o->presence_penalty > -huge && o->presence_penalty < huge;
+}
+
+/* Penalties for the tokens the session holds, once for each. seen: scratch, a bit for each token of the vocabulary. */
+static void dsv3__smp_penalties(float *logits, uint32_t vocab, const int32_t *tokens, size_t n_tokens, const dsv3_sample_opts *o,
+                                uint8_t *seen)
+{
+    bool repetition = o->repetition_penalty != 0 && o->repetition_penalty != 1;
+    if (!repetition && o->presence_penalty == 0)
+        return;
+    memset(seen, 0, (vocab + 7) / 8);
+    for (size_t i = 0; i < n_tokens; i++) {
+        uint32_t t = (uint32_t)tokens[i];
+        if (seen[t / 8] >> (t % 8) & 1)
+            continue;
+        seen[t / 8] = (uint8_t)(seen[t / 8] | 1u << (t % 8));
+        if (repetition)
+            logits[t] = logits[t] > 0 ? logits[t] / o->repetition_penalty : logits[t] * o->repetition_penalty;
+        logits[t] -= o->presence_penalty;
+    }
+}
+
+static uint32_t dsv3__smp_argmax(const float *v, uint32_t n)
+{
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < n; i++)
+        if (v[i] > v[best])
+            best = i;
+    return best;
+}
+
+/* Zeroes all but the largest p [n] (none negative) whose sum reaches `target`; by_count: whose number does. Equal ones are
+   kept from the lowest index. The border is found digit by digit in the bits of the floats, which order as they do. */
+static void dsv3__smp_cut(float *p, uint32_t n, double target, bool by_count)
+{
+    uint32_t prefix = 0;
+    double above = 0; /* what is strictly larger than the border weighs */
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        double weight[256];
+        uint32_t known = shift == 24 ? 0 : 0xFFFFFFFFu << (shift + 8), digit = 255;
+        for (uint32_t i = 0; i < 256; i++)
+            weight[i] = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t bits = dsv3__float_bits(p[i]);
+            if ((bits & known) == prefix)
+                weight[bits >> shift & 255] += by_count ? 1 : (double)p[i];
+        }
+        while (digit > 0 && above + weight[digit] < target)
+            above += weight[digit--];
+        prefix |= digit << shift;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t bits = dsv3__float_bits(p[i]);
+        if (bits < prefix || (bits == prefix && above >= target))
+            p[i] = 0;
+        else if (bits == prefix)
+            above += by_count ? 1 : (double)p[i];
+    }
+}
+
+/* A token from logits [n], which become scratch. Penalties are in them already. */
+static int32_t dsv3__smp_pick(float *logits, uint32_t n, const dsv3_sample_opts *o, uint64_t position)
+{
+    uint32_t best = dsv3__smp_argmax(logits, n), last = best;
+    float max = logits[best];
+    double sum = 0, at = 0, u;
+    if (o->temperature == 0)
+        return (int32_t)best;
+    for (uint32_t i = 0; i < n; i++)
+        logits[i] = i == best ? 1.0f : dsv3__exp((logits[i] - max) / o->temperature);
+    if (o->top_k && o->top_k < n)
+        dsv3__smp_cut(logits, n, o->top_k, true);
+    if (o->top_p > 0 && o->top_p < 1) {
+        for (uint32_t i = 0; i < n; i++)
+            sum += (double)logits[i];
+        dsv3__smp_cut(logits, n, sum * (double)o->top_p, false);
+    }
+    sum = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (logits[i] < o->min_p)
+            logits[i] = 0;
+        sum += (double)logits[i];
+    }
+    u = dsv3__smp_uniform(o->seed, position) * sum;
+    for (uint32_t i = 0; i < n; i++) {
+        if (logits[i] == 0)
+            continue;
+        last = i;
+        at += (double)logits[i];
+        if (at > u)
+            break;
+    }
+    return (int32_t)last;
+}
+
+/* Subtracting this from a logit gives its log-probability. */
+static double dsv3__smp_log_sum(const float *logits, uint32_t n)
+{
+    float max = logits[dsv3__smp_argmax(logits, n)];
+    double sum = 0;
+    for (uint32_t i = 0; i < n; i++)
+        sum += (double)dsv3__exp(logits[i] - max);
+    return (double)max + log(sum);
+}
+
+/* Likelier first, of equals the lower id. */
+static bool dsv3__smp_before(dsv3_sample a, dsv3_sample b)
+{
+    return a.logprob != b.logprob ? a.logprob > b.logprob : a.token < b.token;
+}
+
+/* Lets heap[i] sink in a heap of n whose root is the one that all others are before. */
+static void dsv3__smp_sink(dsv3_sample *heap, size_t i, size_t n)
+{
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && dsv3__smp_before(heap[child], heap[child + 1]))
+            child++;
+        if (!dsv3__smp_before(heap[i], heap[child]))
+            return;
+        dsv3_sample swap = heap[i];
+        heap[i] = heap[child];
+        heap[child] = swap;
+    }
+}
+
+/* best [k]: the k likeliest of logits [n], in order, with log-probabilities. */
+static void dsv3__smp_top(dsv3_sample *best, size_t k, const float *logits, uint32_t n)
+{
+    double log_sum = dsv3__smp_log_sum(logits, n);
+    for (uint32_t i = 0; i < n; i++) {
+        dsv3_sample s;
+        s.token = (int32_t)i;
+        s.logprob = (float)((double)logits[i] - log_sum);
+        if (i < k) {
+            best[i] = s;
+            if (i + 1 == k)
+                for (size_t j = k / 2; j-- > 0;)
+                    dsv3__smp_sink(best, j, k);
+        } else if (dsv3__smp_before(s, best[0])) {
+            best[0] = s;
+            dsv3__smp_sink(best, 0, k);
+        }
+    }
+    for (size_t end = k; end > 1;) {
+        dsv3_sample last = best[--end];
+        best[end] = best[0];
+        best[0] = last;
+        dsv3__smp_sink(best, 0, end);
+    }
+}
+
+// =============================================================================
+// >>ses   One timeline: the cache, its tokens, the scratch to go on. Owns: the KV cache, threads, logits.
+//         Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
+// =============================================================================
+
+#define DSV3__SES_BATCH_MAX 65536u
+#define DSV3__SES_STOP_MAX 255u /* bytes of a stop string */
+
+struct dsv3_session {
+    const dsv3_model *m;
+    dsv3__mem mem;
+    dsv3__pool pool;
+    dsv3__work work;
+    dsv3_progress progress;
+    uint32_t max_tokens;
+    uint32_t n_tokens;   /* what the caller sees */
+    uint32_t n_cached;   /* cache rows 0 ... n_cached - 1 are right; behind them run again */
+    uint32_t cancel;     /* atomic; set from any thread */
+    bool logits_valid;
+    void *block;         /* all below, and the scratch */
+    float *cache;        /* [num_hidden_layers, max_tokens, cache_stride] */
+    int32_t *tokens;     /* [max_tokens] */
+    float *logits;       /* [vocab_size] of the last token */
+    float *sampling;     /* [vocab_size] the sampler's copy */
+    uint8_t *seen;       /* [vocab_size / 8] */
+    dsv3__row *rows;     /* [max_batch] */
+    uint32_t *asked;     /* [max_batch] */
+    char *piece;         /* [3 * (max_token_bytes + 3)] text of a token */
+    char *held;          /* [DSV3__SES_STOP_MAX + the same] text that may still become a stop string */
+};
+
+/* Lays all of a session's memory out; returns its bytes. base NULL only measures. */
+static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *base, uint64_t *cache_bytes)
+{
+    const dsv3_config *c = &s->m->config;
+    uint64_t used = 0, piece = 3 * ((uint64_t)s->m->max_token_bytes + 3);
+    uint64_t scratch = dsv3__work_plan(&s->work, s->m, max_batch, s->pool.n_threads, NULL);
+    if (base) {
+        memset(base, 0, (size_t)scratch); /* rows are padded with zeros that nobody writes again */
+        dsv3__work_plan(&s->work, s->m, max_batch, s->pool.n_threads, base);
+        base += scratch;
+    }
+    s->work.pool = &s->pool;
+    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)c->num_hidden_layers * s->max_tokens, s->work.cache_stride * sizeof(float));
+    *cache_bytes = used;
+    s->tokens = (int32_t *)dsv3__carve(base, &used, s->max_tokens, sizeof(int32_t));
+    s->logits = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
+    s->sampling = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
+    s->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
+    s->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));
+    s->asked = (uint32_t *)dsv3__carve(base, &used, max_batch, sizeof(uint32_t));
+    s->piece = (char *)dsv3__carve(base, &used, piece, 1);
+    s->held = (char *)dsv3__carve(base, &used, piece + DSV3__SES_STOP_MAX, 1);
+    return used + scratch;
+}
+
+/* Options with their defaults in place. */
+static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, const dsv3_session_opts *opts, dsv3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    if (opts) {
+        if (opts->struct_size && opts->struct_size != sizeof *o)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: struct_size is %u, expected 0 or %u",
+                              (uint64_t)opts->struct_size, (uint64_t)sizeof *o);
+        *o = *opts;
+    }
+    if (!o->max_tokens)
+        o->max_tokens = m->config.max_position_embeddings < 4096 ? m->config.max_position_embeddings : 4096;
+    if (!o->max_batch)
+        o->max_batch = 512;
+    if (o->max_batch > DSV3__SES_BATCH_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_batch is %u, at most %u", (uint64_t)o->max_batch,
+                          (uint64_t)DSV3__SES_BATCH_MAX);
+    if (o->max_batch > o->max_tokens)
+        o->max_batch = o->max_tokens;
+    if (o->n_threads > 4096 || o->executor.n_threads > 4096)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_threads is %u, at most 4096",
+                          (uint64_t)(o->n_threads > 4096 ? o->n_threads : o->executor.n_threads));
+    if (!o->allocator.alloc_fn != !o->allocator.free_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: allocator needs alloc_fn and free_fn, or neither");
+    if (!o->allocator.alloc_fn)
+        o->allocator = m->mem.allocator;
+    return DSV3_OK;
+}
+
+static void dsv3__ses_close(dsv3_session *s)
+{
+    dsv3__mem mem;
+    dsv3__pool_close(&s->pool, &s->mem);
+    dsv3__mem_free(&s->mem, s->block);
+    mem = s->mem;
+    dsv3__mem_free(&mem, s);
+}
+
+static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, const dsv3_session_opts *opts, dsv3_error *err)
+{
+    dsv3_session_opts o;
+    dsv3__mem mem;
+    void *p;
+    uint64_t cache_bytes;
+    DSV3__TRY(dsv3__ses_opts(&o, m, opts, err));
+    dsv3__mem_init(&mem, &o.allocator, o.memory_limit);
+    DSV3__TRY(dsv3__mem_alloc(&mem, &p, sizeof(dsv3_session), "session", err));
+    dsv3_session *s = (dsv3_session *)p;
+    memset(s, 0, sizeof *s);
+    s->m = m;
+    s->mem = mem;
+    s->progress = o.progress;
+    s->max_tokens = o.max_tokens;
+    dsv3_result r = dsv3__pool_open(&s->pool, &s->mem, o.n_threads, &o.executor, err);
+    if (!r)
+        r = dsv3__mem_alloc(&s->mem, &s->block, dsv3__ses_plan(s, o.max_batch, NULL, &cache_bytes), "session: cache and scratch", err);
+    if (r) {
+        dsv3__ses_close(s);
+        return r;
+    }
+    dsv3__ses_plan(s, o.max_batch, (uint8_t *)s->block, &cache_bytes);
+    *session = s;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts *opts, dsv3_memory *memory, dsv3_error *err)
+{
+    dsv3_session_opts o;
+    dsv3_session s;
+    DSV3__TRY(dsv3__ses_opts(&o, m, opts, err));
+    memset(&s, 0, sizeof s);
+    s.m = m;
+    s.max_tokens = o.max_tokens;
+    s.pool.n_threads = 1;
+    uint64_t threads = 0;
+    if (o.executor.run_fn) {
+        s.pool.n_threads = o.executor.n_threads ? o.executor.n_threads : 1;
+    } else {
+#ifndef DSV3_NO_THREADS
+        s.pool.n_threads = o.n_threads ? o.n_threads : dsv3__os_cores();
+        threads = s.pool.n_threads > 1 ? (s.pool.n_threads - 1) * sizeof(dsv3__thread) + DSV3__MEM_HEADER : 0;
+#endif
+    }
+    memory->file_bytes = m->st.data_bytes;
+    memory->model_bytes = m->mem.used;
+    memory->session_bytes = dsv3__ses_plan(&s, o.max_batch, NULL, &memory->cache_bytes) + DSV3__MEM_HEADER;
+    memory->session_bytes += sizeof(dsv3_session) + DSV3__MEM_HEADER + threads;
+    memory->max_tokens = o.max_tokens;
+    return DSV3_OK;
+}
+
+/* Runs positions n_cached ... n_tokens - 1 of `s->tokens`, in batches. outputs (NULL: none) speaks of the last `count` of
+   them. The logits of the very last land in s->logits. */
+static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs, dsv3_error *err)
+{
+    const dsv3_config *c = &s->m->config;
+    const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached;
+    const size_t vocab = c->vocab_size;
+    const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
+    size_t next_row = 0; /* of outputs->logit_rows */
+    dsv3_result r = DSV3_OK;
+    uint32_t saved = dsv3__fp_enter();
+    for (uint32_t done = 0; done < total && !r;) {
+        uint32_t n = (uint32_t)dsv3__min(s->work.max_batch, total - done);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t position = s->n_cached + done + i;
+            dsv3__row *row = &s->rows[i];
+            row->cache = s->cache;
+            row->cache_tokens = s->max_tokens;
+            row->position = position;
+            row->token = s->tokens[position];
+            row->logits = position + 1 == n_tokens ? s->logits : NULL;
+            row->experts = NULL;
+            if (!outputs || position < first)
+                continue;
+            if (outputs->experts)
+                row->experts = outputs->experts + (position - first) * experts;
+            if (!outputs->logits)
+                continue;
+            if (!outputs->logit_rows)
+                row->logits = outputs->logits + (position - first) * vocab;
+            else if (next_row < outputs->n_logit_rows && outputs->logit_rows[next_row] == position - first)
+                row->logits = outputs->logits + next_row++ * vocab;
+        }
+        r = dsv3__fwd_rows(&s->work, s->rows, n, s->asked, &s->cancel, err);
+        done += n;
+        if (!r && done == total && s->rows[n - 1].logits != s->logits)
+            memcpy(s->logits, s->rows[n - 1].logits, vocab * sizeof(float));
+        if (!r && s->progress.fn && !s->progress.fn(s->progress.user, done, total))
+            r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens", (uint64_t)done,
+                           (uint64_t)total);
+    }
+    dsv3__fp_leave(saved);
+    if (r == DSV3_ERROR_CANCELLED)
+        dsv3__atomic_store(&s->cancel, 0);
+    if (r) {
+        s->logits_valid = false; /* run again when asked for */
+        return r;
+    }
+    s->n_tokens = s->n_cached = n_tokens;
+    s->logits_valid = true;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size_t count, const dsv3_outputs *outputs, dsv3_error *err)
+{
+    if (count && !tokens)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: tokens is NULL");
+    if (outputs && outputs->struct_size && outputs->struct_size != sizeof *outputs)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "append: outputs.struct_size is %u, expected 0 or %u",
+                          (uint64_t)outputs->struct_size, (uint64_t)sizeof *outputs);
+    if (outputs && outputs->logit_rows) {
+        if (outputs->n_logit_rows && !outputs->logits)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: outputs.logit_rows without outputs.logits");
+        for (size_t i = 0; i < outputs->n_logit_rows; i++)
+            if (outputs->logit_rows[i] >= count || (i && outputs->logit_rows[i] <= outputs->logit_rows[i - 1]))
+                return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: outputs.logit_rows[%u] is %u: expected ascending, below %u",
+                                  (uint64_t)i, (uint64_t)outputs->logit_rows[i], (uint64_t)count);
+    }
+    if (count > s->max_tokens - s->n_tokens)
+        return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "append: %u tokens behind %u, the session holds %u", (uint64_t)count,
+                          (uint64_t)s->n_tokens, (uint64_t)s->max_tokens);
+    for (size_t i = 0; i < count; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->m->config.vocab_size)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: token %u is %d, the vocabulary has %u", (uint64_t)i,
+                              (int64_t)tokens[i], (uint64_t)s->m->config.vocab_size);
+    if (!count)
+        return DSV3_OK;
+    memcpy(s->tokens + s->n_tokens, tokens, count * sizeof *tokens); /* behind n_tokens: unseen until the run succeeds */
+    return dsv3__ses_run(s, s->n_tokens + (uint32_t)count, (uint32_t)count, outputs, err);
+}
+
+/* A token at the end that is only run when something behind it is needed. */
+static void dsv3__ses_push(dsv3_session *s, int32_t token)
+{
+    s->tokens[s->n_tokens++] = token;
+    s->logits_valid = false;
+}
+
+/* Makes s->logits those of the last token. */
+static dsv3_result dsv3__ses_logits(dsv3_session *s, dsv3_error *err)
+{
+    if (!s->n_tokens)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is empty: there are no logits yet");
+    if (s->logits_valid)
+        return DSV3_OK;
+    if (s->n_cached == s->n_tokens)
+        s->n_cached--; /* its row is written again, with the same bits */
+    return dsv3__ses_run(s, s->n_tokens, 0, NULL, err);
+}
+
+/* Ids that may be picked: the tokenizer's, if it knows fewer than the vocabulary has rows. */
+static uint32_t dsv3__ses_pickable(const dsv3_session *s)
+{
+    dsv3_tokenizer_info info;
+    if (!s->m->tokenizer)
+        return s->m->config.vocab_size;
+    dsv3_tokenizer_info_get(s->m->tokenizer, &info);
+    return info.n_tokens > 0 && (uint32_t)info.n_tokens < s->m->config.vocab_size ? (uint32_t)info.n_tokens : s->m->config.vocab_size;
+}
+
+static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *err)
+{
+    dsv3_sample_opts greedy;
+    memset(&greedy, 0, sizeof greedy);
+    if (!opts)
+        opts = &greedy;
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "sample opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    if (!dsv3__smp_opts_ok(opts))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
+                          (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
+    DSV3__TRY(dsv3__ses_logits(s, err));
+    uint32_t vocab = s->m->config.vocab_size, saved = dsv3__fp_enter();
+    memcpy(s->sampling, s->logits, vocab * sizeof(float));
+    dsv3__smp_penalties(s->sampling, vocab, s->tokens, s->n_tokens, opts, s->seen);
+    sample->token = dsv3__smp_pick(s->sampling, dsv3__ses_pickable(s), opts, s->n_tokens);
+    sample->logprob = (float)((double)s->logits[sample->token] - dsv3__smp_log_sum(s->logits, vocab));
+    dsv3__fp_leave(saved);
+    return DSV3_OK;
+}
+
+// ---- Generation ------------------------------------------------------------------------------------------
+
+/* What the loop carries from token to token. */
+typedef struct dsv3__gen {
+    dsv3_session *s;
+    const dsv3_generate_opts *o;
+    dsv3__tok_stream stream; /* bytes of an incomplete character */
+    size_t n_held;           /* bytes in s->held */
+} dsv3__gen;
+
+static dsv3_result dsv3__gen_check(const dsv3_generate_opts *o, dsv3_error *err)
+{
+    if (o->struct_size && o->struct_size != sizeof *o)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)o->struct_size, (uint64_t)sizeof *o);
+    if ((o->n_stop_tokens && !o->stop_tokens) || (o->n_stop_strings && !o->stop_strings))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: a count of stops without the stops");
+    for (size_t i = 0; i < o->n_stop_strings; i++) {
+        size_t n = o->stop_strings[i] ? strlen(o->stop_strings[i]) : 0;
+        if (n < 1 || n > DSV3__SES_STOP_MAX)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: stop string %u has %u bytes, expected 1 to %u",
+                              (uint64_t)i, (uint64_t)n, (uint64_t)DSV3__SES_STOP_MAX);
+    }
+    return DSV3_OK;
+}
+
+static dsv3_stop dsv3__gen_stop_token(const dsv3__gen *g, int32_t token)
+{
+    const dsv3_config *c = &g->s->m->config;
+    for (size_t i = 0; i < g->o->n_stop_tokens; i++)
+        if (g->o->stop_tokens[i] == token)
+            return DSV3_STOP_TOKEN;
+    for (uint32_t i = 0; i < c->n_eos && !g->o->ignore_eos; i++)
+        if (c->eos_token_id[i] == token)
+            return DSV3_STOP_EOS;
+    return DSV3_STOP_NONE;
+}
+
+/* Adds text to what is held, and says how much of it is certain: all before the first stop string, or else all but the
+   longest end that could begin one. */
+static size_t dsv3__gen_release(dsv3__gen *g, const char *text, size_t n, dsv3_stop *stop)
+{
+    char *held = g->s->held;
+    size_t certain;
+    memcpy(held + g->n_held, text, n);
+    g->n_held += n;
+    for (size_t at = 0; at < g->n_held; at++) {
+        for (size_t i = 0; i < g->o->n_stop_strings; i++) {
+            size_t len = strlen(g->o->stop_strings[i]);
+            if (len <= g->n_held - at && memcmp(held + at, g->o->stop_strings[i], len) == 0)
+                return *stop = DSV3_STOP_STRING, at;
+        }
+    }
+    for (certain = 0; certain < g->n_held; certain++) {
+        size_t rest = g->n_held - certain, i = 0;
+        while (i < g->o->n_stop_strings &&
+               (strlen(g->o->stop_strings[i]) <= rest || memcmp(held + certain, g->o->stop_strings[i], rest) != 0))
+            i++;
+        if (i < g->o->n_stop_strings)
+            break;
+    }
+    return certain;
+}
+
+/* Hands a token and `n` bytes of held text out, and forgets them. */
+static void dsv3__gen_emit(dsv3__gen *g, int32_t id, float logprob, size_t n, dsv3_stop *stop)
+{
+    dsv3_token token;
+    token.id = id;
+    token.logprob = logprob;
+    token.text = g->s->held;
+    token.len = n;
+    if (g->o->token_fn && !g->o->token_fn(g->o->user, &token) && *stop == DSV3_STOP_NONE)
+        *stop = DSV3_STOP_CALLBACK;
+    g->n_held -= n;
+    memmove(g->s->held, g->s->held + n, g->n_held);
+}
+
+/* The end: what was held back is text after all. */
+static void dsv3__gen_flush(dsv3__gen *g, dsv3_stop stop)
+{
+    size_t n = dsv3__tok_stream_flush(&g->stream, g->s->piece);
+    dsv3_stop found = DSV3_STOP_NONE;
+    if (stop == DSV3_STOP_STRING || stop == DSV3_STOP_CALLBACK)
+        return;
+    dsv3__gen_release(g, g->s->piece, n, &found);
+    if (g->n_held)
+        dsv3__gen_emit(g, -1, 0, g->n_held, &found);
+}
+
+static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    while (stats->stop == DSV3_STOP_NONE) {
+        dsv3_sample sample;
+        size_t n = 0, certain = 0;
+        if (g->o->max_tokens && stats->n_generated == g->o->max_tokens) {
+            stats->stop = DSV3_STOP_MAX_TOKENS;
+            break;
+        }
+        if (s->n_tokens == s->max_tokens) {
+            stats->stop = DSV3_STOP_CONTEXT;
+            break;
+        }
+        DSV3__TRY(dsv3__ses_sample(s, &g->o->sample, &sample, err));
+        dsv3__ses_push(s, sample.token);
+        stats->n_generated++;
+        stats->stop = dsv3__gen_stop_token(g, sample.token);
+        if (s->m->tokenizer && stats->stop == DSV3_STOP_NONE) {
+            const char *bytes = dsv3_token_bytes(s->m->tokenizer, sample.token, &n);
+            if (bytes)
+                n = dsv3__tok_stream_put(&g->stream, bytes, n, s->piece);
+            certain = dsv3__gen_release(g, s->piece, n, &stats->stop);
+        }
+        dsv3__gen_emit(g, sample.token, sample.logprob, certain, &stats->stop);
+    }
+    return DSV3_OK;
+}
+
+/* Tokenizes and appends. */
+static dsv3_result dsv3__gen_prompt(dsv3_session *s, const char *prompt, size_t len, const dsv3_generate_opts *o, dsv3_stats *stats,
+                                    dsv3_error *err)
+{
+    uint32_t flags = (o->parse_markers ? (uint32_t)DSV3_TOKENIZE_MARKERS : 0) |
+                     (!o->no_bos && s->n_tokens == 0 ? (uint32_t)DSV3_TOKENIZE_BOS : 0);
+    size_t count = 0;
+    void *tokens;
+    if (!s->m->tokenizer)
+        return *err = s->m->tokenizer_error, err->code;
+    dsv3_result r = dsv3_tokenize(s->m->tokenizer, prompt, len, flags, NULL, 0, &count, err);
+    if (r && r != DSV3_ERROR_BUFFER_TOO_SMALL)
+        return r;
+    DSV3__TRY(dsv3__mem_alloc(&s->mem, &tokens, count * sizeof(int32_t), "prompt", err));
+    r = dsv3_tokenize(s->m->tokenizer, prompt, len, flags, (int32_t *)tokens, count, &count, err);
+    if (!r)
+        r = dsv3__ses_append(s, (const int32_t *)tokens, count, NULL, err);
+    dsv3__mem_free(&s->mem, tokens);
+    if (!r)
+        stats->n_prompt = count;
+    return r;
+}
+
+static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_t len, const dsv3_generate_opts *opts,
+                                      dsv3_stats *stats, dsv3_error *err)
+{
+    dsv3_generate_opts none;
+    dsv3__gen g;
+    memset(&none, 0, sizeof none);
+    memset(&g, 0, sizeof g);
+    g.s = s;
+    g.o = opts ? opts : &none;
+    DSV3__TRY(dsv3__gen_check(g.o, err));
+    double start = dsv3__os_seconds();
+    dsv3_result r = prompt ? dsv3__gen_prompt(s, prompt, len, g.o, stats, err) : DSV3_OK;
+    stats->prompt_seconds = dsv3__os_seconds() - start;
+    if (!r && !s->n_tokens)
+        r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "generate: the session and the prompt are empty, there is nothing to go on from");
+    if (!r) {
+        r = dsv3__gen_loop(&g, stats, err);
+        dsv3__gen_flush(&g, stats->stop);
+        stats->decode_seconds = dsv3__os_seconds() - start - stats->prompt_seconds;
+    }
+    if (r == DSV3_ERROR_CANCELLED)
+        stats->stop = DSV3_STOP_CANCELLED;
+    return r;
+}
+// =============================================================================
+// >>api   The public calls: look at the arguments, then one private call each.
+//         (Those on tensors and on the tokenizer stand in >>mm and >>tok.)
+// =============================================================================
+
+/* Every public call that can fail begins with this: `error` may be NULL. */
+#define DSV3__API_ERROR(error)     \
+    dsv3_error own_error;          \
+    if (!(error))                  \
+        (error) = &own_error;      \
+    dsv3__err_clear(error)
+
+#define DSV3__API_NOT_NULL(error, pointer) \
+    if (!(pointer))                        \
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "%s is NULL", #pointer)
+
+static dsv3_result dsv3__api_model_opts(dsv3_model_opts *o, const dsv3_model_opts *opts, dsv3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    if (!opts)
+        return DSV3_OK;
+    if (opts->struct_size && opts->struct_size != sizeof *o)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "model opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *o);
+    if (!opts->allocator.alloc_fn != !opts->allocator.free_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "model opts: allocator needs alloc_fn and free_fn, or neither");
+    *o = *opts;
+    return DSV3_OK;
+}
+
+/* tokenizer.json and, if there, tokenizer_config.json. */
+static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_reader *reader, const dsv3_model_opts *o, dsv3__mem *mem,
+                                       dsv3_error *err)
+{
+    dsv3__blob json, config;
+    memset(&config, 0, sizeof config);
+    dsv3_result r = dsv3__blob_open(&json, reader, mem, "tokenizer.json", DSV3__ST_TOKENIZER_MAX, err);
+    if (!r) {
+        r = dsv3__blob_open(&config, reader, mem, "tokenizer_config.json", DSV3__ST_CONFIG_MAX, err);
+        if (r == DSV3_ERROR_FILE_NOT_FOUND)
+            r = DSV3_OK;
+    }
+    if (!r)
+        r = dsv3__tok_open(tokenizer, &o->allocator, o->memory_limit, json.text, config.text, err);
+    dsv3__blob_close(&config, reader, mem);
+    dsv3__blob_close(&json, reader, mem);
+    return r;
+}
+
+DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char *dir, const dsv3_model_opts *opts, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, tokenizer);
+    *tokenizer = NULL;
+    dsv3_model_opts o;
+    dsv3__os_dir files;
+    dsv3_reader reader;
+    dsv3__mem mem;
+    DSV3__TRY(dsv3__api_model_opts(&o, opts, error));
+    files.path = dir, files.no_mmap = o.no_mmap;
+    DSV3__TRY(dsv3__os_reader(&reader, &o.reader, &files, error));
+    dsv3__mem_init(&mem, &o.allocator, o.memory_limit);
+    return dsv3__api_tokenizer(tokenizer, &reader, &o, &mem, error);
+}
+
+DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer)
+{
+    dsv3__tok_close(tokenizer);
+}
+
+static dsv3_result dsv3__api_config(dsv3_model *m, const dsv3_reader *reader, dsv3_error *err)
+{
+    dsv3__blob blob;
+    dsv3_result r = dsv3__blob_open(&blob, reader, &m->mem, "config.json", DSV3__ST_CONFIG_MAX, err);
+    if (!r)
+        r = dsv3__cfg_load(&m->cfg, blob.text, err);
+    dsv3__blob_close(&blob, reader, &m->mem);
+    DSV3__TRY(r);
+    r = dsv3__blob_open(&blob, reader, &m->mem, "generation_config.json", DSV3__ST_CONFIG_MAX, err);
+    if (!r)
+        r = dsv3__cfg_generation(&m->cfg, blob.text, err);
+    dsv3__blob_close(&blob, reader, &m->mem);
+    m->config = m->cfg.c;
+    return r == DSV3_ERROR_FILE_NOT_FOUND ? DSV3_OK : r;
+}
+
+/* The tokenizer's end-of-text id counts as one of the checkpoint's. */
+static void dsv3__api_tokenizer_facts(dsv3_model *m)
+{
+    dsv3_tokenizer_info info;
+    dsv3_config *c = &m->config;
+    uint32_t i = 0;
+    dsv3_tokenizer_info_get(m->tokenizer, &info);
+    while (i < c->n_eos && c->eos_token_id[i] != info.eos)
+        i++;
+    if (i == c->n_eos && info.eos >= 0 && i < DSV3__COUNT(c->eos_token_id))
+        c->eos_token_id[c->n_eos++] = info.eos;
+    for (int32_t t = 0; t < info.n_tokens; t++) {
+        size_t n;
+        dsv3_token_bytes(m->tokenizer, t, &n);
+        m->max_token_bytes = n > m->max_token_bytes ? n : m->max_token_bytes;
+    }
+}
+
+static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, const dsv3_model_opts *o, dsv3_error *err)
+{
+    void *inv_freq;
+    dsv3_isa isa;
+    DSV3__TRY(dsv3__cpu_resolve(&isa, o->isa, err));
+    m->k = dsv3__kern_get(isa);
+    m->logger = o->logger;
+    DSV3__TRY(dsv3__api_config(m, reader, err));
+    DSV3__TRY(dsv3__st_open(&m->st, &m->mem, reader, &o->progress, err));
+    DSV3__TRY(dsv3__wt_bind(m, err));
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &inv_freq, m->config.qk_rope_head_dim / 2 * sizeof(float), "rotary frequencies", err));
+    m->inv_freq = (float *)inv_freq;
+    dsv3__nn_rope_setup(m);
+    dsv3_result r = dsv3__api_tokenizer(&m->tokenizer, reader, o, &m->mem, &m->tokenizer_error);
+    if (r == DSV3_ERROR_OUT_OF_MEMORY || r == DSV3_ERROR_MEMORY_LIMIT)
+        return *err = m->tokenizer_error, r;
+    if (r) { /* the model works by ids; calls on text say why they cannot */
+        m->tokenizer_error.code = DSV3_ERROR_TOKENIZER;
+        dsv3__log(&m->logger, DSV3_LOG_WARNING, "no tokenizer: %s", m->tokenizer_error.message);
+    } else {
+        dsv3__api_tokenizer_facts(m);
+    }
+    if (m->st.n_unlisted)
+        dsv3__log(&m->logger, DSV3_LOG_WARNING, "%u tensors in the shards are not in the index: ignored", m->st.n_unlisted);
+    dsv3__log(&m->logger, DSV3_LOG_INFO, "%s: %u layers, %u tensors in %u files, %u bytes, kernels %s", m->config.model_type,
+              (uint64_t)m->config.num_hidden_layers, m->st.n_tensors, m->st.n_shards, m->st.data_bytes, dsv3_isa_name(m->k->isa));
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, model);
+    *model = NULL;
+    dsv3_model_opts o;
+    dsv3__os_dir files;
+    dsv3_reader reader;
+    dsv3__mem mem;
+    void *p;
+    DSV3__TRY(dsv3__api_model_opts(&o, opts, error));
+    files.path = dir, files.no_mmap = o.no_mmap;
+    DSV3__TRY(dsv3__os_reader(&reader, &o.reader, &files, error));
+    dsv3__mem_init(&mem, &o.allocator, o.memory_limit);
+    DSV3__TRY(dsv3__mem_alloc(&mem, &p, sizeof(dsv3_model), "model", error));
+    dsv3_model *m = (dsv3_model *)p;
+    memset(m, 0, sizeof *m);
+    m->mem = mem;
+    dsv3_result r = dsv3__api_open(m, &reader, &o, error);
+    m->st.progress = NULL;
+    if (reader.user == &files) /* the path is the caller's: closing does not need it */
+        m->st.reader.user = NULL;
+    if (r)
+        dsv3_model_close(m);
+    else
+        *model = m;
+    return r;
+}
+
+DSV3_API void dsv3_model_close(dsv3_model *model)
+{
+    if (!model)
+        return;
+    dsv3__tok_close(model->tokenizer);
+    dsv3__mem_free(&model->mem, model->inv_freq);
+    dsv3__wt_unbind(model);
+    dsv3__st_close(&model->st);
+    dsv3__mem mem = model->mem;
+    dsv3__mem_free(&mem, model);
+}
+
+DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model)
+{
+    return &model->config;
+}
+
+DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model)
+{
+    return model->k->isa;
+}
+
+DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, tokenizer);
+    *tokenizer = NULL;
+    DSV3__API_NOT_NULL(error, model);
+    *tokenizer = model->tokenizer;
+    if (!model->tokenizer)
+        *error = model->tokenizer_error;
+    return error->code;
+}
+
+static dsv3_result dsv3__api_tensor(const dsv3_model *m, const dsv3__st_tensor *t, dsv3_tensor *tensor)
+{
+    const dsv3__st_tensor *scale;
+    dsv3_error ignored; /* a scale that does not fit is no reason not to show the tensor */
+    if (dsv3__st_weight(&m->st, t, tensor, &scale, &ignored))
+        dsv3__st_view(t, tensor);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, tensor);
+    memset(tensor, 0, sizeof *tensor);
+    DSV3__API_NOT_NULL(error, model);
+    DSV3__API_NOT_NULL(error, name);
+    const dsv3__st_tensor *t = dsv3__st_find(&model->st, name);
+    if (!t)
+        return DSV3__FAIL(error, DSV3_ERROR_MISSING_TENSOR, "%s: not in the checkpoint", name);
+    return dsv3__api_tensor(model, t, tensor);
+}
+
+DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model)
+{
+    return (size_t)model->st.n_tensors;
+}
+
+DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index, const char **name, dsv3_tensor *tensor,
+                                          dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, name);
+    *name = NULL;
+    DSV3__API_NOT_NULL(error, tensor);
+    memset(tensor, 0, sizeof *tensor);
+    DSV3__API_NOT_NULL(error, model);
+    if (index >= model->st.n_tensors)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "tensor %u of %u", (uint64_t)index, model->st.n_tensors);
+    *name = model->st.tensors[index].name;
+    return dsv3__api_tensor(model, &model->st.tensors[index], tensor);
+}
+
+DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,
+                                       dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, session);
+    *session = NULL;
+    DSV3__API_NOT_NULL(error, model);
+    return dsv3__ses_open(session, model, opts, error);
+}
+
+DSV3_API void dsv3_session_close(dsv3_session *session)
+{
+    if (session)
+        dsv3__ses_close(session);
+}
+
+DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_session_opts *opts, dsv3_memory *memory,
+                                         dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, memory);
+    memset(memory, 0, sizeof *memory);
+    DSV3__API_NOT_NULL(error, model);
+    return dsv3__ses_memory(model, opts, memory, error);
+}
+
+DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count, const dsv3_outputs *outputs,
+                                         dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, session);
+    return dsv3__ses_append(session, tokens, count, outputs, error);
+}
+
+DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, session);
+    if (n_tokens > session->n_tokens)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "rewind to %u tokens: the session holds %u", (uint64_t)n_tokens,
+                          (uint64_t)session->n_tokens);
+    if (n_tokens == session->n_tokens)
+        return DSV3_OK;
+    session->n_tokens = (uint32_t)n_tokens;
+    session->n_cached = session->n_cached < n_tokens ? session->n_cached : (uint32_t)n_tokens;
+    session->logits_valid = false;
+    return DSV3_OK;
+}
+
+DSV3_API size_t dsv3_session_length(const dsv3_session *session)
+{
+    return session->n_tokens;
+}
+
+DSV3_API const int32_t *dsv3_session_tokens(const dsv3_session *session)
+{
+    return session->tokens;
+}
+
+DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **logits, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, logits);
+    *logits = NULL;
+    DSV3__API_NOT_NULL(error, session);
+    DSV3__TRY(dsv3__ses_logits(session, error));
+    *logits = session->logits;
+    return DSV3_OK;
+}
+
+DSV3_API void dsv3_session_cancel(dsv3_session *session)
+{
+    dsv3__atomic_store(&session->cancel, 1);
+}
+
+DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts)
+{
+    *opts = model->cfg.sampling;
+}
+
+DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, sample);
+    memset(sample, 0, sizeof *sample);
+    DSV3__API_NOT_NULL(error, session);
+    return dsv3__ses_sample(session, opts, sample, error);
+}
+
+DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3_sample *samples, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_NOT_NULL(error, samples);
+    if (k < 1 || k > session->m->config.vocab_size)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "logprobs: k is %u, expected 1 to %u", (uint64_t)k,
+                          (uint64_t)session->m->config.vocab_size);
+    DSV3__TRY(dsv3__ses_logits(session, error));
+    uint32_t saved = dsv3__fp_enter();
+    dsv3__smp_top(samples, k, session->logits, session->m->config.vocab_size);
+    dsv3__fp_leave(saved);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len, const dsv3_generate_opts *opts,
+                                   dsv3_stats *stats, dsv3_error *error)
+{
+    dsv3_stats own_stats;
+    DSV3__API_ERROR(error);
+    if (!stats)
+        stats = &own_stats;
+    memset(stats, 0, sizeof *stats);
+    DSV3__API_NOT_NULL(error, session);
+    return dsv3__ses_generate(session, prompt, len, opts, stats, error);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+    #pragma GCC pop_options
+#endif
+
+#endif // DSV3__IMPLEMENTED
+#endif // DSV3_IMPLEMENTATION
+
+/* REVISION HISTORY
+   0.1.0 (2026-11-24)  First: opens published checkpoints, gives the reference's numbers, writes text.
+
+   LICENCE: MIT
+   Copyright (c) 2026 The dsv3.h authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+   files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+   modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+   Software is furnished to do so, subject to the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+   Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+   WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+   ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE. */

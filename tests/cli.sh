@@ -1,0 +1,309 @@
+#!/bin/sh
+# The program as its users and their scripts meet it. DSV3: the program (build/dsv3). Run from the top of the repository.
+
+dsv3=${DSV3:-build/dsv3}
+model=examples/tiny
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0 skipped=0
+
+# A test is a function that prints what is wrong, or nothing.
+run() {
+    wrong=$("$1" 2>&1)
+    if [ -z "$wrong" ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        printf '%s: %s\n' "$1" "$wrong" | head -n 12
+    fi
+}
+
+# call STATUS ARGUMENTS: stdout and stderr are in $work/out and $work/err, stdin is the caller's.
+call() {
+    want=$1
+    shift
+    "$dsv3" "$@" > "$work/out" 2> "$work/err"
+    got=$?
+    [ $got -eq "$want" ] || { echo "dsv3 $*: expected status $want, found $got:"; head -n 5 "$work/err"; }
+}
+
+# The error of the last call: one line, nothing on stdout, with these words.
+one_line() {
+    [ "$(wc -l < "$work/err")" -eq 1 ] || { echo "expected one line on stderr, found:"; cat "$work/err"; }
+    [ -s "$work/out" ] && echo "stdout is not empty: $(head -c 80 "$work/out")"
+    for word in "dsv3: " "$@"; do
+        grep -qF -e "$word" "$work/err" || echo "no '$word' in: $(cat "$work/err")"
+    done
+}
+
+quiet() { [ -s "$work/err" ] && { echo "expected silence on stderr, found:"; cat "$work/err"; }; }
+
+same() { # WHAT FOUND EXPECTED
+    [ "$2" = "$3" ] || printf "%s: expected '%s', found '%s'\n" "$1" "$3" "$2"
+}
+
+size() { wc -c < "$1" | tr -d ' '; }
+
+wrong_use() {
+    call 2 && one_line "dsv3 -h"
+    call 2 frobnicate && one_line frobnicate
+    for command in generate tokenize detokenize logits inspect; do
+        call 2 $command && one_line $command DIR
+        call 2 $command $model --frobnicate && one_line --frobnicate "dsv3 $command -h"
+    done
+    call 2 generate $model a b && one_line "'b'"
+    call 2 generate $model a -f b && one_line "-f FILE"
+    call 2 generate $model a -n && one_line "-n wants"
+    call 2 generate $model a -n x && one_line "'x'"
+    call 2 generate $model a -n -5 && one_line "'-5'"
+    call 2 generate $model a -n 4294967296 && one_line "-n wants"
+    call 2 generate $model a --temp nan && one_line "--temp wants"
+    call 2 generate $model a --top-p 1.5 && one_line "--top-p wants" "from 0 to 1"
+    call 2 generate $model a --seed 18446744073709551616 && one_line "--seed wants"
+    call 2 generate $model a --isa mmx && one_line "avx512"
+    call 2 generate $model a --greedy=1 && one_line "--greedy takes no value"
+    call 2 generate $model "1 two 3" --ids && one_line "'two'"
+    call 2 generate $model "" --ids && one_line "--ids"
+    call 2 logits $model --ids x && one_line --out
+    call 2 logits $model --ids /dev/null --out x && one_line "at least one"
+}
+
+help() {
+    call 0 -h && quiet
+    for command in generate tokenize detokenize logits inspect; do
+        grep -q "dsv3 $command DIR" "$work/out" || echo "-h does not name $command"
+    done
+    for command in generate tokenize detokenize logits inspect; do
+        "$dsv3" $command -h > "$work/help" || echo "$command -h: status $?"
+        grep -q "dsv3 $command DIR" "$work/help" || echo "$command -h says: $(cat "$work/help")"
+        "$dsv3" $command $model --help | cmp - "$work/help"
+    done
+    call 0 --version
+    same version "$(cat "$work/out")" "dsv3 $(sed -n 's/^#define DSV3_VERSION_STRING "\(.*\)"/\1/p' dsv3.h)"
+}
+
+not_there() {
+    for command in "generate $work/none hello" "inspect $work/none" "logits $work/none --ids $work/one --out $work/x"; do
+        echo 1 > "$work/one"
+        call 1 $command && one_line config.json
+    done
+    for command in tokenize detokenize; do
+        call 1 $command "$work/none" < /dev/null && one_line tokenizer.json
+    done
+    call 1 generate $model -f "$work/none" && one_line "$work/none"
+    call 1 logits $model --ids "$work/none" --out "$work/x" && one_line "$work/none"
+    call 1 logits $model --ids "$work/one" --out "$work/none/x" && one_line "$work/none/x"
+}
+
+generates() {
+    call 0 generate $model "Once upon a time" -n 20 --greedy && quiet
+    cp "$work/out" "$work/greedy"
+    [ "$(size "$work/greedy")" -gt 10 ] || echo "hardly any text: $(cat "$work/greedy")"
+    same "last byte" "$(tail -c 1 "$work/greedy" | od -An -tu1 | tr -d ' ')" 10
+    printf 'Once upon a time' > "$work/prompt"
+    call 0 generate $model -f "$work/prompt" -n 20 --greedy && cmp "$work/out" "$work/greedy"
+    call 0 generate $model - -n 20 --temp=0 < "$work/prompt" && cmp "$work/out" "$work/greedy"
+    call 0 generate --greedy --threads 1 --isa scalar -n 20 -- $model "Once upon a time" && cmp "$work/out" "$work/greedy"
+    call 0 tokenize $model --bos < "$work/prompt"
+    cp "$work/out" "$work/ids"
+    call 0 generate $model --ids -f "$work/ids" -n 20 --greedy && cmp "$work/out" "$work/greedy"
+    call 0 generate $model --ids "$(cat "$work/ids")" -n 20 --greedy && cmp "$work/out" "$work/greedy"
+    call 0 generate $model -n 5 && quiet
+}
+
+seeds() {
+    call 0 generate $model "Once" -n 30 --temp 1.5 --seed 1 && cp "$work/out" "$work/1"
+    call 0 generate $model "Once" -n 30 --temp 1.5 --seed 1 && cmp "$work/out" "$work/1"
+    call 0 generate $model "Once" -n 30 --temp 1.5 --seed 2 && cmp -s "$work/out" "$work/1" && echo "two seeds, one text"
+    call 0 generate $model "Once" -n 30 --temp 1.5 --top-k 1 --seed 3 && cp "$work/out" "$work/1"
+    call 0 generate $model "Once" -n 30 --greedy && cmp "$work/out" "$work/1"
+    call 0 generate $model "Once" -n 30 --seed 4 && cp "$work/out" "$work/1"
+    temperature=$(sed -n 's/.*"temperature": *\([0-9.]*\).*/\1/p' $model/generation_config.json)
+    top_p=$(sed -n 's/.*"top_p": *\([0-9.]*\).*/\1/p' $model/generation_config.json)
+    call 0 generate $model "Once" -n 30 --seed 4 --temp "$temperature" --top-p "$top_p" && cmp "$work/out" "$work/1"
+}
+
+stops() {
+    call 0 generate $model "Once upon a time" -n 40 --greedy
+    text=$(cat "$work/out")
+    word=$(printf %s "$text" | cut -c 12-19)
+    call 0 generate $model "Once upon a time" -n 40 --greedy --stop "$word" --stop "no such words"
+    same "text before '$word'" "$(cat "$work/out")" "${text%%"$word"*}"
+    call 0 generate $model "Once upon a time" -n 40 --greedy --stop "$word" --json
+    tail -n 1 "$work/out" | grep -q '"stop":"string"' || echo "stats: $(tail -n 1 "$work/out")"
+    call 1 generate $model "Once upon a time there was a king" --context 4 && one_line --context
+    call 0 generate $model "Once" --context 12 -n 0 --ignore-eos --greedy --json
+    tail -n 1 "$work/out" | grep -q '"stop":"context"' || echo "stats: $(tail -n 1 "$work/out")"
+}
+
+json_tokens() {
+    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos --json && quiet
+    same lines "$(wc -l < "$work/out" | tr -d ' ')" 13
+    same tokens "$(grep -c '^{"id":[0-9]*,"text":".*","logprob":-*[0-9.e-]*}$' "$work/out")" 12
+    tail -n 1 "$work/out" | grep -q '^{"stats":{"n_prompt":[0-9]*,"n_generated":12,.*"prompt_seconds":.*"decode_seconds":.*"tokens_per_second":.*"stop":"max_tokens"' ||
+        echo "stats: $(tail -n 1 "$work/out")"
+    sed -n 's/^{"id":\([0-9]*\),.*/\1/p' "$work/out" > "$work/ids"
+    sed -n 's/^{"id":[0-9]*,"text":"\(.*\)","logprob".*/\1/p' "$work/out" | tr -d '\n' > "$work/pieces"
+    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos
+    same "texts joined" "$(sed 's/\\n/ /g; s/\\"/"/g' "$work/pieces")" "$(tr '\n' ' ' < "$work/out" | sed 's/ $//')"
+    cp "$work/out" "$work/text"
+    call 0 detokenize $model < "$work/ids"
+    echo >> "$work/out"
+    cmp "$work/out" "$work/text"
+}
+
+interrupted() {
+    "$dsv3" generate $model "Once" -n 0 --context 2048 --ignore-eos --greedy > "$work/out" 2> "$work/err" &
+    child=$!
+    tries=0
+    while [ ! -s "$work/out" ] && [ $tries -lt 200 ]; do sleep 0.05; tries=$((tries + 1)); done
+    kill -INT $child 2> /dev/null
+    wait $child
+    same "status after Ctrl-C" $? 130
+    [ -s "$work/out" ] || echo "no text"
+    same "last byte" "$(tail -c 1 "$work/out" | od -An -tu1 | tr -d ' ')" 10
+}
+
+tokens() {
+    printf 'Es war einmal: ein K\303\266nig,\n\ttwo 12345 \344\275\240\345\245\275 \360\237\221\221  \n' > "$work/text"
+    call 0 tokenize $model < "$work/text" && quiet
+    same lines "$(wc -l < "$work/out" | tr -d ' ')" 1
+    grep -qE '^[0-9]+( [0-9]+)*$' "$work/out" || echo "ids: $(cat "$work/out")"
+    cp "$work/out" "$work/ids"
+    call 0 detokenize $model < "$work/ids" && quiet
+    cmp "$work/out" "$work/text"
+    call 0 tokenize $model --bos < "$work/text"
+    same "BOS in front" "$(cat "$work/out")" "0 $(cat "$work/ids")"
+    call 0 detokenize $model --skip-special < "$work/out" && cmp "$work/out" "$work/text"
+    call 0 tokenize $model < /dev/null
+    same "ids of nothing" "$(cat "$work/out")" ""
+    call 0 detokenize $model < /dev/null
+    same "text of nothing" "$(size "$work/out")" 0
+    call 2 detokenize $model < "$work/text" && one_line "'Es'"
+    bos=$(echo 0 | "$dsv3" detokenize $model)
+    printf %s "$bos" | "$dsv3" tokenize $model --parse-special > "$work/out"
+    same "a marker asked for" "$(cat "$work/out")" 0
+    printf %s "$bos" | "$dsv3" tokenize $model > "$work/out"
+    grep -qE '^[0-9]+( [0-9]+)+$' "$work/out" || echo "a marker as text: $(cat "$work/out")"
+    mkdir "$work/files" && cp $model/tokenizer.json $model/tokenizer_config.json "$work/files"
+    call 0 tokenize "$work/files" < "$work/text" && cmp "$work/out" "$work/ids"
+}
+
+json_lines() {
+    hi=$(printf hi | "$dsv3" tokenize $model | tr ' ' ,)
+    king=$(printf '\360\237\221\221' | "$dsv3" tokenize $model | tr ' ' ,)
+    cat > "$work/in" <<'END'
+{"text":"hi"}
+{"other":{"a":[1,-2.5e3,{"b":null}],"c":"\"]}"}, "text" : "h\u0069","add_special_tokens":false}
+{"text":"hi","add_special_tokens":true,"parse_special":true}
+{"text":"\ud83d\udc51"}
+{"text":"\uD83d"}
+{"text":"\udc51\ud83d"}
+{"text":"\ud83dx"}
+{"text":""}
+
+{"text":"a
+{"text":"a"} b
+{"text":"a",}
+{"text":"a" "b":1}
+{"text":12}
+{"tex":"a"}
+[1]
+{"text":"\q"}
+{"text":"a","parse_special":1}
+{"text":"\"\\\/\b\f\n\r\t"}
+END
+    printf '{"text":"no newline at the end"}' >> "$work/in"
+    call 0 tokenize $model --jsonl < "$work/in" && quiet
+    same "a line out for a line in" "$(wc -l < "$work/out" | tr -d ' ')" 20
+    same "a text" "$(sed -n 1p "$work/out")" "{\"ids\":[$hi]}"
+    same "unknown keys, escapes" "$(sed -n 2p "$work/out")" "{\"ids\":[$hi]}"
+    same "BOS" "$(sed -n 3p "$work/out")" "{\"ids\":[0,$hi]}"
+    same "a surrogate pair" "$(sed -n 4p "$work/out")" "{\"ids\":[$king]}"
+    same "an empty text" "$(sed -n 8p "$work/out")" "{\"ids\":[]}"
+    same "bad lines" "$(sed -n '5,7p;9,18p' "$work/out" | grep -c '^{"error":"..*"}$')" 13
+    same "good lines" "$(grep -c '^{"ids":\[[0-9,]*\]}$' "$work/out")" 7
+    sed -n 19p "$work/out" > "$work/back"
+    "$dsv3" detokenize $model --jsonl < "$work/back" > "$work/out"
+    same "escapes and back" "$(cat "$work/out")" '{"text":"\"\\/\u0008\u000c\n\u000d\u0009"}'
+    cat > "$work/in" <<'END'
+{"ids":[0],"skip_special_tokens":true}
+{"ids":[ 0 , 1 ],"skip_special_tokens":true,"text":"x"}
+{"ids":[]}
+{"ids":[99999999]}
+{"ids":[-1]}
+{"ids":[2147483648]}
+{"ids":[1.5]}
+{"ids":[1,]}
+{"ids":7}
+{"text":"x"}
+END
+    call 0 detokenize $model --jsonl < "$work/in" && quiet
+    same "texts" "$(grep -c '^{"text":""}$' "$work/out")" 4
+    same "bad lines" "$(sed -n '5,10p' "$work/out" | grep -c '^{"error":"..*"}$')" 6
+}
+
+logits() {
+    awk 'BEGIN { for (i = 0; i < 40; i++) print (i * 37 + 11) % 4096 }' > "$work/ids"
+    call 0 logits $model --ids "$work/ids" --out "$work/a" --experts "$work/e" && quiet
+    [ -s "$work/out" ] && echo "stdout is not empty"
+    same "logits' size" "$(size "$work/a")" $((40 * 4096 * 4))
+    layers=$(sed -n 's/.*"num_hidden_layers": *\([0-9]*\).*/\1/p' $model/config.json)
+    dense=$(sed -n 's/.*"first_k_dense_replace": *\([0-9]*\).*/\1/p' $model/config.json)
+    top=$(sed -n 's/.*"num_experts_per_tok": *\([0-9]*\).*/\1/p' $model/config.json)
+    same "experts' size" "$(size "$work/e")" $((40 * (layers - dense) * top * 4))
+    od -An -v -td4 -w$((top * 4)) "$work/e" | awk '{ for (i = 1; i <= NF; i++) if ($i < 0 || $i > 15 || (i > 1 && $i <= $(i - 1))) bad = 1 } END { if (bad) print "experts are not ascending ids" }'
+    for how in "--rows 1" "--rows 7 --threads 1" "--rows 512 --threads 3" "--isa scalar --threads 8"; do
+        call 0 logits $model --ids "$work/ids" --out "$work/b" --experts "$work/f" $how
+        cmp "$work/a" "$work/b" && cmp "$work/e" "$work/f" || echo "with $how"
+    done
+    "$dsv3" logits $model --ids - --out - < "$work/ids" | cmp - "$work/a"
+    echo 4096 | "$dsv3" logits $model --ids - --out "$work/b" 2> "$work/err" && echo "an id beyond the vocabulary passes"
+    : > "$work/out"
+    one_line 4096
+}
+
+inspects() {
+    call 0 inspect $model && quiet
+    for word in model_type deepseek_v3 routed_experts attention F8_E4M3 scales mtp "read for a token" session cache tokenizer 4096; do
+        grep -q "$word" "$work/out" || echo "no '$word'"
+    done
+    lines=$(wc -l < "$work/out")
+    call 0 inspect $model --tensors
+    tensors=$(($(wc -l < "$work/out") - lines - 1))
+    grep -qE '^model.embed_tokens.weight +BF16 +\[4096, [0-9]+\]' "$work/out" || echo "no embedding in --tensors"
+    call 0 inspect $model --json --context 100 && quiet
+    grep -q "\"tensor_count\":$tensors," "$work/out" || echo "--tensors lists $tensors, --json says: $(grep -o '"tensor_count":[0-9]*' "$work/out")"
+    grep -q '"max_tokens":100,' "$work/out" || echo "--context has no effect"
+    same lines "$(wc -l < "$work/out" | tr -d ' ')" 1
+    per=$(sed -n 's/.*"cache_bytes_per_token":\([0-9]*\).*/\1/p' "$work/out")
+    kv=$(sed -n 's/.*"kv_lora_rank":\([0-9]*\).*"qk_rope_head_dim":\([0-9]*\).*/\1 \2/p' "$work/out")
+    [ "$per" -ge $(((${kv% *} + ${kv#* }) * layers_of_tiny * 2)) ] || echo "cache of $per bytes a token"
+}
+layers_of_tiny=$(sed -n 's/.*"num_hidden_layers": *\([0-9]*\).*/\1/p' $model/config.json)
+
+full_disk() {
+    for command in "inspect $model" "generate $model Once -n 5" "tokenize $model" "logits $model --ids $work/ids --out /dev/full"; do
+        echo 1 > "$work/ids"
+        "$dsv3" $command < /dev/null > /dev/full 2> "$work/err"
+        same "status of $command" $? 1
+        : > "$work/out"
+        one_line "cannot write"
+    done
+}
+
+if [ ! -e $model/config.json ]; then
+    echo "$model is not there"
+    echo "0 passed, 0 failed, 1 skipped"
+    exit 0
+fi
+for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines logits inspects; do
+    run $test
+done
+if [ -w /dev/full ]; then
+    run full_disk
+else
+    skipped=$((skipped + 1))
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]
