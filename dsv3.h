@@ -4842,7 +4842,8 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, dsv3_error *err)
 #define DSV3__HEAD_ROWS 16  /* rows, and */
 #define DSV3__HEAD_GROUP 8  /* heads at most, that one attention task takes */
 #define DSV3__UK_ROWS 16    /* rows of W_UK decoded at a time */
-#define DSV3__KEY_BLOCK 64  /* positions between two looks at the running maximum; blocks begin at multiples of it */
+#define DSV3__KEY_BLOCK 64  /* positions between two looks at the running maximum */
+#define DSV3__KEY_SPAN 512  /* positions summed up before they are added to the rest */
 
 /* Rows of one MLP: some rows of the batch go through it, with weights. */
 typedef struct dsv3__mlp_group {
@@ -4862,6 +4863,7 @@ typedef struct dsv3__worker {
     float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
     float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
     float *u;      /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
+    float *u_span; /* the same, of one span of positions */
     float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
     float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
     uint8_t *taken; /* [n_routed_experts] the router's marks */
@@ -4968,6 +4970,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->cache_stride, f);
         t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
@@ -5289,43 +5292,79 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32
     }
 }
 
-/* Softmax over positions 0 ... row's own, of the latents: q [n_heads, cache_stride] in, its first kv_lora_rank floats out.
-   Blocks of positions lie at multiples of DSV3__KEY_BLOCK and are merged in order by the running maximum, so the bits
-   depend on the position alone. */
-static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q, uint32_t n_heads)
+/* The running softmax of a head: sum and the latents in `u` are relative to exp(max). */
+typedef struct dsv3__mla_sum {
+    float max[DSV3__HEAD_GROUP], sum[DSV3__HEAD_GROUP];
+} dsv3__mla_sum;
+
+/* Brings head j to a new, larger maximum. u [kv_lora_rank] */
+static void dsv3__mla_rescale(dsv3__mla_sum *s, uint32_t j, float *u, uint32_t latent, float max)
+{
+    float shrink = dsv3__exp(s->max[j] - max); /* 0 when there was nothing yet */
+    s->max[j] = max;
+    s->sum[j] *= shrink;
+    for (uint32_t i = 0; i < latent; i++)
+        u[i] *= shrink;
+}
+
+static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32_t latent)
+{
+    memset(u, 0, (size_t)n_heads * latent * sizeof(float));
+    for (uint32_t j = 0; j < n_heads; j++)
+        s->max[j] = -INFINITY, s->sum[j] = 0;
+}
+
+/* Adds the positions t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK. q [n_heads, cache_stride],
+   u [n_heads, kv_lora_rank] */
+static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q, uint32_t n_heads,
+                            uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
     const uint32_t latent = w->m->config.kv_lora_rank;
-    float max[DSV3__HEAD_GROUP], sum[DSV3__HEAD_GROUP];
-    memset(mine->u, 0, (size_t)n_heads * latent * sizeof(float));
-    for (uint32_t j = 0; j < n_heads; j++)
-        max[j] = -INFINITY, sum[j] = 0;
-    for (uint32_t t0 = 0; t0 <= row->position; t0 += DSV3__KEY_BLOCK) {
-        uint32_t count = row->position - t0 + 1 < DSV3__KEY_BLOCK ? row->position - t0 + 1 : DSV3__KEY_BLOCK;
-        const float *cache = dsv3__mla_cache(w, row, t->layer, t0); /* [count, cache_stride] */
-        k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads, w->cache_stride);
-        for (uint32_t j = 0; j < n_heads; j++) {
-            float *score = mine->score + j * DSV3__KEY_BLOCK, block_max = -INFINITY;
-            for (uint32_t i = 0; i < count; i++) {
-                score[i] *= w->m->softmax_scale;
-                block_max = score[i] > block_max ? score[i] : block_max;
-            }
-            if (block_max > max[j]) {
-                float shrink = dsv3__exp(max[j] - block_max); /* 0 in the first block */
-                sum[j] *= shrink;
-                for (uint32_t i = 0; i < latent; i++)
-                    mine->u[j * latent + i] *= shrink;
-                max[j] = block_max;
-            }
-            sum[j] += k->exp_sum(score, count, max[j]);
+    const float *cache = dsv3__mla_cache(w, row, t->layer, t0); /* [count, cache_stride] */
+    k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads, w->cache_stride);
+    for (uint32_t j = 0; j < n_heads; j++) {
+        float *score = mine->score + j * DSV3__KEY_BLOCK, max = -INFINITY;
+        for (uint32_t i = 0; i < count; i++) {
+            score[i] *= w->m->softmax_scale;
+            max = score[i] > max ? score[i] : max;
         }
-        k->outer(mine->u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, latent);
+        if (max > s->max[j])
+            dsv3__mla_rescale(s, j, u + j * latent, latent, max);
+        s->sum[j] += k->exp_sum(score, count, s->max[j]);
+    }
+    k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, latent);
+}
+
+/* Softmax over positions 0 ... row's own, of the latents: q [n_heads, cache_stride] in, its first kv_lora_rank floats out.
+   Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend on the
+   position alone; spans keep the chains of additions short at 10^5 positions. */
+static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q, uint32_t n_heads)
+{
+    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + 1;
+    dsv3__mla_sum all, span;
+    dsv3__mla_clear(&all, mine->u, n_heads, latent);
+    for (uint32_t t0 = 0; t0 < end; t0 += DSV3__KEY_SPAN) {
+        uint32_t t1 = end - t0 < DSV3__KEY_SPAN ? end : t0 + DSV3__KEY_SPAN;
+        dsv3__mla_clear(&span, mine->u_span, n_heads, latent);
+        for (uint32_t b = t0; b < t1; b += DSV3__KEY_BLOCK)
+            dsv3__mla_block(t, mine, row, q, n_heads, b, t1 - b < DSV3__KEY_BLOCK ? t1 - b : DSV3__KEY_BLOCK, &span, mine->u_span);
+        for (uint32_t j = 0; j < n_heads; j++) {
+            float *u = mine->u + j * latent, *from = mine->u_span + j * latent;
+            if (span.max[j] > all.max[j])
+                dsv3__mla_rescale(&all, j, u, latent, span.max[j]);
+            else
+                dsv3__mla_rescale(&span, j, from, latent, all.max[j]);
+            all.sum[j] += span.sum[j];
+            for (uint32_t i = 0; i < latent; i++)
+                u[i] += from[i];
+        }
     }
     for (uint32_t j = 0; j < n_heads; j++) {
-        float scale = 1.0f / sum[j];
+        float scale = 1.0f / all.sum[j];
         for (uint32_t i = 0; i < latent; i++)
-            q[j * w->cache_stride + i] = mine->u[j * latent + i] * scale;
+            q[j * t->w->cache_stride + i] = mine->u[j * latent + i] * scale;
     }
 }
 

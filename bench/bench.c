@@ -72,11 +72,16 @@ FORMAT static void progress(const char *format, ...)
     va_end(args);
 }
 
-static double now(void)
+static double seconds(clockid_t clock)
 {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static double now(void)
+{
+    return seconds(CLOCK_MONOTONIC);
 }
 
 typedef struct stats {
@@ -440,7 +445,8 @@ static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threa
 {
     dsv3_error error;
     dsv3_sample sample;
-    double read[MAX_REPS + 1], peak[MAX_REPS + 1], rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS], bytes, macs;
+    double read[MAX_REPS + 1], peak[MAX_REPS + 1], rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS];
+    double cpu[MAX_REPS], bytes, macs;
     uint32_t n = context + rows * calls, reps = 0;
     int32_t *ids = (int32_t *)need(n * sizeof *ids);
     token_ids(ids, n, b->c.vocab_size);
@@ -458,12 +464,13 @@ static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threa
             break;
         progress("%s, %u threads, context %u, %u rows: %u of %u", what, threads, context, rows, reps + 1, opt.reps.v[0]);
         must(dsv3_session_rewind(s, context, &error), &error);
-        double start = now();
+        double start = now(), cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID);
         for (uint32_t i = 0; i < calls; i++) {
             must(dsv3_session_append(s, ids + context + i * rows, rows, NULL, &error), &error);
             must(dsv3_session_sample(s, NULL, &sample, &error), &error);
         }
         rate[reps] = rows * calls / (now() - start);
+        cpu[reps] = (seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu_start) * rate[reps] / (rows * calls * threads);
     }
     for (uint32_t r = 0; r < reps; r++) {
         read[r] = (read[r] + read[r + 1]) / 2;
@@ -487,6 +494,7 @@ static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threa
     out_number("read_gb_s", "of", 1, gb_s);
     out_number("gmac_s", "GMAC/s", 1, 1e-9 * macs * tok_s.mid / rows);
     out_number("peak_gmac_s", "of", 1, gmac_s);
+    out_number("cpu", "cpu", 2, stats_of(cpu, reps).mid);
     out_number("touched_experts", NULL, 3, touched);
     out_number("bytes_call", NULL, 0, bytes);
     out_number("macs_call", NULL, 0, macs);

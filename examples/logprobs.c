@@ -62,7 +62,7 @@ int main(int argc, char **argv)
     check(dsv3_model_tokenizer(model, &tokenizer, &error), &error);
 
     /* First how many, then the ids. Where no BOS is asked for, the first token has nothing before it and gets no number. */
-    size_t n, length = strlen(argv[2]), vocab_size = dsv3_model_config(model)->vocab_size;
+    size_t n = 0, length = strlen(argv[2]), vocab_size = dsv3_model_config(model)->vocab_size;
     check(dsv3_tokenize(tokenizer, argv[2], length, DSV3_TOKENIZE_BOS, NULL, 0, &n, &error), &error);
     int32_t *tokens = (int32_t *)malloc((n + 1) * sizeof *tokens);          /* [n] */
     float *logits = (float *)malloc((n + 1) * vocab_size * sizeof *logits); /* [n, vocab_size] */

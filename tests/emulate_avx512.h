@@ -1,0 +1,185 @@
+/* emulate_avx512.h: the AVX-512 intrinsics that dsv3.h uses, each as two AVX2 ones, so that its AVX-512 kernels run, and
+   are compared bit for bit, on machines without AVX-512. Include it before dsv3.h. Slow, and only for tests. */
+#ifndef DSV3_EMULATE_AVX512_H
+#define DSV3_EMULATE_AVX512_H
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define DSV3__SIMD_PROVIDED
+#define DSV3__TARGET_AVX512 __attribute__((target("avx2,fma,f16c")))
+#define DSV3__PIN512(v) ((void)0)
+
+#define EMU static inline __attribute__((always_inline, unused, target("avx2,fma,f16c")))
+
+typedef struct emu_ps {
+    __m256 v[2];
+} emu_ps;
+
+typedef struct emu_pd {
+    __m256d v[2];
+} emu_pd;
+
+typedef struct emu_si {
+    __m256i v[2];
+} emu_si;
+
+#define __m512 emu_ps
+#define __m512d emu_pd
+#define __m512i emu_si
+
+#define EMU_PS_2(name)                                                      \
+    EMU emu_ps emu_##name(emu_ps a, emu_ps b)                                \
+    {                                                                       \
+        emu_ps r = {{_mm256_##name(a.v[0], b.v[0]), _mm256_##name(a.v[1], b.v[1])}}; \
+        return r;                                                           \
+    }
+EMU_PS_2(add_ps)
+EMU_PS_2(sub_ps)
+EMU_PS_2(mul_ps)
+EMU_PS_2(div_ps)
+EMU_PS_2(min_ps)
+EMU_PS_2(max_ps)
+#define _mm512_add_ps emu_add_ps
+#define _mm512_sub_ps emu_sub_ps
+#define _mm512_mul_ps emu_mul_ps
+#define _mm512_div_ps emu_div_ps
+#define _mm512_min_ps emu_min_ps
+#define _mm512_max_ps emu_max_ps
+
+#define EMU_SI_2(name, with)                                                \
+    EMU emu_si emu_##name(emu_si a, emu_si b)                                \
+    {                                                                       \
+        emu_si r = {{_mm256_##with(a.v[0], b.v[0]), _mm256_##with(a.v[1], b.v[1])}}; \
+        return r;                                                           \
+    }
+EMU_SI_2(and_si512, and_si256)
+EMU_SI_2(xor_si512, xor_si256)
+EMU_SI_2(max_epu8, max_epu8)
+EMU_SI_2(add_epi32, add_epi32)
+EMU_SI_2(sub_epi32, sub_epi32)
+#define _mm512_and_si512 emu_and_si512
+#define _mm512_xor_si512 emu_xor_si512
+#define _mm512_max_epu8 emu_max_epu8
+#define _mm512_add_epi32 emu_add_epi32
+#define _mm512_sub_epi32 emu_sub_epi32
+
+#define EMU_SHIFT(name)                                                     \
+    EMU emu_si emu_##name(emu_si a, int n)                                   \
+    {                                                                       \
+        emu_si r = {{_mm256_##name(a.v[0], n), _mm256_##name(a.v[1], n)}};    \
+        return r;                                                           \
+    }
+EMU_SHIFT(slli_epi16)
+EMU_SHIFT(srai_epi16)
+EMU_SHIFT(slli_epi32)
+EMU_SHIFT(srli_epi32)
+#define _mm512_slli_epi16 emu_slli_epi16
+#define _mm512_srai_epi16 emu_srai_epi16
+#define _mm512_slli_epi32 emu_slli_epi32
+#define _mm512_srli_epi32 emu_srli_epi32
+
+#define EMU_SET(type, name, with, arg)                     \
+    EMU type emu_##name(arg a)                              \
+    {                                                      \
+        type r = {{_mm256_##with(a), _mm256_##with(a)}};   \
+        return r;                                          \
+    }
+EMU_SET(emu_ps, set1_ps, set1_ps, float)
+EMU_SET(emu_si, set1_epi8, set1_epi8, char)
+EMU_SET(emu_si, set1_epi16, set1_epi16, short)
+EMU_SET(emu_si, set1_epi32, set1_epi32, int)
+#define _mm512_set1_ps emu_set1_ps
+#define _mm512_set1_epi8 emu_set1_epi8
+#define _mm512_set1_epi16 emu_set1_epi16
+#define _mm512_set1_epi32 emu_set1_epi32
+#define _mm512_setzero_ps() emu_set1_ps(0.0f)
+#define _mm512_setzero_si512() emu_set1_epi32(0)
+
+EMU emu_ps emu_fmadd_ps(emu_ps a, emu_ps b, emu_ps c)
+{
+    emu_ps r = {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
+    return r;
+}
+#define _mm512_fmadd_ps emu_fmadd_ps
+
+EMU emu_ps emu_loadu_ps(const void *p)
+{
+    emu_ps r = {{_mm256_loadu_ps((const float *)p), _mm256_loadu_ps((const float *)p + 8)}};
+    return r;
+}
+
+EMU void emu_storeu_ps(void *p, emu_ps a)
+{
+    _mm256_storeu_ps((float *)p, a.v[0]);
+    _mm256_storeu_ps((float *)p + 8, a.v[1]);
+}
+
+EMU emu_si emu_loadu_si512(const void *p)
+{
+    emu_si r = {{_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1)}};
+    return r;
+}
+#define _mm512_loadu_ps emu_loadu_ps
+#define _mm512_storeu_ps emu_storeu_ps
+#define _mm512_loadu_si512 emu_loadu_si512
+
+EMU emu_ps emu_castsi512_ps(emu_si a)
+{
+    emu_ps r = {{_mm256_castsi256_ps(a.v[0]), _mm256_castsi256_ps(a.v[1])}};
+    return r;
+}
+
+EMU emu_si emu_castps_si512(emu_ps a)
+{
+    emu_si r = {{_mm256_castps_si256(a.v[0]), _mm256_castps_si256(a.v[1])}};
+    return r;
+}
+
+EMU emu_pd emu_castps_pd(emu_ps a)
+{
+    emu_pd r = {{_mm256_castps_pd(a.v[0]), _mm256_castps_pd(a.v[1])}};
+    return r;
+}
+#define _mm512_castsi512_ps emu_castsi512_ps
+#define _mm512_castps_si512 emu_castps_si512
+#define _mm512_castps_pd emu_castps_pd
+#define _mm512_castps512_ps256(a) ((a).v[0])
+#define _mm512_castsi512_si256(a) ((a).v[0])
+#define _mm512_extractf64x4_pd(a, i) ((a).v[i])
+#define _mm512_extracti64x4_epi64(a, i) ((a).v[i])
+
+/* 16 halves -> 16 floats, 16 unsigned halves -> 16 words, 32 bytes -> 32 signed halves: in order, across the register. */
+EMU emu_ps emu_cvtph_ps(__m256i a)
+{
+    emu_ps r = {{_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
+    return r;
+}
+
+EMU emu_si emu_cvtepu16_epi32(__m256i a)
+{
+    emu_si r = {{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
+    return r;
+}
+
+EMU emu_si emu_cvtepi8_epi16(__m256i a)
+{
+    emu_si r = {{_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1))}};
+    return r;
+}
+#define _mm512_cvtph_ps emu_cvtph_ps
+#define _mm512_cvtepu16_epi32 emu_cvtepu16_epi32
+#define _mm512_cvtepi8_epi16 emu_cvtepi8_epi16
+
+EMU uint64_t emu_cmpeq_epi8_mask(emu_si a, emu_si b)
+{
+    uint64_t lo = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(a.v[0], b.v[0]));
+    uint64_t hi = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(a.v[1], b.v[1]));
+    return hi << 32 | lo;
+}
+#define _mm512_cmpeq_epi8_mask emu_cmpeq_epi8_mask
+
+#endif
+#endif /* DSV3_EMULATE_AVX512_H */

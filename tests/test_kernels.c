@@ -1,0 +1,649 @@
+/* The floors num and kern: conversions against their definitions, every kernel against a plain reading of the contract
+   that stands above it in dsv3.h, and all variants against each other, bit for bit. */
+#ifdef TEST_EMULATE_AVX512
+    #include "emulate_avx512.h"
+#endif
+#define DSV3_IMPLEMENTATION
+#define DSV3_STATIC
+#include "dsv3.h"
+
+#include "test.h"
+
+// ---- Helpers ---------------------------------------------------------------------------------------------
+
+static uint64_t random_state = 1;
+
+static uint32_t random_bits(void)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return (uint32_t)(random_state >> 16);
+}
+
+/* Nearly normal, both signs, exponents that differ. */
+static float random_float(void)
+{
+    int sum = 0;
+    for (int i = 0; i < 4; i++)
+        sum += (int)(random_bits() & 0xFFFF) - 0x8000;
+    return (float)sum / 65536.0f;
+}
+
+/* Kernel tables that this machine can run, scalar first. */
+static size_t variants(const dsv3__kern *list[3])
+{
+    size_t n = 0;
+    list[n++] = dsv3__kern_get(DSV3_ISA_SCALAR);
+    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
+        list[n++] = dsv3__kern_get(DSV3_ISA_AVX2);
+#ifdef TEST_EMULATE_AVX512
+    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
+        list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
+#else
+    if (dsv3__cpu_best() >= DSV3_ISA_AVX512)
+        list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
+#endif
+    return n;
+}
+
+#define FOR_VARIANTS(k)                                                                            \
+    const dsv3__kern *variant_list[3], *k;                                                         \
+    size_t n_variants = variants(variant_list), variant_at = 0;                                    \
+    while (variant_at < n_variants && (k = variant_list[variant_at++], true))
+
+static bool same_bits(const float *a, const float *b, size_t n)
+{
+    return memcmp(a, b, n * sizeof(float)) == 0;
+}
+
+/* A block of exactly n bytes at an odd address: a sanitizer sees a byte too many, alignment faults show. */
+typedef struct exact {
+    uint8_t *block, *p;
+} exact;
+
+static exact exact_copy(const void *data, size_t n, size_t shift)
+{
+    exact e;
+    e.block = (uint8_t *)malloc(n + shift + 1);
+    e.p = e.block + shift;
+    if (n)
+        memcpy(e.p, data, n);
+    e.block = (uint8_t *)realloc(e.block, n + shift ? n + shift : 1);
+    e.p = e.block + shift;
+    return e;
+}
+
+static size_t column_of(size_t position, dsv3_dtype dtype)
+{
+    size_t in = position % 64;
+    return dtype == DSV3_DTYPE_F8_E4M3 ? position / 64 * 64 + in % 16 * 4 + in / 16 : position;
+}
+
+/* The value of code c, from its definition. */
+static float fp8_by_definition(unsigned c)
+{
+    int e = c >> 3 & 15, m = c & 7;
+    double v = e ? ldexp(1 + m / 8.0, e - 7) : ldexp(m / 8.0, -6);
+    if ((c & 0x7F) == 0x7F)
+        return NAN;
+    return (float)(c & 0x80 ? -v : v);
+}
+
+/* The value in column i of k; behind them, of a zero, or of an FP8 code 0. */
+static float value_at(const uint8_t *w, size_t i, size_t k, dsv3_dtype dtype, const float *scale64)
+{
+    uint16_t h;
+    float f;
+    if (i >= k && dtype != DSV3_DTYPE_F8_E4M3)
+        return 0.0f;
+    switch (dtype) {
+    case DSV3_DTYPE_F8_E4M3: {
+        volatile float product = (i < k ? fp8_by_definition(w[i]) : 0.0f) * scale64[i / 64];
+        return product;
+    }
+    case DSV3_DTYPE_F32:
+        memcpy(&f, w + 4 * i, 4);
+        return f;
+    case DSV3_DTYPE_BF16: {
+        memcpy(&h, w + 2 * i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        memcpy(&f, &bits, 4);
+        return f;
+    }
+    default: {
+        memcpy(&h, w + 2 * i, 2);
+        int e = h >> 10 & 31, m = h & 1023;
+        double v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexp(1 + m / 1024.0, e - 15) : ldexp(m / 1024.0, -14);
+        return (float)(h & 0x8000 ? -v : v);
+    }
+    }
+}
+
+/* The contract of a dot product, word for word. x in order of columns. */
+static float dot_by_definition(const uint8_t *w, const float *x, const float *scale64, size_t k, dsv3_dtype dtype)
+{
+    float chain[64], t[16];
+    for (int c = 0; c < 64; c++)
+        chain[c] = 0.0f;
+    for (size_t i = 0; i < (k + 63) / 64 * 64; i++) {
+        size_t column = column_of(i, dtype);
+        float wv = value_at(w, column, k, dtype, scale64), xv = column < k ? x[column] : 0.0f;
+        chain[i % 64] = fmaf(wv, xv, chain[i % 64]);
+    }
+    for (int i = 0; i < 16; i++) {
+        volatile float a = chain[i] + chain[16 + i], b = chain[32 + i] + chain[48 + i];
+        t[i] = a + b;
+    }
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            t[i] = t[i] + t[i + n];
+    if (t[0] != t[0]) {
+        uint32_t nan = 0x7FC00000;
+        memcpy(t, &nan, 4);
+    }
+    return t[0];
+}
+
+/* n weights of moderate size; for F8_E4M3 any code but NaN. */
+static void random_weights(uint8_t *w, size_t n, dsv3_dtype dtype)
+{
+    for (size_t i = 0; i < n; i++) {
+        float f = random_float();
+        uint16_t h;
+        switch (dtype) {
+        case DSV3_DTYPE_F32:
+            memcpy(w + 4 * i, &f, 4);
+            break;
+        case DSV3_DTYPE_F16:
+            h = dsv3__f16_encode(i % 7 ? f : f * 1e-6f); /* some denormal */
+            memcpy(w + 2 * i, &h, 2);
+            break;
+        case DSV3_DTYPE_BF16:
+            h = dsv3__bf16_encode(f);
+            memcpy(w + 2 * i, &h, 2);
+            break;
+        default:
+            do
+                w[i] = (uint8_t)random_bits();
+            while ((w[i] & 0x7F) == 0x7F);
+        }
+    }
+}
+
+/* x in order of columns -> packed, zeros behind. */
+static void pack(float *packed, const float *x, size_t k, dsv3_dtype dtype)
+{
+    for (size_t i = 0; i < (k + 63) / 64 * 64; i++) {
+        size_t column = column_of(i, dtype);
+        packed[i] = column < k ? x[column] : 0.0f;
+    }
+}
+
+static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
+static const size_t widths[] = {1, 2, 3, 4, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 191, 320, 511, 512, 513, 576, 1000,
+                                1024, 1088, 1408, 2048, 2112};
+#define MOST 2112
+
+// ---- Conversions -----------------------------------------------------------------------------------------
+
+TEST(fp8_decode)
+{
+    for (unsigned c = 0; c < 256; c++) {
+        float v = fp8_by_definition(c);
+        if (v != v) {
+            CHECK(dsv3__fp8_value[c] != dsv3__fp8_value[c]);
+        } else {
+            CHECK(same_bits(&dsv3__fp8_value[c], &v, 1));
+        }
+    }
+    CHECK(dsv3__fp8_value[0x01] == 0.001953125f && dsv3__fp8_value[0x07] == 0.013671875f && dsv3__fp8_value[0x38] == 1.0f);
+    CHECK(dsv3__fp8_value[0x77] == 240.0f && dsv3__fp8_value[0x7E] == 448.0f && dsv3__fp8_value[0xC8] == -4.0f);
+}
+
+/* Around every code and every midpoint: the nearest, ties to the even code. */
+TEST(fp8_encode)
+{
+    for (unsigned sign = 0; sign < 2; sign++)
+        for (unsigned c = 0; c < 0x7F; c++) {
+            float v = fp8_by_definition(c), next = c == 0x7E ? 480.0f : fp8_by_definition(c + 1), s = sign ? -1.0f : 1.0f;
+            float middle = (v + next) / 2;
+            unsigned up = c == 0x7E ? c : c + 1;
+            CHECK_EQ_INT(dsv3__fp8_encode(s * v), sign << 7 | c);
+            CHECK_EQ_INT(dsv3__fp8_encode(s * nextafterf(middle, 0)), sign << 7 | c);
+            CHECK_EQ_INT(dsv3__fp8_encode(s * middle), sign << 7 | (c & 1 ? up : c));
+            CHECK_EQ_INT(dsv3__fp8_encode(s * nextafterf(middle, 1000)), sign << 7 | up);
+        }
+    CHECK_EQ_INT(dsv3__fp8_encode(0.0f), 0);
+    CHECK_EQ_INT(dsv3__fp8_encode(-0.0f), 0x80);
+    CHECK_EQ_INT(dsv3__fp8_encode(1e-45f), 0);
+    CHECK_EQ_INT(dsv3__fp8_encode(1e30f), 0x7E);
+    CHECK_EQ_INT(dsv3__fp8_encode(-INFINITY), 0xFE);
+    CHECK_EQ_INT(dsv3__fp8_encode(NAN), 0x7F);
+    for (int i = 0; i < 200000; i++) { /* none is nearer than the one chosen */
+        uint32_t bits = random_bits();
+        float v;
+        memcpy(&v, &bits, 4);
+        if (!(fabsf(v) <= 448.0f))
+            continue;
+        unsigned c = dsv3__fp8_encode(v), mag = c & 0x7F;
+        double here = fabs((double)fp8_by_definition(c) - (double)v);
+        if (mag > 0 && !CHECK(here <= fabs((double)fp8_by_definition(c - 1) - (double)v)))
+            return;
+        if (mag < 0x7E && !CHECK(here <= fabs((double)fp8_by_definition(c + 1) - (double)v)))
+            return;
+    }
+}
+
+TEST(f16_and_bf16)
+{
+    for (unsigned h = 0; h < 0x10000; h++) {
+        uint8_t two[2] = {(uint8_t)h, (uint8_t)(h >> 8)};
+        float f = dsv3__f16_decode((uint16_t)h), v = value_at(two, 0, 1, DSV3_DTYPE_F16, NULL);
+        bool nan = (h & 0x7C00) == 0x7C00 && (h & 0x3FF);
+        if (!CHECK(nan ? f != f : same_bits(&f, &v, 1)))
+            return;
+        if (!CHECK(nan ? (dsv3__f16_encode(f) & 0x7E00) == 0x7E00 : dsv3__f16_encode(f) == h))
+            return;
+        f = dsv3__bf16_decode((uint16_t)h), v = value_at(two, 0, 1, DSV3_DTYPE_BF16, NULL);
+        nan = (h & 0x7F80) == 0x7F80 && (h & 0x7F);
+        if (!CHECK(memcmp(&f, &v, 4) == 0))
+            return;
+        if (!CHECK(nan ? (dsv3__bf16_encode(f) & 0x7FC0) == 0x7FC0 : dsv3__bf16_encode(f) == h))
+            return;
+    }
+    for (unsigned h = 0; h < 0x7C00; h++) { /* positive halves and what lies between them and the next */
+        float v = dsv3__f16_decode((uint16_t)h), next = h == 0x7BFF ? 65536.0f : dsv3__f16_decode((uint16_t)(h + 1));
+        float middle = (v + next) / 2;
+        if (!CHECK(dsv3__f16_encode(nextafterf(middle, 0)) == h && dsv3__f16_encode(middle) == h + (h & 1) &&
+                   dsv3__f16_encode(nextafterf(middle, 1e9f)) == h + 1 && dsv3__f16_encode(-middle) == (0x8000 | (h + (h & 1)))))
+            return;
+    }
+    for (unsigned h = 0; h < 0x7F80; h++) {
+        uint32_t b = (uint32_t)h << 16;
+        float below = dsv3__bits_float(b + 0x7FFF), middle = dsv3__bits_float(b + 0x8000), above = dsv3__bits_float(b + 0x8001);
+        if (!CHECK(dsv3__bf16_encode(below) == h && dsv3__bf16_encode(middle) == h + (h & 1) && dsv3__bf16_encode(above) == h + 1))
+            return;
+    }
+    CHECK_EQ_INT(dsv3__f16_encode(1e-30f), 0);
+    CHECK_EQ_INT(dsv3__f16_encode(INFINITY), 0x7C00);
+}
+
+TEST(e8m0)
+{
+    for (int c = 0; c < 255; c++)
+        CHECK(dsv3__e8m0_decode((uint8_t)c) == (float)ldexp(1.0, c - 127));
+    CHECK(dsv3__e8m0_decode(255) != dsv3__e8m0_decode(255));
+}
+
+// ---- Dot products and rows -------------------------------------------------------------------------------
+
+/* Each of the 256 codes at each of the 64 columns of a block: value, place, and nothing elsewhere. */
+TEST(fp8_codes_everywhere)
+{
+    static uint8_t w[256 * 64];
+    static float scale64[256], out[256 * 64];
+    FOR_VARIANTS(k)
+    {
+        for (int c = 0; c < 256; c++)
+            scale64[c] = 0.75f + (float)c / 128.0f;
+        for (size_t column = 0; column < 64; column++) {
+            memset(w, 0, sizeof w);
+            for (size_t c = 0; c < 256; c++)
+                w[c * 64 + column] = (uint8_t)c;
+            for (int natural = 0; natural < 2; natural++) {
+                (natural ? k->nat_fp8 : k->row_fp8)(out, 64, k->lanes, w, scale64, sizeof w);
+                for (size_t i = 0; i < sizeof w; i++) {
+                    size_t at = natural ? i : column_of(i, DSV3_DTYPE_F8_E4M3);
+                    float expected = value_at(w, at, sizeof w, DSV3_DTYPE_F8_E4M3, scale64);
+                    if (!CHECK(expected != expected ? out[i] != out[i] : same_bits(&out[i], &expected, 1)))
+                        return;
+                }
+            }
+            for (size_t c = 0; c < 256; c++) { /* one code against one 1 */
+                float x[64] = {0}, packed[64], expected = value_at(w + c * 64, column, 64, DSV3_DTYPE_F8_E4M3, scale64 + c), r;
+                x[column] = 1.0f;
+                pack(packed, x, 64, DSV3_DTYPE_F8_E4M3);
+                r = k->dot_fp8(w + c * 64, packed, scale64 + c, 64);
+                if (!CHECK(expected != expected ? r != r : r == expected))
+                    return;
+            }
+        }
+    }
+}
+
+/* Every width, dtype and variant: the bits of the definition, and an error within the stated bound. */
+TEST(dot_bits)
+{
+    static uint8_t w[MOST * 4];
+    static float x[MOST], packed[MOST + 64], scale64[MOST / 64 + 1];
+    random_state = 11;
+    for (size_t d = 0; d < DSV3__COUNT(dtypes); d++)
+        for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
+            size_t n = widths[i], size = dsv3_dtype_size(dtypes[d]);
+            random_weights(w, n, dtypes[d]);
+            for (size_t c = 0; c < n; c++)
+                x[c] = random_float();
+            for (size_t b = 0; b < DSV3__COUNT(scale64); b++)
+                scale64[b] = 0.01f + fabsf(random_float());
+            pack(packed, x, n, dtypes[d]);
+            float expected = dot_by_definition(w, x, scale64, n, dtypes[d]);
+            double sum = 0, magnitude = 0;
+            for (size_t c = 0; c < n; c++) {
+                double product = (double)value_at(w, c, n, dtypes[d], scale64) * (double)x[c];
+                sum += product;
+                magnitude += fabs(product);
+            }
+            CHECK_NEAR(expected, sum, ((double)n / 64 + 8) * ldexp(1, -24) * magnitude);
+            FOR_VARIANTS(k)
+            {
+                exact e = exact_copy(w, n * size, 1 + i % 5);
+                float r = dsv3__kern_dot(k, dtypes[d])(e.p, packed, scale64, n);
+                if (!CHECK(same_bits(&r, &expected, 1)))
+                    printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]), (unsigned)n);
+                free(e.block);
+            }
+        }
+}
+
+/* Rows: contiguous, spread as tiles want them, and in order of columns. */
+TEST(rows)
+{
+    static uint8_t w[MOST * 4];
+    static float scale64[MOST / 64 + 1], out[MOST + 64], spread[4 * (MOST + 64)];
+    random_state = 12;
+    for (size_t d = 0; d < DSV3__COUNT(dtypes); d++)
+        for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
+            size_t n = widths[i], steps = (n + 63) / 64;
+            random_weights(w, n, dtypes[d]);
+            for (size_t b = 0; b < DSV3__COUNT(scale64); b++)
+                scale64[b] = random_float();
+            FOR_VARIANTS(k)
+            {
+                exact e = exact_copy(w, n * dsv3_dtype_size(dtypes[d]), 1 + i % 3);
+                size_t lanes = k->lanes;
+                bool ok = true;
+                dsv3__kern_row(k, dtypes[d], false)(out, 64, lanes, e.p, scale64, n);
+                dsv3__kern_row(k, dtypes[d], false)(spread + lanes, 4 * lanes, steps * 4 * lanes, e.p, scale64, n);
+                for (size_t p = 0; p < steps * 64; p++) {
+                    size_t c = column_of(p, dtypes[d]), b = p / 64, g = p % 64 / lanes, l = p % lanes;
+                    float expected = value_at(w, c, n, dtypes[d], scale64);
+                    ok = ok && same_bits(&out[p], &expected, 1) &&
+                         same_bits(&spread[g * steps * 4 * lanes + b * 4 * lanes + lanes + l], &expected, 1);
+                }
+                dsv3__kern_row(k, dtypes[d], true)(out, 64, lanes, e.p, scale64, n);
+                for (size_t c = 0; c < steps * 64; c++) {
+                    float expected = value_at(w, c, n, dtypes[d], scale64);
+                    ok = ok && same_bits(&out[c], &expected, 1);
+                }
+                CHECK(ok);
+                free(e.block);
+            }
+        }
+}
+
+/* A NaN code anywhere, against 0 too, is a NaN with the agreed bits. */
+TEST(nan_codes)
+{
+    static uint8_t w[1100];
+    static float packed[1152], scale64[18], out[1152];
+    const uint32_t nan = 0x7FC00000;
+    random_state = 13;
+    random_weights(w, sizeof w, DSV3_DTYPE_F8_E4M3);
+    for (size_t b = 0; b < 18; b++)
+        scale64[b] = 0.5f;
+    FOR_VARIANTS(k)
+        for (size_t at = 0; at < sizeof w; at++) {
+            uint8_t was = w[at];
+            w[at] = at % 2 ? 0x7F : 0xFF;
+            float r = k->dot_fp8(w, packed, scale64, sizeof w);
+            if (!CHECK(memcmp(&r, &nan, 4) == 0))
+                return;
+            k->row_fp8(out, 64, k->lanes, w, scale64, sizeof w);
+            for (size_t p = 0; p < sizeof w; p++)
+                if (!CHECK((out[p] != out[p]) == (column_of(p, DSV3_DTYPE_F8_E4M3) == at)))
+                    return;
+            k->nat_fp8(out, 64, k->lanes, w, scale64, sizeof w);
+            for (size_t p = 0; p < sizeof w; p++)
+                if (!CHECK((out[p] != out[p]) == (p == at)))
+                    return;
+            w[at] = was;
+        }
+}
+
+/* Scales that the folded 2^120 does not carry, and those that are hardly there. */
+TEST(scales)
+{
+    static const float extreme[] = {127.0f, 128.0f, 255.0f, 256.0f, -256.0f, 1e4f, 1e30f, 3.4e38f, INFINITY, -INFINITY, NAN,
+                                    0.0f, -0.0f, 1e-30f, 1.1754944e-38f, 1e-40f, 1.4e-45f, -3.0f};
+    enum { K = 300 };
+    static uint8_t w[K];
+    static float x[K], packed[320], scale64[5], out[320], expected[320];
+    random_state = 14;
+    random_weights(w, K, DSV3_DTYPE_F8_E4M3);
+    for (size_t c = 0; c < K; c++)
+        x[c] = random_float();
+    pack(packed, x, K, DSV3_DTYPE_F8_E4M3);
+    for (size_t i = 0; i < DSV3__COUNT(extreme); i++)
+        for (size_t b = 0; b < 5; b++) {
+            for (size_t j = 0; j < 5; j++)
+                scale64[j] = j == b ? extreme[i] : 0.25f;
+            float dot = dot_by_definition(w, x, scale64, K, DSV3_DTYPE_F8_E4M3);
+            FOR_VARIANTS(k)
+            {
+                float r = k->dot_fp8(w, packed, scale64, K);
+                CHECK(same_bits(&r, &dot, 1));
+                for (int natural = 0; natural < 2; natural++) {
+                    (natural ? k->nat_fp8 : k->row_fp8)(out, 64, k->lanes, w, scale64, K);
+                    for (size_t p = 0; p < 320; p++) {
+                        size_t c = natural ? p : column_of(p, DSV3_DTYPE_F8_E4M3);
+                        expected[p] = value_at(w, c, K, DSV3_DTYPE_F8_E4M3, scale64);
+                        if (!CHECK(expected[p] != expected[p] ? out[p] != out[p] : same_bits(&out[p], &expected[p], 1)))
+                            return;
+                    }
+                }
+            }
+        }
+}
+
+// ---- Tiles -----------------------------------------------------------------------------------------------
+
+/* A tile is so many dot products: any size of it, any neighbours, through an index or not. */
+TEST(tile_bits)
+{
+    static const size_t sizes[] = {1, 2, 3, 4, 5, 7, 13}, depths[] = {64, 512, 576, 1088};
+    enum { ROWS = 13, STRIDE = 1152 };
+    static float w[ROWS * STRIDE], x[ROWS * STRIDE], out[ROWS * 16], dots[ROWS * ROWS];
+    static const uint32_t index[ROWS] = {12, 3, 3, 0, 7, 1, 11, 2, 9, 4, 5, 8, 6};
+    random_state = 15;
+    for (size_t i = 0; i < ROWS * STRIDE; i++)
+        w[i] = random_float(), x[i] = random_float();
+    x[5 * STRIDE + 17] = NAN; /* one row of x and one of w spoil their own results only */
+    w[6 * STRIDE + 44] = INFINITY;
+    for (size_t d = 0; d < DSV3__COUNT(depths); d++) {
+        for (size_t j = 0; j < ROWS; j++)
+            for (size_t i = 0; i < ROWS; i++)
+                dots[j * ROWS + i] = dot_by_definition((const uint8_t *)(w + i * STRIDE), x + j * STRIDE, NULL, depths[d], DSV3_DTYPE_F32);
+        for (size_t a = 0; a < DSV3__COUNT(sizes); a++)
+            for (size_t b = 0; b < DSV3__COUNT(sizes); b++)
+                for (int indexed = 0; indexed < 2; indexed++) {
+                    FOR_VARIANTS(k)
+                    {
+                        size_t n_w = sizes[a], n_x = sizes[b];
+                        bool ok = true;
+                        memset(out, 0x11, sizeof out);
+                        k->tile(out, 16, w, STRIDE, n_w, x, STRIDE, indexed ? index : NULL, n_x, depths[d]);
+                        for (size_t j = 0; j < n_x; j++)
+                            for (size_t i = 0; i < n_w; i++)
+                                ok = ok && same_bits(&out[j * 16 + i], &dots[(indexed ? index[j] : j) * ROWS + i], 1);
+                        for (size_t i = 0; i < ROWS * 16; i++) /* nothing else is written */
+                            ok = ok && ((i % 16 < n_w && i / 16 < n_x) || dsv3__float_bits(out[i]) == 0x11111111);
+                        if (!CHECK(ok))
+                            printf("    %s %u x %u, %u deep\n", dsv3_isa_name(k->isa), (unsigned)n_w, (unsigned)n_x, (unsigned)depths[d]);
+                    }
+                }
+    }
+}
+
+/* The order of summation itself: these bits must never change, whatever the compiler, the flags and the kernel. */
+TEST(order_is_frozen)
+{
+    enum { K = 1000, ROWS = 50 };
+    static uint8_t w[K * 4];
+    static float x[K], packed[1024], scale64[16];
+    static const uint64_t golden[] = {0xCA35AA03C0F20B39, 0x0D8D38D8C087393A, 0x6B90BFF5E556E356, 0x513265F3A065DB15};
+    for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
+        FOR_VARIANTS(k)
+        {
+            float results[ROWS];
+            random_state = 16 + d;
+            for (size_t r = 0; r < ROWS; r++) {
+                random_weights(w, K, dtypes[d]);
+                for (size_t c = 0; c < K; c++)
+                    x[c] = random_float();
+                for (size_t b = 0; b < 16; b++)
+                    scale64[b] = random_float();
+                pack(packed, x, K, dtypes[d]);
+                results[r] = dsv3__kern_dot(k, dtypes[d])(w, packed, scale64, K);
+            }
+            uint64_t hash = dsv3__hash(results, sizeof results);
+            if (!CHECK(hash == golden[d]))
+                printf("    %s %s: 0x%08lX%08lX\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]), (unsigned long)(hash >> 32),
+                       (unsigned long)(hash & 0xFFFFFFFF));
+        }
+    }
+}
+
+TEST(outer_bits)
+{
+    static const size_t heads[] = {1, 2, 4, 5, 9}, columns[] = {1, 7, 8, 23, 24, 64, 65, 128, 200, 512};
+    enum { T = 37, STRIDE = 516 };
+    static float a[9 * 40], b[T * STRIDE], u[9 * STRIDE], expected[9 * STRIDE], start[9 * STRIDE];
+    random_state = 17;
+    for (size_t i = 0; i < DSV3__COUNT(a); i++)
+        a[i] = random_float();
+    for (size_t i = 0; i < DSV3__COUNT(b); i++)
+        b[i] = random_float();
+    for (size_t i = 0; i < DSV3__COUNT(u); i++)
+        start[i] = random_float();
+    for (size_t i = 0; i < DSV3__COUNT(heads); i++)
+        for (size_t j = 0; j < DSV3__COUNT(columns); j++) {
+            memcpy(expected, start, sizeof start);
+            for (size_t h = 0; h < heads[i]; h++)
+                for (size_t c = 0; c < columns[j]; c++)
+                    for (size_t t = 0; t < T; t++)
+                        expected[h * STRIDE + c] = fmaf(a[h * 40 + t], b[t * STRIDE + c], expected[h * STRIDE + c]);
+            FOR_VARIANTS(k)
+            {
+                memcpy(u, start, sizeof start);
+                k->outer(u, STRIDE, heads[i], a, 40, b, STRIDE, T, columns[j]);
+                CHECK(same_bits(u, expected, DSV3__COUNT(u)));
+            }
+        }
+}
+
+// ---- exp -------------------------------------------------------------------------------------------------
+
+static double ulps(float found, double expected)
+{
+    int e;
+    double unit = ldexp(1, -149);
+    if (expected >= ldexp(1, -126)) {
+        frexp(expected, &e);
+        unit = ldexp(1, e - 24);
+    }
+    return fabs((double)found - expected) / unit;
+}
+
+TEST(exp_accuracy)
+{
+    double worst = 0, worst_sigmoid = 0, worst_silu = 0;
+    for (uint32_t sign = 0; sign < 2; sign++)
+        for (uint32_t bits = 0; bits < 0x42D00000; bits += 1009) { /* to 104 */
+            float x = dsv3__bits_float(sign << 31 | bits), y = dsv3__exp(x);
+            double e = exp((double)x);
+            if (e > 3.4028235677973366e38) { /* rounds to infinity */
+                if (!CHECK(y == INFINITY))
+                    return;
+                continue;
+            }
+            worst = fmax(worst, ulps(y, e));
+            double sigmoid = 1 / (1 + exp(-(double)x)), silu = fabs((double)x * sigmoid);
+            if (sigmoid > 1e-37)
+                worst_sigmoid = fmax(worst_sigmoid, ulps(dsv3__sigmoid(x), sigmoid));
+            if (x > -88.7f && silu > 1e-37)
+                worst_silu = fmax(worst_silu, ulps(fabsf(dsv3__silu(x)), silu));
+        }
+    CHECK_NEAR(worst, 0, 1.0);
+    CHECK_NEAR(worst_sigmoid, 0, 2.5);
+    CHECK_NEAR(worst_silu, 0, 2.5);
+    CHECK(worst > 0.5);
+    CHECK(dsv3__exp(0.0f) == 1.0f && dsv3__exp(-0.0f) == 1.0f);
+    CHECK(dsv3__exp(-INFINITY) == 0 && dsv3__exp(-1e30f) == 0 && dsv3__exp(-104.5f) == 0 && dsv3__exp(-103.9f) > 0);
+    CHECK(dsv3__exp(INFINITY) == INFINITY && dsv3__exp(88.73f) == INFINITY && dsv3__exp(88.72f) < INFINITY);
+    CHECK(dsv3__exp(NAN) != dsv3__exp(NAN));
+    CHECK(dsv3__sigmoid(-INFINITY) == 0 && dsv3__sigmoid(INFINITY) == 1 && dsv3__silu(-100.0f) == 0 && dsv3__silu(100.0f) == 100.0f);
+}
+
+TEST(exp_bits)
+{
+    static float x[4096], y[4096], up[4096], out[4096];
+    random_state = 18;
+    for (size_t n = 0; n < 4096; n = n < 70 ? n + 1 : n * 2 + 1) {
+        for (size_t i = 0; i < n; i++) {
+            uint32_t bits = random_bits();
+            x[i] = i % 3 ? random_float() * 100 : dsv3__bits_float(bits); /* any bits, NaN aside */
+            if (x[i] != x[i])
+                x[i] = INFINITY;
+            up[i] = random_float();
+        }
+        float max = 3.5f, chains[16] = {0};
+        for (size_t i = 0; i < n; i++) {
+            y[i] = dsv3__exp(x[i] - max);
+            if (y[i] == INFINITY)
+                x[i] = y[i] = -200.0f, y[i] = 0; /* sums of finite numbers */
+            chains[i % 16] += y[i];
+        }
+        for (int m = 8; m; m /= 2)
+            for (int i = 0; i < m; i++)
+                chains[i] += chains[i + m];
+        FOR_VARIANTS(k)
+        {
+            memcpy(out, x, n * sizeof(float));
+            float sum = k->exp_sum(out, n, max);
+            CHECK(same_bits(out, y, n) && same_bits(&sum, chains, 1));
+            memset(out, 0, sizeof out);
+            k->swiglu(out, x, up, n);
+            bool ok = true;
+            for (size_t i = 0; i < n; i++) {
+                volatile float silu = dsv3__silu(x[i]);
+                float expected = silu * up[i];
+                ok = ok && (expected != expected ? out[i] != out[i] : same_bits(&out[i], &expected, 1));
+            }
+            CHECK(ok);
+            memcpy(out, x, n * sizeof(float));
+            k->swiglu(out, out, up, n); /* in place */
+            for (size_t i = 0; i < n; i++)
+                ok = ok && (x[i] != x[i] || out[i] != out[i] || out[i] == dsv3__silu(x[i]) * up[i]);
+            CHECK(ok);
+        }
+    }
+}
+
+/* The tables are what they say, and the scalar one is always there. */
+TEST(tables)
+{
+    FOR_VARIANTS(k)
+    {
+        CHECK(k->lanes == (k->isa == DSV3_ISA_AVX512 ? 16u : 8u));
+        CHECK(k->tile_x * DSV3__TILE_W * 64 <= DSV3__TILE_SUM);
+    }
+    CHECK(dsv3__kern_get(DSV3_ISA_SCALAR)->isa == DSV3_ISA_SCALAR);
+#ifdef TEST_EMULATE_AVX512
+    CHECK(dsv3__cpu_best() < DSV3_ISA_AVX2 || n_variants == 3);
+#endif
+}
+
+TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
+          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
+          RUN(tables))
