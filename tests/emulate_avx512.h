@@ -26,6 +26,44 @@ typedef struct emu_si {
     __m256i v[2];
 } emu_si;
 
+/* Compilers make some of them macros. */
+#undef _mm512_add_ps
+#undef _mm512_sub_ps
+#undef _mm512_mul_ps
+#undef _mm512_div_ps
+#undef _mm512_min_ps
+#undef _mm512_max_ps
+#undef _mm512_and_si512
+#undef _mm512_xor_si512
+#undef _mm512_max_epu8
+#undef _mm512_add_epi32
+#undef _mm512_sub_epi32
+#undef _mm512_slli_epi16
+#undef _mm512_srai_epi16
+#undef _mm512_slli_epi32
+#undef _mm512_srli_epi32
+#undef _mm512_set1_ps
+#undef _mm512_set1_epi8
+#undef _mm512_set1_epi16
+#undef _mm512_set1_epi32
+#undef _mm512_setzero_ps
+#undef _mm512_setzero_si512
+#undef _mm512_fmadd_ps
+#undef _mm512_loadu_ps
+#undef _mm512_storeu_ps
+#undef _mm512_loadu_si512
+#undef _mm512_castsi512_ps
+#undef _mm512_castps_si512
+#undef _mm512_castps_pd
+#undef _mm512_castps512_ps256
+#undef _mm512_castsi512_si256
+#undef _mm512_extractf64x4_pd
+#undef _mm512_extracti64x4_epi64
+#undef _mm512_cvtph_ps
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi8_epi16
+#undef _mm512_cmpeq_epi8_mask
+
 #define __m512 emu_ps
 #define __m512d emu_pd
 #define __m512i emu_si

@@ -421,7 +421,8 @@ typedef struct taken {
     size_t n_calls;
     char text[8192];
     size_t len;
-    size_t before[600];  /* length of the text before token i was handed over */
+    size_t before[600];  /* length of the text before token i was handed over, and with it */
+    size_t after[600];
     size_t stop_after;   /* say stop at this call; 0: never */
     bool cancel;         /* cancel instead */
     bool bad;            /* a partial character, a call behind the last */
@@ -450,6 +451,8 @@ static bool take(void *user, const dsv3_token *token)
     }
     memcpy(x->text + x->len, token->text, token->len);
     x->len += token->len;
+    if (token->id != -1)
+        x->after[x->n - 1] = x->len;
     x->n_calls++;
     if (x->stop_after && x->n_calls == x->stop_after) {
         if (!x->cancel)
@@ -714,11 +717,15 @@ TEST(stop_strings)
         whole = got;
         REQUIRE(CHECK(whole.len > 30));
         for (int k = 0; k < 30; k++) {
-            char words[3][32];
+            char words[3][32]; /* 6 characters and the end */
             const char *stops[3];
             size_t first = whole.len, n_stops = 1 + (size_t)(k % 3);
-            for (size_t w = 0; w < n_stops; w++) { /* pieces of the very text, of 1 ... 9 bytes, cut anywhere */
-                size_t len = 1 + tiny_next(&random) % 9, at = tiny_next(&random) % (whole.len - 9);
+            for (size_t w = 0; w < n_stops; w++) { /* pieces of the very text, of 1 ... 6 characters, begun anywhere */
+                size_t at = tiny_next(&random) % (whole.len - 26), len = 0, n_chars = 1 + tiny_next(&random) % 6;
+                while (((unsigned char)whole.text[at] & 0xC0) == 0x80)
+                    at++;
+                for (size_t i = 0; i < n_chars; i++)
+                    len += dsv3__utf8_length(whole.text + at + len, whole.text + whole.len);
                 memcpy(words[w], whole.text + at, len);
                 words[w][len] = 0;
                 for (size_t i = 0; i < len; i++) /* a NUL ends a stop string */
@@ -726,10 +733,13 @@ TEST(stop_strings)
                         words[w][0] = '~', words[w][1] = 0;
                 stops[w] = words[w];
             }
-            for (size_t w = 0; w < n_stops; w++)
-                for (size_t i = 0; i + strlen(words[w]) <= whole.len && i < first; i++)
-                    if (memcmp(whole.text + i, words[w], strlen(words[w])) == 0)
-                        first = i;
+            for (size_t token = 0; token <= whole.n && first == whole.len; token++) { /* found as soon as it is whole */
+                size_t known = token < whole.n ? whole.after[token] : whole.len;
+                for (size_t w = 0; w < n_stops; w++)
+                    for (size_t i = 0; i + strlen(words[w]) <= known && i < first; i++)
+                        if (memcmp(whole.text + i, words[w], strlen(words[w])) == 0)
+                            first = i;
+            }
             CHECK_OK(dsv3_session_rewind(s, n, &e), e);
             g = gen_opts(60, 1.5f, seed);
             g.stop_strings = stops, g.n_stop_strings = n_stops;
@@ -739,14 +749,10 @@ TEST(stop_strings)
                 CHECK_BYTES(got.text, got.len, whole.text, whole.len);
                 continue;
             }
-            /* a stop string may begin inside a character: then no part of that is handed out either */
-            bool ok = CHECK(got.len <= first && first - got.len < 4);
-            ok = CHECK_BYTES(got.text, got.len, whole.text, got.len) && ok;
-            size_t lead = got.len + dsv3__utf8_length(whole.text + got.len, whole.text + whole.len);
-            ok = CHECK(got.len == first || lead > first) && ok;
+            bool ok = CHECK_BYTES(got.text, got.len, whole.text, first);
             if (ok && got.n < 60)
                 CHECK_EQ_INT(stats.stop, DSV3_STOP_STRING);
-            CHECK(!got.bad);
+            CHECK(!got.bad && !got.ended);
             CHECK_BYTES(got.ids, got.n * 4, whole.ids, got.n * 4);
             CHECK_EQ_UINT(dsv3_session_length(s), n + got.n);
             spanning += got.n > 1 && got.n < 60 && whole.before[got.n - 1] > first;
@@ -759,6 +765,24 @@ TEST(stop_strings)
     dsv3_generate_opts g = gen_opts(1, 0, 0);
     g.stop_strings = empty, g.n_stop_strings = 1;
     CHECK_RESULT2(dsv3_generate(s, NULL, 0, &g, NULL, &e), DSV3_ERROR_INVALID_OPTIONS, DSV3_ERROR_INVALID_ARGUMENT, e);
+    close_all();
+}
+
+/* Halves of characters as stop strings: refused, or found; no half of a character is handed out either way. */
+TEST(stop_strings_that_are_no_text)
+{
+    static const char *const stops[] = {"\x80", "\x98\x80", "\xbf", "\xbd", "\xef\xbf", "\xc3"};
+    REQUIRE(open_all(with_text()));
+    size_t n = fresh("the");
+    for (uint64_t seed = 0; seed < 12; seed++) {
+        dsv3_stats stats;
+        CHECK_OK(dsv3_session_rewind(s, n, &e), e);
+        dsv3_generate_opts g = gen_opts(60, 3, seed);
+        g.stop_strings = &stops[seed % 6], g.n_stop_strings = 1;
+        dsv3_result r = dsv3_generate(s, NULL, 0, &g, &stats, &e);
+        CHECK(r == DSV3_OK || r == DSV3_ERROR_INVALID_OPTIONS);
+        CHECK(!got.bad);
+    }
     close_all();
 }
 
@@ -788,7 +812,7 @@ TEST(the_text_of_a_stop_token)
     close_all();
 }
 
-#define TEXT_TESTS RUN(prompts), RUN(text_is_whole), RUN(stop_strings), RUN(the_text_of_a_stop_token)
+#define TEXT_TESTS RUN(prompts), RUN(text_is_whole), RUN(stop_strings), RUN(stop_strings_that_are_no_text), RUN(the_text_of_a_stop_token)
 #else
 TEST(text)
 {

@@ -177,7 +177,7 @@ class Rows:
 
     def __init__(self, tales, plays, tok_json, dropout, plays_share, seed):
         self.tales, self.plays, self.share = tales, plays, plays_share
-        self.tok = bpe_dropout(tok_json, dropout) if dropout else Tokenizer.from_str(json.dumps(tok_json))
+        self.plain, self.loose = bpe_dropout(tok_json, None), bpe_dropout(tok_json, dropout or None)
         self.rng, self.ids, self.epochs = random.Random(seed), [], 0
 
     def fill(self, progress):
@@ -185,7 +185,8 @@ class Rows:
         share = self.share * max(0.0, 1 - progress / 0.7)          # the plays fade out
         docs += [(p, True) for p in self.rng.sample(self.plays, int(share * len(self.plays)))]
         self.rng.shuffle(docs)
-        for enc, (_, whole) in zip(self.tok.encode_batch([d for d, _ in docs], add_special_tokens=False), docs):
+        tok = self.loose if progress < 0.5 else self.plain         # the spelling settles in the second half
+        for enc, (_, whole) in zip(tok.encode_batch([d for d, _ in docs], add_special_tokens=False), docs):
             self.ids += [BOS] + enc.ids + ([EOS] if whole else [])
         self.epochs += 1
 
@@ -401,7 +402,6 @@ def export(model, tok_json, out, sampling):
         else:
             tensors[name] = w.to(torch.bfloat16)
     save_file({k: v.contiguous() for k, v in tensors.items()}, new / "model.safetensors", metadata={"format": "pt"})
-
     (new / "model.safetensors").chmod(0o644)
 
     cfg = dict(CONFIG, quantization_config=QUANTIZATION)
@@ -529,15 +529,15 @@ def sample(model, tok, prompt, n, temperature, top_p, seed):
     for _ in range(n):
         r = model(x, cache=cache, use_cache=True)
         cache = r.cache
-        p = (r.logits[0, -1] / temperature).softmax(-1)
+        p = (r.logits[0, -1] / max(temperature, 1e-4)).softmax(-1)
         s, order = p.sort(descending=True)
         s[(s.cumsum(0) - s) >= top_p] = 0
         t = order[torch.multinomial(s, 1, generator=rng)].item()
+        ids.append(t)
         if t == EOS:
             break
-        ids.append(t)
         x = torch.tensor([[t]])
-    return tok.decode(ids, skip_special_tokens=True)
+    return ids
 
 
 # ---------------------------------------------------------------- training
@@ -573,6 +573,11 @@ def train(args, tales, held, tok_json):
         torch.set_rng_state(state["torch"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
     begun = seen
+
+    def save_state():
+        torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.ids, rows.rng.getstate(), rows.epochs),
+                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve), args.state)
+
     while True:
         progress = (time.time() - start) / 60 / args.minutes if args.minutes else step / args.steps
         if progress >= 1:
@@ -615,9 +620,9 @@ def train(args, tales, held, tok_json):
         if args.export_minutes and time.time() - last_export > 60 * args.export_minutes:
             last_export = time.time()
             export(model, tok_json, args.out, args.sampling)
-            torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.ids, rows.rng.getstate(), rows.epochs),
-                            torch=torch.get_rng_state(), step=step, seen=seen, curve=curve), args.state)
+            save_state()
         if step == args.stop:
+            save_state()
             break
     exact = evaluate(model, stream, n_bytes, load=load)
     balance = load.table()
@@ -639,7 +644,11 @@ def check(args, held):
     print(json.dumps(dict(r, balance=load.table(), bytes=n_bytes,
                           disk=sum(f.stat().st_size for f in Path(args.check).iterdir()))))
     for seed, prompt in enumerate(args.prompt or ["Once upon a time there was a", "THE KING AND THE FOX\n\n"], 1):
-        print(f"--- seed {seed}\n{sample(model, tok, prompt, args.n, args.sampling['temperature'], args.sampling['top_p'], seed)}")
+        ids = sample(model, tok, prompt, args.n, args.temperature, args.top_p, seed)
+        own = evaluate(model, ids, 1)["mtp_accept"]
+        model.eval()
+        print(f"--- seed {seed}, temperature {args.temperature}, top-p {args.top_p}; on this text the MTP layer's first "
+              f"choice is the model's {own:.0%} of the time\n{tok.decode(ids, skip_special_tokens=True)}")
 
 
 def main():
