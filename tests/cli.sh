@@ -153,6 +153,36 @@ json_tokens() {
 }
 
 interrupted() {
+    text=$work/interrupted # of its own: the shell goes on before the program has emptied it
+    "$dsv3" generate $model "Once" -n 0 --context 2048 --ignore-eos --greedy > "$text" 2> "$work/err" &
+    child=$!
+    tries=0
+    while [ ! -s "$text" ] && [ $tries -lt 600 ]; do sleep 0.05; tries=$((tries + 1)); done
+    kill -INT $child
+    wait $child
+    same "status after Ctrl-C" $? 130
+    quiet
+    [ "$(size "$text")" -gt 1 ] || echo "no text"
+    same "last byte" "$(tail -c 1 "$text" | od -An -tu1 | tr -d ' ')" 10
+}
+
+tokens() {
+    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos --json && quiet
+    same lines "$(wc -l < "$work/out" | tr -d ' ')" 13
+    same tokens "$(grep -c '^{"id":[0-9]*,"text":".*","logprob":-*[0-9.e-]*}$' "$work/out")" 12
+    tail -n 1 "$work/out" | grep -q '^{"stats":{"n_prompt":[0-9]*,"n_generated":12,.*"prompt_seconds":.*"decode_seconds":.*"tokens_per_second":.*"stop":"max_tokens"' ||
+        echo "stats: $(tail -n 1 "$work/out")"
+    sed -n 's/^{"id":\([0-9]*\),.*/\1/p' "$work/out" > "$work/ids"
+    sed -n 's/^{"id":[0-9]*,"text":"\(.*\)","logprob".*/\1/p' "$work/out" | tr -d '\n' > "$work/pieces"
+    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos
+    same "texts joined" "$(sed 's/\\n/ /g; s/\\"/"/g' "$work/pieces")" "$(tr '\n' ' ' < "$work/out" | sed 's/ $//')"
+    cp "$work/out" "$work/text"
+    call 0 detokenize $model < "$work/ids"
+    echo >> "$work/out"
+    cmp "$work/out" "$work/text"
+}
+
+interrupted() {
     "$dsv3" generate $model "Once" -n 0 --context 2048 --ignore-eos --greedy > "$work/out" 2> "$work/err" &
     child=$!
     tries=0
@@ -198,7 +228,7 @@ json_lines() {
 {"other":{"a":[1,-2.5e3,{"b":null}],"c":"\"]}"}, "text" : "h\u0069","add_special_tokens":false}
 {"text":"hi","add_special_tokens":true,"parse_special":true}
 {"text":"\ud83d\udc51"}
-{"text":"\uD83d"}
+{"text":"\uD83d","b":"c"}
 {"text":"\udc51\ud83d"}
 {"text":"\ud83dx"}
 {"text":""}

@@ -568,14 +568,14 @@ def train(args, tales, held, tok_json):
         state = torch.load(args.resume, weights_only=False)
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
-        rows.ids, rng_state, rows.epochs = state["rows"]
+        rng_state, rows.epochs = state["rows"]             # what was left of the epoch is passed over
         rows.rng.setstate(rng_state)
         torch.set_rng_state(state["torch"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
     begun = seen
 
     def save_state():
-        torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.ids, rows.rng.getstate(), rows.epochs),
+        torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.rng.getstate(), rows.epochs),
                         torch=torch.get_rng_state(), step=step, seen=seen, curve=curve), args.state)
 
     while True:
