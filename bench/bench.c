@@ -113,7 +113,15 @@ typedef struct list {
     uint32_t n;
 } list;
 
-enum { WHAT_BANDWIDTH = 1, WHAT_OPEN = 2, WHAT_DECODE = 4, WHAT_PROMPT = 8, WHAT_ROWS = 16, WHAT_ALL = 31, WHAT_TOKENIZER = 32 };
+enum {
+    WHAT_BANDWIDTH = 1,
+    WHAT_OPEN = 2,
+    WHAT_DECODE = 4,
+    WHAT_PROMPT = 8,
+    WHAT_ROWS = 16,
+    WHAT_ALL = 31,
+    WHAT_TOKENIZER = 32
+};
 
 /* The command line. */
 static struct {
@@ -255,14 +263,10 @@ static int compare_span(const void *a, const void *b)
 static const char *dtype_word(dsv3_dtype dtype)
 {
     switch ((int)dtype) {
-    case DSV3_DTYPE_F8_E4M3:
-        return "fp8";
-    case DSV3_DTYPE_BF16:
-        return "bf16";
-    case DSV3_DTYPE_I8:
-        return "int8";
-    default:
-        return dsv3_dtype_name(dtype);
+    case DSV3_DTYPE_F8_E4M3: return "fp8";
+    case DSV3_DTYPE_BF16: return "bf16";
+    case DSV3_DTYPE_I8: return "int8";
+    default: return dsv3_dtype_name(dtype);
     }
 }
 
@@ -361,7 +365,7 @@ static double touched_share(const model *b, dsv3_session *s, const int32_t *ids,
     if (rows == 1 || rows > 64 || n == 0)
         return rows == 1 ? active_share(b) : 1;
     int32_t *experts = (int32_t *)need((size_t)rows * n_layers * top * sizeof *experts); /* [rows, n_layers, top] */
-    uint8_t *seen = (uint8_t *)need(n);                                                  /* [n_layers, n_routed_experts] */
+    uint8_t *seen = (uint8_t *)need(n); /* [n_layers, n_routed_experts] */
     memset(&outputs, 0, sizeof outputs);
     outputs.experts = experts;
     for (uint32_t call = 0; call < calls; call++) {
@@ -462,7 +466,8 @@ static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threa
         peak[reps] = peak_rate(b->isa, threads);
         if (reps == opt.reps.v[0] || (reps >= 2 && now() - begun > 60)) /* a slow case: two are enough */
             break;
-        progress("%s, %u threads, context %u, %u rows: %u of %u", what, threads, context, rows, reps + 1, opt.reps.v[0]);
+        progress("%s, %u threads, context %u, %u rows: %u of %u", what, threads, context, rows, reps + 1,
+                 opt.reps.v[0]);
         must(dsv3_session_rewind(s, context, &error), &error);
         double start = now(), cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID);
         for (uint32_t i = 0; i < calls; i++) {
@@ -596,8 +601,8 @@ static void run_shape(const char *dir, dsv3_isa isa, bool with_open)
     model b;
     model_open(&b, dir, isa);
     if (!opt.json)
-        printf("`%s`: %s weights, %s head, %s, f32 arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n", b.name,
-               b.dtype, b.head_dtype, b.isa_name, 1e-9 * (double)b.mapped.total,
+        printf("`%s`: %s weights, %s head, %s, f32 arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n",
+               b.name, b.dtype, b.head_dtype, b.isa_name, 1e-9 * (double)b.mapped.total,
                1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
                1e-9 * (b.fixed_macs + b.head_macs + b.routed_macs * active_share(&b)));
     fflush(stdout);

@@ -69,23 +69,23 @@ __attribute__((target("avx2"))) static uint64_t read_avx2(const uint8_t *p, size
     return sum[0] + sum[1] + sum[2] + sum[3] + read_plain(p + i, n - i);
 }
 
-    #define TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+    #define TWELVE(X)      X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
     #define CHAIN_START(i) a##i = SET((float)i);
-    #define CHAIN_STEP(i) a##i = FMA(a##i, half, half);
-    #define CHAIN_SUM(i) sum = FMA(a##i, half, sum);
+    #define CHAIN_STEP(i)  a##i = FMA(a##i, half, half);
+    #define CHAIN_SUM(i)   sum = FMA(a##i, half, sum);
     /* Twelve independent chains a = a / 2 + 1 / 2, which settle at 1: more than latency times width of two units. */
-    #define CHAINS(name, isa, type)                                                         \
-        __attribute__((target(isa))) static float name(uint64_t n)                          \
-        {                                                                                   \
+    #define CHAINS(name, isa, type)                                                              \
+        __attribute__((target(isa))) static float name(uint64_t n)                               \
+        {                                                                                        \
             type half = SET(0.5f), sum = half, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11; \
-            float result;                                                                   \
-            TWELVE(CHAIN_START)                                                             \
-            while (n--) {                                                                   \
-                TWELVE(CHAIN_STEP)                                                          \
-            }                                                                               \
-            TWELVE(CHAIN_SUM)                                                               \
-            memcpy(&result, &sum, sizeof result);                                           \
-            return result;                                                                  \
+            float result;                                                                        \
+            TWELVE(CHAIN_START)                                                                  \
+            while (n--) {                                                                        \
+                TWELVE(CHAIN_STEP)                                                               \
+            }                                                                                    \
+            TWELVE(CHAIN_SUM)                                                                    \
+            memcpy(&result, &sum, sizeof result);                                                \
+            return result;                                                                       \
         }
     #define SET _mm256_set1_ps
     #define FMA _mm256_fmadd_ps

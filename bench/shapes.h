@@ -40,7 +40,8 @@ static uint64_t spec_count(const spec *t)
     return (uint64_t)t->rows * (t->cols ? t->cols : 1);
 }
 
-static void spec_add(specs *s, dsv3_dtype dtype, uint32_t rows, uint32_t cols, double mean, double std, const char *name)
+static void spec_add(specs *s, dsv3_dtype dtype, uint32_t rows, uint32_t cols, double mean, double std,
+                     const char *name)
 {
     if (s->n == s->cap) {
         s->cap = s->cap * 2 + 64;
@@ -122,24 +123,25 @@ static void specs_of_shape(specs *s, const shape *p)
 /* Also the stamp: a directory whose config.json is another text is written again. */
 static void config_text(char *text, size_t size, const shape *p, bool fp8)
 {
-    snprintf(text, size,
-             "{\n  \"_name_or_path\": \"%s, random weights, writer 1\",\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
-             "  \"model_type\": \"deepseek_v3\",\n  \"hidden_act\": \"silu\",\n  \"hidden_size\": %u,\n"
-             "  \"num_hidden_layers\": %u,\n  \"first_k_dense_replace\": %u,\n  \"moe_layer_freq\": 1,\n"
-             "  \"intermediate_size\": %u,\n  \"n_routed_experts\": %u,\n  \"num_experts_per_tok\": %u,\n"
-             "  \"n_group\": %u,\n  \"topk_group\": %u,\n  \"n_shared_experts\": %u,\n  \"moe_intermediate_size\": %u,\n"
-             "  \"num_attention_heads\": %u,\n  \"num_key_value_heads\": %u,\n  \"q_lora_rank\": %u,\n"
-             "  \"kv_lora_rank\": %u,\n  \"qk_nope_head_dim\": %u,\n  \"qk_rope_head_dim\": %u,\n  \"v_head_dim\": %u,\n"
-             "  \"vocab_size\": %u,\n  \"scoring_func\": \"sigmoid\",\n  \"topk_method\": \"noaux_tc\",\n"
-             "  \"norm_topk_prob\": true,\n  \"routed_scaling_factor\": 2.5,\n  \"rms_norm_eps\": 1e-06,\n"
-             "  \"rope_theta\": 10000,\n  \"rope_scaling\": null,\n  \"max_position_embeddings\": 163840,\n"
-             "  \"num_nextn_predict_layers\": 0,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
-             "  \"bos_token_id\": 0,\n  \"eos_token_id\": 1,\n%s  \"torch_dtype\": \"bfloat16\"\n}\n",
-             p->name, p->dim, p->layers, p->dense, p->inter, p->experts, p->top, p->groups, p->top_groups, p->shared,
-             p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab,
-             fp8 ? "  \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", "
-                   "\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]},\n"
-                 : "");
+    snprintf(
+        text, size,
+        "{\n  \"_name_or_path\": \"%s, random weights, writer 1\",\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
+        "  \"model_type\": \"deepseek_v3\",\n  \"hidden_act\": \"silu\",\n  \"hidden_size\": %u,\n"
+        "  \"num_hidden_layers\": %u,\n  \"first_k_dense_replace\": %u,\n  \"moe_layer_freq\": 1,\n"
+        "  \"intermediate_size\": %u,\n  \"n_routed_experts\": %u,\n  \"num_experts_per_tok\": %u,\n"
+        "  \"n_group\": %u,\n  \"topk_group\": %u,\n  \"n_shared_experts\": %u,\n  \"moe_intermediate_size\": %u,\n"
+        "  \"num_attention_heads\": %u,\n  \"num_key_value_heads\": %u,\n  \"q_lora_rank\": %u,\n"
+        "  \"kv_lora_rank\": %u,\n  \"qk_nope_head_dim\": %u,\n  \"qk_rope_head_dim\": %u,\n  \"v_head_dim\": %u,\n"
+        "  \"vocab_size\": %u,\n  \"scoring_func\": \"sigmoid\",\n  \"topk_method\": \"noaux_tc\",\n"
+        "  \"norm_topk_prob\": true,\n  \"routed_scaling_factor\": 2.5,\n  \"rms_norm_eps\": 1e-06,\n"
+        "  \"rope_theta\": 10000,\n  \"rope_scaling\": null,\n  \"max_position_embeddings\": 163840,\n"
+        "  \"num_nextn_predict_layers\": 0,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
+        "  \"bos_token_id\": 0,\n  \"eos_token_id\": 1,\n%s  \"torch_dtype\": \"bfloat16\"\n}\n",
+        p->name, p->dim, p->layers, p->dense, p->inter, p->experts, p->top, p->groups, p->top_groups, p->shared,
+        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab,
+        fp8 ? "  \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", "
+              "\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]},\n"
+            : "");
 }
 
 enum { N_QUANTILES = 4096 }; /* 12 random bits pick one */
@@ -234,7 +236,8 @@ static int compare_spec(const void *a, const void *b)
 }
 
 /* One shard: tensors v[0 ... n-1]. done, total: bytes, for the bar. */
-static void shard_write(FILE *f, const spec *v, uint32_t n, const double *z, uint64_t *random, uint64_t *done, uint64_t total)
+static void shard_write(FILE *f, const spec *v, uint32_t n, const double *z, uint64_t *random, uint64_t *done,
+                        uint64_t total)
 {
     enum { CHUNK = 1 << 18 };
     char *header = (char *)need((size_t)n * 256 + 16);
@@ -368,4 +371,3 @@ static void shape_ensure(char dir[PATH_SIZE], const shape *p, bool fp8, const ch
     if (rename(temporary, dir))
         die("cannot rename %s to %s", temporary, dir);
 }
-

@@ -167,34 +167,6 @@ interrupted() {
 }
 
 tokens() {
-    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos --json && quiet
-    same lines "$(wc -l < "$work/out" | tr -d ' ')" 13
-    same tokens "$(grep -c '^{"id":[0-9]*,"text":".*","logprob":-*[0-9.e-]*}$' "$work/out")" 12
-    tail -n 1 "$work/out" | grep -q '^{"stats":{"n_prompt":[0-9]*,"n_generated":12,.*"prompt_seconds":.*"decode_seconds":.*"tokens_per_second":.*"stop":"max_tokens"' ||
-        echo "stats: $(tail -n 1 "$work/out")"
-    sed -n 's/^{"id":\([0-9]*\),.*/\1/p' "$work/out" > "$work/ids"
-    sed -n 's/^{"id":[0-9]*,"text":"\(.*\)","logprob".*/\1/p' "$work/out" | tr -d '\n' > "$work/pieces"
-    call 0 generate $model "Once upon a time" -n 12 --greedy --ignore-eos
-    same "texts joined" "$(sed 's/\\n/ /g; s/\\"/"/g' "$work/pieces")" "$(tr '\n' ' ' < "$work/out" | sed 's/ $//')"
-    cp "$work/out" "$work/text"
-    call 0 detokenize $model < "$work/ids"
-    echo >> "$work/out"
-    cmp "$work/out" "$work/text"
-}
-
-interrupted() {
-    "$dsv3" generate $model "Once" -n 0 --context 2048 --ignore-eos --greedy > "$work/out" 2> "$work/err" &
-    child=$!
-    tries=0
-    while [ ! -s "$work/out" ] && [ $tries -lt 200 ]; do sleep 0.05; tries=$((tries + 1)); done
-    kill -INT $child 2> /dev/null
-    wait $child
-    same "status after Ctrl-C" $? 130
-    [ -s "$work/out" ] || echo "no text"
-    same "last byte" "$(tail -c 1 "$work/out" | od -An -tu1 | tr -d ' ')" 10
-}
-
-tokens() {
     printf 'Es war einmal: ein K\303\266nig,\n\ttwo 12345 \344\275\240\345\245\275 \360\237\221\221  \n' > "$work/text"
     call 0 tokenize $model < "$work/text" && quiet
     same lines "$(wc -l < "$work/out" | tr -d ' ')" 1

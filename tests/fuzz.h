@@ -81,7 +81,7 @@ static size_t fuzz_change(uint8_t *data, size_t size, const fuzz_input *other)
     default: /* a digit counted on */
         for (size_t i = at; i < size; i++)
             if (data[i] >= '0' && data[i] <= '9') {
-                data[i] = (uint8_t)('0' + (data[i] - '0' + 1 + fuzz_random(8)) % 10);
+                data[i] = (uint8_t)('0' + ((uint64_t)data[i] - '0' + 1 + fuzz_random(8)) % 10);
                 break;
             }
         return size;

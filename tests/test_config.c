@@ -496,10 +496,13 @@ TEST(companions)
     CHECK_RESULT(tiny_open(&t, &model, NULL, &e), DSV3_ERROR_JSON, e);
     CHECK_CONTAINS(e.message, "generation_config.json");
     done();
-    static const char *const bad[] = {"{\"temperature\": -1}", "{\"temperature\": 1e400}", "{\"top_p\": \"a\"}", "{\"top_k\": -5}", "{\"top_p\": 2}"};
+    static const char *const bad[] = {"\"temperature\": -1", "\"temperature\": 1e400", "\"top_p\": \"a\"", "\"top_k\": -5", "\"top_p\": 2", "\"min_p\": -1",
+                                      "\"repetition_penalty\": -2", "\"top_k\": 1e30", "\"top_p\": NaN"};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) { /* an error, or values that sampling takes */
         build(tiny_micro());
-        tiny_put(&t, "generation_config.json", bad[i], strlen(bad[i]));
+        char text[100];
+        snprintf(text, sizeof text, "{\"do_sample\": true, %s}", bad[i]);
+        tiny_put(&t, "generation_config.json", text, strlen(text));
         dsv3_result r = tiny_open(&t, &model, NULL, &e);
         if (r == DSV3_OK) {
             dsv3_session *s = NULL;

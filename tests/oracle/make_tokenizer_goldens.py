@@ -5,8 +5,10 @@
 
 One object a line, LF only: text, parse_special, ids, decoded, category. With parse_special
 false the ids are those of the wheel with added_tokens emptied, with true those of the wheel as
-it is; decoded is always the wheel's decode of the ids with nothing skipped. Run it again
-whenever the tokenizer changes: the test that reads the file knows nothing else.
+it is; decoded is the wheel's decode of the ids with nothing skipped, which is the text. Lines of
+category "decode" have no text: ids (broken characters and unknown ids among them),
+skip_special_tokens and what the wheel makes of them. Run it again whenever the tokenizer
+changes: the test that reads the file knows nothing else.
 """
 
 import json
@@ -165,6 +167,14 @@ def main():
             lines.append(json.dumps({"text": text, "ids": ids, "parse_special": parse,
                                      "decoded": whole.decode(ids, skip_special_tokens=False), "category": category},
                                     ensure_ascii=False, separators=(",", ":")))
+    make = Texts(20250104, markers)
+    for at in range(60):
+        ids = make.ids(whole.get_vocab_size())[:16]
+        if at % 3 == 0:
+            ids += [whole.token_to_id(marker) for marker in markers]
+        lines.append(json.dumps({"ids": ids, "skip_special_tokens": bool(at % 2), "category": "decode",
+                                 "decoded": whole.decode(ids, skip_special_tokens=bool(at % 2))},
+                                ensure_ascii=False, separators=(",", ":")))
     data = ("\n".join(lines) + "\n").encode()
     if len(data) > LIMIT:
         sys.exit(f"make_tokenizer_goldens.py: {len(data)} bytes, more than {LIMIT}")

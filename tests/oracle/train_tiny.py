@@ -11,13 +11,18 @@ per-expert tensor names, V3's tokenizer pipeline.
 
     python tests/oracle/train_tiny.py --out examples/tiny            # train and export
     python tests/oracle/train_tiny.py --check examples/tiny          # reload with transformers, measure
+    python tests/oracle/train_tiny.py --help                         # everything else
     python tests/oracle/train_tiny.py --dense  --out /tmp/dense      # same active size, no experts
     python tests/oracle/train_tiny.py --no-bias --out /tmp/nobias    # router bias kept at 0
     python tests/oracle/train_tiny.py --bigram                       # the baseline's loss
 
-The length of a run is --steps (deterministic for one seed, thread count and
-torch build) or --minutes (the schedule follows the clock). Every run prints a
-line of figures on stderr now and then and one JSON line on stdout at the end.
+The texts (--corpus, by default ../shared/corpus beside the repository) are
+tales.txt, whose lines are joined into paragraphs; tinyshakespeare.txt can be
+mixed in with --plays and is left out by default. Whole tales, 5 % of the bytes,
+are held out. The length of a run is --steps (deterministic for one seed, thread
+count and torch build) or --minutes (the schedule follows the clock). Progress
+goes to stderr; one JSON line on stdout at the end. How the shipped model was
+made, with all its figures: tiny_report.md.
 """
 import argparse
 import json
@@ -175,8 +180,8 @@ def documents(tales, rng):
 class Rows:
     """An endless supply of [n, length+1] id tensors: epochs of shuffled documents, packed end to end."""
 
-    def __init__(self, tales, plays, tok_json, dropout, plays_share, seed):
-        self.tales, self.plays, self.share = tales, plays, plays_share
+    def __init__(self, tales, plays, tok_json, dropout, until, plays_share, seed):
+        self.tales, self.plays, self.share, self.until = tales, plays, plays_share, until
         self.plain, self.loose = bpe_dropout(tok_json, None), bpe_dropout(tok_json, dropout or None)
         self.rng, self.ids, self.epochs = random.Random(seed), [], 0
 
@@ -185,7 +190,7 @@ class Rows:
         share = self.share * max(0.0, 1 - progress / 0.7)          # the plays fade out
         docs += [(p, True) for p in self.rng.sample(self.plays, int(share * len(self.plays)))]
         self.rng.shuffle(docs)
-        tok = self.loose if progress < 0.5 else self.plain         # the spelling settles in the second half
+        tok = self.loose if progress < self.until else self.plain     # at the end the spelling settles
         for enc, (_, whole) in zip(tok.encode_batch([d for d, _ in docs], add_special_tokens=False), docs):
             self.ids += [BOS] + enc.ids + ([EOS] if whole else [])
         self.epochs += 1
@@ -549,7 +554,7 @@ def train(args, tales, held, tok_json):
     model.train()
     load, seen = Load(model), 0
     plays = read_plays(args.corpus) if args.plays else []
-    rows = Rows(tales, plays, tok_json, args.bpe_dropout, args.plays, args.seed)
+    rows = Rows(tales, plays, tok_json, args.bpe_dropout, args.bpe_until, args.plays, args.seed)
     stream, n_bytes = held_stream(held, tok), sum(len(t.encode()) for t in held)
     if args.start and not args.resume:
         start_from_bigram(model, held_stream(tales, tok), args.start)
@@ -657,7 +662,7 @@ def main():
     a.add_argument("--out", type=Path, default=ROOT / "examples/tiny")
     a.add_argument("--check", metavar="DIR", help="load DIR with transformers, measure it, write two samples")
     a.add_argument("--bigram", action="store_true", help="print the bigram's loss on the held-out tales")
-    a.add_argument("--steps", type=int, default=2000)
+    a.add_argument("--steps", type=int, default=2300)
     a.add_argument("--minutes", type=float, default=0, help="let the clock end the run instead of --steps")
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--threads", type=int, default=1)
@@ -666,10 +671,11 @@ def main():
     a.add_argument("--decay", type=float, default=0.1)
     a.add_argument("--dropout", type=float, default=0.1)
     a.add_argument("--bpe-dropout", type=float, default=0.05)
+    a.add_argument("--bpe-until", type=float, default=0.75, help="share of the run with --bpe-dropout")
     a.add_argument("--plays", type=float, default=0.0, help="share of tinyshakespeare mixed in at the start")
     a.add_argument("--start", type=int, default=240, help="steps of the start from the bigram; 0: none")
     a.add_argument("--mtp", type=float, default=0.3, help="weight of the MTP loss")
-    a.add_argument("--long", type=float, default=0.05, help=f"last part of the run, with rows of {LONG} tokens")
+    a.add_argument("--long", type=float, default=0.02, help=f"last part of the run, with rows of {LONG} tokens")
     a.add_argument("--qat", type=float, default=0.1, help="last part of the run, with the weights as stored")
     a.add_argument("--bias-step", type=float, default=4e-3, help="falls with the learning rate to a tenth")
     a.add_argument("--no-bias", action="store_true", help="leave the router's bias at 0")
