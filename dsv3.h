@@ -44,8 +44,9 @@
    embeddings, both rotary layouts. What is not supported is refused by the name of its key: V3.2's sparse attention,
    other activations, biases, other quantizations. dsv3_config lists what is read.
 
-   DOES NOT convert or write checkpoints, does not print, log (unless you install a logger), exit, abort, touch signals,
-   errno-dependent state or the locale, read the environment, keep writable globals, or start threads that outlive a
+   DOES NOT convert or write checkpoints, does not print, log (unless you install a logger), exit, abort (DSV3_ASSERT guards
+   its own invariants only; define it away if you like), touch signals
+   or the locale, read the environment, keep writable globals, or start threads that outlive a
    session. It does not verify weights when opening: a NaN in them makes logits NaN, and then a search names the tensor.
 
    MEMORY. A model maps its files (no_mmap: reads them) and allocates tables only: about 500 bytes a tensor. Views of
@@ -53,7 +54,8 @@
    qk_rope_head_dim floats, padded to 64, for each layer and position: 2,304 bytes in the whole family), and scratch for
    max_batch rows. dsv3_session_memory says how much before you open. Nothing is allocated after that, except by
    dsv3_generate for the ids of a text prompt and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
-   comes from the allocator in the options; every block is returned to it. A failed call leaves everything as it was.
+   comes from the allocator in the options; every block is returned to it. A failed call leaves models and sessions as
+   they were.
 
    THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time;
    any number of sessions may run on one model at once. dsv3_session_cancel may be called from any thread, also from a
@@ -64,9 +66,9 @@
    a prompt is cut into pieces, with any number of threads, on every instruction set (scalar, AVX2, AVX-512), with gcc
    and clang, at every optimisation level. All sums have one documented order (>>kern). The header pins contraction
    itself and refuses -ffast-math; it sets the floating-point state while it computes and puts the host's back. Rotary
-   tables use the C library's double-precision cos, sin and pow rounded to float: the only place where another libm could
-   move a bit. Sampling is a function of (logits, options, position): the random number for a token depends on the seed
-   and its position and on nothing else, so a retry takes a new seed.
+   tables use the C library's double-precision cos, sin, pow and log rounded to float: with another libm a bit of them could
+   move. Sampling is a function of logits, options, position and, with penalties, the tokens so far: the random number for a
+   token depends on the seed and its position and on nothing else, so a retry takes a new seed.
 
    NUMBERS. Arithmetic is f32 on the stored weights: value = f32(code * scale), products fused into the sum. Router, norms,
    softmax and rotation are f32 too. The reference is Hugging Face transformers in f32; tests/oracle runs it live.
@@ -74,11 +76,14 @@
    quantization), tests/oracle/README.md tells what was chosen and what it costs.
 
    ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
-   names the file, the tensor or key, what was expected and what was found. Outputs are NULL or 0 on failure. Bad files are
+   names the file, the tensor or key, what was expected and what was found. Pointers and counts given out are NULL or 0 on
+   failure; a caller's own buffers may be partly written. Bad files are
    errors, never asserts: all lengths, offsets, shapes and names from files are checked before use.
 
    FILES. config.json; model.safetensors.index.json with its shards, or one model.safetensors; optional:
-   generation_config.json, tokenizer.json, tokenizer_config.json. Names of shards must be plain file names. Mapped files
+   generation_config.json, tokenizer.json, tokenizer_config.json. Names of shards must be plain names that end in
+   .safetensors, 4,096 of them at most; a read that comes up short is DSV3_ERROR_IO, a file that is shorter than its header
+   says DSV3_ERROR_TRUNCATED. Mapped files
    must not shrink while a model is open (the system would raise SIGBUS): use no_mmap where that can happen.
    With a dsv3_reader checkpoints come from anywhere.
 
@@ -189,7 +194,8 @@ typedef struct dsv3_error {
 
 // ---- What a host may bring -------------------------------------------------------------------------------
 
-/* Memory. Both functions or neither. Blocks are asked for with an alignment of at most 64. */
+/* Memory. Both functions or neither. Blocks are asked for with an alignment of at most 64. Sessions and dsv3_tokenize use
+   the model's allocator from whatever threads they run on: it must be thread-safe, as malloc is. */
 typedef struct dsv3_allocator {
     void *(*alloc_fn)(void *user, size_t size, size_t align); /* NULL when there is none */
     void (*free_fn)(void *user, void *ptr, size_t size);      /* `size` is the size asked for */
@@ -204,7 +210,10 @@ typedef struct dsv3_file {
 } dsv3_file;
 
 /* Where a checkpoint comes from: a directory, an archive, memory, a network. `name` is one path component as
-   the checkpoint spells it ("config.json", "model-00001-of-000163.safetensors"). */
+   the checkpoint spells it ("config.json", "model-00001-of-000163.safetensors"). `user` must outlive the model.
+   open_fn    DSV3_ERROR_FILE_NOT_FOUND says that the file is not there, which is fine for the optional ones; any other
+              error fails the opening. A failed open is not closed. Called on the opening thread, as read_fn is.
+   read_fn    fills all `size` bytes or fails: a short read is DSV3_ERROR_IO. */
 typedef struct dsv3_reader {
     dsv3_result (*open_fn)(void *user, const char *name, dsv3_file *file); /* Required */
     dsv3_result (*read_fn)(void *user, dsv3_file *file, uint64_t offset, void *dst, size_t size); /* if data is NULL */
@@ -215,7 +224,7 @@ typedef struct dsv3_reader {
 /* A host's own threads: run task(ctx, 0) ... task(ctx, n-1) in any order on any threads, return when all are done. */
 typedef struct dsv3_executor {
     void (*run_fn)(void *user, uint32_t n, void (*task)(void *ctx, uint32_t i), void *ctx);
-    uint32_t n_threads; /* how many run at once */
+    uint32_t n_threads; /* how many may run at once; n is at most this. 0: one */
     void *user;
 } dsv3_executor;
 
@@ -275,7 +284,7 @@ typedef enum dsv3_dtype {
 /* A view of a weight: nothing is owned, nothing is copied, `data` may have any alignment.
    The value of element [i, j] is data[i, j] * scale[i / block_rows, j / block_cols], the product taken in f32;
    without scales it is data[i, j]. DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last
-   ones ragged (README_WEIGHTS.md; the checkpoint's name for them, weight_scale_inv, is historical: they multiply). */
+   ones ragged (DeepSeek-V3, README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). */
 typedef struct dsv3_tensor {
     const void *data;              /* [shape[0], shape[1], ...], row-major */
     const void *scale;             /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
@@ -426,20 +435,20 @@ typedef struct dsv3_config {
 typedef struct dsv3_model_opts {
     uint32_t struct_size;     /* 0, or the caller's sizeof; unknown sizes are refused */
     dsv3_isa isa;             /* Default: AUTO */
-    bool no_mmap;             /* read the weights into memory instead of mapping them */
+    bool no_mmap;             /* read the weights into memory instead of mapping them; for files of a directory */
     uint64_t memory_limit;    /* bytes this model may allocate (mapped files do not count); 0: none */
     dsv3_allocator allocator; /* Default: malloc */
-    dsv3_reader reader;       /* Default: files of the directory; `dir` is then the reader's business and may be NULL */
+    dsv3_reader reader;       /* Default: files of the directory. With a reader `dir` is ignored and may be NULL */
     dsv3_logger logger;       /* Default: silence */
     dsv3_progress progress;   /* Default: none. Units are bytes of headers and, with no_mmap, of weights */
 } dsv3_model_opts;
 
 /* What a model or a session takes. */
 typedef struct dsv3_memory {
-    uint64_t file_bytes;     /* tensors in the files: mapped, or read with no_mmap */
+    uint64_t file_bytes;     /* tensors in the files: mapped, or, those that are used, read with no_mmap */
     uint64_t model_bytes;    /* allocated by the open model, weights read with no_mmap included */
     uint64_t cache_bytes;    /* a session's latent cache */
-    uint64_t session_bytes;  /* all a session allocates, cache included; nothing more while it runs */
+    uint64_t session_bytes;  /* all a session allocates when opened, cache included; generate adds the ids of a text prompt */
     uint32_t max_tokens;     /* the session length this was counted for */
 } dsv3_memory;
 
@@ -470,8 +479,8 @@ DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char 
 DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
 
 /* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight that has a sibling
-   `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. With a reader whose files
-   are not in memory, `data` of tensors the model does not use is NULL.
+   `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. Where files are read, not
+   mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
 DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor, dsv3_error *error);
 DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model);
@@ -482,13 +491,13 @@ DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index,
 
 typedef struct dsv3_session_opts {
     uint32_t struct_size;     /* 0, or the caller's sizeof */
-    uint32_t max_tokens;      /* length of the timeline; fixes the cache. Default: min(4096, max_position_embeddings) */
+    uint32_t max_tokens;      /* length of the timeline, at most 2^30; fixes the cache. Default: min(4096, max_position_embeddings) */
     uint32_t max_batch;       /* rows run at once, prompts are cut into such pieces; fixes the scratch. Default: 512 */
     uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
     uint64_t memory_limit;    /* bytes; 0: none */
     dsv3_executor executor;   /* Default: the session's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
-    dsv3_progress progress;   /* Default: none. Rows of the prompt done, during append and generate */
+    dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
 } dsv3_session_opts;
 
 /* What an append gives back beside the session's own logits; every field optional. */
@@ -508,10 +517,12 @@ DSV3_API void dsv3_session_close(dsv3_session *session); /* NULL is fine */
 DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_session_opts *opts, dsv3_memory *memory,
                                          dsv3_error *error);
 
-/* Runs `count` tokens behind those the session holds. On failure the session is as it was before the call.
+/* Runs `count` tokens behind those the session holds. On failure the session is as it was before the call, and what
+   `outputs` points to may be partly written.
    tokens     [count], each 0 <= id < vocab_size
    outputs    NULL, or what else is wanted
-   Errors: INVALID_ARGUMENT, CONTEXT_FULL, CANCELLED, BAD_TENSOR (logits not finite; the message names the tensor). */
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL, CANCELLED, BAD_TENSOR (logits not finite; the message names the
+   tensor). Callbacks that a session calls may themselves call only dsv3_session_cancel on it. */
 DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count,
                                          const dsv3_outputs *outputs, dsv3_error *error);
 
@@ -523,11 +534,12 @@ DSV3_API size_t dsv3_session_length(const dsv3_session *session);
 DSV3_API const int32_t *dsv3_session_tokens(const dsv3_session *session); /* [dsv3_session_length], until the next change */
 
 /* logits: out, [vocab_size] of the last token, owned by the session, until its next change.
+   The next append, rewind or generate, failed ones too, ends the pointer's life.
    Errors: INVALID_ARGUMENT for an empty session; as append when the last token must be run again. */
 DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **logits, dsv3_error *error);
 
-/* From any thread: the call that is running returns DSV3_ERROR_CANCELLED within one layer. No call running: the next
-   one does. */
+/* From any thread, or a signal handler: the call that is running tokens returns DSV3_ERROR_CANCELLED within one layer. If
+   none is, the next one that runs tokens does. */
 DSV3_API void dsv3_session_cancel(dsv3_session *session);
 
 // ---- Sampling and generation -----------------------------------------------------------------------------
@@ -553,13 +565,14 @@ typedef struct dsv3_sample {
 DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts);
 
 /* Picks a token from the session's logits; does not append it. opts NULL: greedy. The result depends on the logits,
-   the options and the position alone. Ids that the tokenizer (if there is one) does not know are never picked.
+   the options, the position and, with penalties, the tokens the session holds, and on nothing else. Ids that the tokenizer (if there is one) does not know are never picked.
    Errors: as dsv3_session_logits, INVALID_OPTIONS. */
 DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample,
                                          dsv3_error *error);
 
 /* The k likeliest next tokens, likeliest first (the lower id first where equal).
-   samples    [k] out, 1 <= k <= vocab_size */
+   samples    [k] out, 1 <= k <= vocab_size
+   Errors: INVALID_ARGUMENT; as dsv3_session_logits. */
 DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3_sample *samples, dsv3_error *error);
 
 typedef enum dsv3_stop {
@@ -612,8 +625,8 @@ typedef struct dsv3_stats {
    stats      out, may be NULL; filled on failure too
    Every generated token is in the session when it returns, the one that stopped it too. On failure in the middle, what was
    generated so far stays.
-   Errors: INVALID_ARGUMENT, CONTEXT_FULL (the prompt does not fit), TOKENIZER (a prompt without a tokenizer),
-   CANCELLED, BAD_TENSOR, OUT_OF_MEMORY (tokenizing only). */
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL (the prompt does not fit), TOKENIZER (a prompt without a
+   tokenizer), CANCELLED, BAD_TENSOR, OUT_OF_MEMORY and MEMORY_LIMIT (tokenizing a prompt only). */
 DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len, const dsv3_generate_opts *opts,
                                    dsv3_stats *stats, dsv3_error *error);
 
@@ -710,7 +723,7 @@ static bool dsv3__add(uint64_t a, uint64_t b, uint64_t *out)
     return *out >= a;
 }
 
-/* Files promise no alignment (formats.md 1.5): scalars from them are loaded with memcpy. */
+/* safetensors promises no alignment: scalars from files are loaded with memcpy. */
 DSV3__INLINE uint16_t dsv3__load16(const void *p)
 {
     uint16_t v;
@@ -746,11 +759,11 @@ DSV3__INLINE uint32_t dsv3__float_bits(float f)
     return bits;
 }
 
-/* FNV-1a, 64 bits: for the name tables. */
-static uint64_t dsv3__hash(const void *data, size_t n)
+/* FNV-1a, 64 bits, for the name tables. `seed` differs from run to run, so that no file can be made of names that collide. */
+static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
 {
     const uint8_t *p = (const uint8_t *)data;
-    uint64_t h = 14695981039346656037ull;
+    uint64_t h = 14695981039346656037ull ^ seed * 0x9E3779B97F4A7C15ull;
     for (size_t i = 0; i < n; i++)
         h = (h ^ p[i]) * 1099511628211ull;
     return h ^ (h >> 32);
@@ -764,7 +777,7 @@ static uint64_t dsv3__hash(const void *data, size_t n)
      dsv3__fwd_rows      rows [n] -> hidden state [n, hidden_size]
        dsv3__nn_rmsnorm    x [n, hidden_size] -> the same, normalised
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
-       dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; dense layers: dsv3__nn_mlp
+       dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; a dense layer is one MLP for all rows
      dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
      dsv3__smp_pick      logits [vocab_size] -> a token
      dsv3_token_bytes    a token -> bytes */
@@ -1120,6 +1133,7 @@ static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, u
     #endif
     #include <windows.h>
 #else
+    #include <errno.h>
     #include <fcntl.h>
     #include <sys/mman.h>
     #include <sys/stat.h>
@@ -1248,8 +1262,8 @@ static void dsv3__os_close(void *user, dsv3_file *file)
     #define O_NONBLOCK 0
 #endif
 
-/* O_NONBLOCK: a pipe under the name of a shard must not hang the host (formats.md 1.8). Links are followed: the
-   Hugging Face cache is made of them. */
+/* O_NONBLOCK: a pipe under the name of a shard must not hang the host. Links are followed: the Hugging Face cache is made
+   of them. */
 static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
 {
     const dsv3__os_dir *dir = (const dsv3__os_dir *)user;
@@ -1291,10 +1305,12 @@ static dsv3_result dsv3__os_read(void *user, dsv3_file *file, uint64_t offset, v
     int fd = (int)(intptr_t)file->handle;
     uint8_t *p = (uint8_t *)dst;
     (void)user;
-    if (lseek(fd, (off_t)offset, SEEK_SET) < 0)
+    if ((off_t)offset < 0 || (uint64_t)(off_t)offset != offset || lseek(fd, (off_t)offset, SEEK_SET) < 0)
         return DSV3_ERROR_IO;
     while (size) {
         ssize_t got = read(fd, p, size > 1u << 30 ? 1u << 30 : size);
+        if (got < 0 && errno == EINTR)
+            continue;
         if (got <= 0)
             return DSV3_ERROR_IO;
         p += got, size -= (size_t)got;
@@ -4156,7 +4172,7 @@ static dsv3_result dsv3__json_end(dsv3__json *j)
 // =============================================================================
 // >>st   Files of a checkpoint: safetensors headers, the shard index, name -> place.
 //        In: a reader. Out: a table of tensors whose bytes lie inside their files. Every number that comes from a file is
-//        checked here, once (formats.md 1.2, 1.7, 1.8); nothing below looks at a length again.
+//        checked here, once; nothing below looks at a length again.
 // =============================================================================
 
 #define DSV3__ST_HEADER_MAX 100000000u /* the format's own limit */
@@ -4204,6 +4220,8 @@ typedef struct dsv3__st {
     uint64_t progress_done, progress_total;
     dsv3__st_shard *shards; /* [n_shards] */
     uint64_t n_shards, cap_shards;
+    uint16_t shard_slots[2 * DSV3__ST_SHARDS_MAX]; /* open addressing by name: shard + 1 */
+    uint64_t seed;             /* of the name tables */
     dsv3__st_tensor *tensors; /* [n_tensors], in the order of the files */
     uint64_t n_tensors, cap_tensors;
     uint32_t *slots; /* [n_slots] open addressing: tensor + 1, or 0 */
@@ -4222,7 +4240,7 @@ static dsv3_result dsv3__blob_open(dsv3__blob *blob, const dsv3_reader *reader, 
     if (r == DSV3_ERROR_FILE_NOT_FOUND)
         return DSV3__FAIL(err, r, "%s: not found", name);
     if (r)
-        return DSV3__FAIL(err, r, "%s: cannot be opened as a regular file", name);
+        return DSV3__FAIL(err, r < 0 ? r : DSV3_ERROR_IO, "%s: cannot be opened as a regular file", name);
     blob->open = true;
     if (blob->file.size > limit || blob->file.size > SIZE_MAX)
         return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %u bytes, more than the %u expected at most", name, blob->file.size, limit);
@@ -4309,7 +4327,7 @@ static const dsv3__st_tensor *dsv3__st_find(const dsv3__st *st, const char *name
 {
     if (!st->n_slots)
         return NULL;
-    for (uint64_t i = dsv3__hash(name, strlen(name)) & (st->n_slots - 1);; i = (i + 1) & (st->n_slots - 1)) {
+    for (uint64_t i = dsv3__hash(st->seed, name, strlen(name)) & (st->n_slots - 1);; i = (i + 1) & (st->n_slots - 1)) {
         if (!st->slots[i])
             return NULL;
         if (strcmp(st->tensors[st->slots[i] - 1].name, name) == 0)
@@ -4330,14 +4348,14 @@ static dsv3_result dsv3__st_enter(dsv3__st *st, uint32_t index, bool *fresh, dsv
         st->n_slots = n;
         for (uint32_t t = 0; t < index; t++) {
             const char *name = st->tensors[t].name;
-            uint64_t i = dsv3__hash(name, strlen(name)) & (n - 1);
+            uint64_t i = dsv3__hash(st->seed, name, strlen(name)) & (n - 1);
             while (st->slots[i])
                 i = (i + 1) & (n - 1);
             st->slots[i] = t + 1;
         }
     }
     const char *name = st->tensors[index].name;
-    uint64_t i = dsv3__hash(name, strlen(name)) & (st->n_slots - 1);
+    uint64_t i = dsv3__hash(st->seed, name, strlen(name)) & (st->n_slots - 1);
     for (; st->slots[i]; i = (i + 1) & (st->n_slots - 1)) {
         if (strcmp(st->tensors[st->slots[i] - 1].name, name) == 0) {
             *fresh = false;
@@ -4399,7 +4417,7 @@ static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_ten
                                        const char *file, dsv3_error *err)
 {
     dsv3__json_str key, dtype;
-    uint64_t shape[DSV3_MAX_RANK], count = 1, bytes, offsets[2] = {0, 0};
+    uint64_t shape[DSV3_MAX_RANK], count = 1, extent = 1, bytes, offsets[2] = {0, 0};
     uint32_t rank = 0, n_offsets = 0;
     bool has_dtype = false, has_shape = false, has_offsets = false;
     void *kept;
@@ -4449,8 +4467,8 @@ static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_ten
     for (size_t i = 0; i < DSV3__COUNT(dsv3__st_dtypes); i++)
         if (dsv3__json_is(dtype, dsv3__st_dtypes[i].name))
             t->dtype = (uint16_t)dsv3__st_dtypes[i].dtype;
-    for (uint32_t i = 0; i < rank; i++)
-        if (!dsv3__mul(count, shape[i], &count))
+    for (uint32_t i = 0; i < rank; i++) /* a 0 among them must not hide an overflow of the others */
+        if (!dsv3__mul(count, shape[i], &count) || !dsv3__mul(extent, shape[i] ? shape[i] : 1, &extent) || extent > UINT64_MAX / 8)
             return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape %D is larger than any file", file, t->name, shape,
                                    rank);
     if (offsets[0] > offsets[1])
@@ -4494,11 +4512,12 @@ typedef struct dsv3__st_map {
     uint64_t n, cap;
     uint32_t *slots; /* [n_slots] open addressing: place + 1 */
     uint64_t n_slots;
+    uint64_t seed;
 } dsv3__st_map;
 
 static dsv3__st_place *dsv3__st_map_find(const dsv3__st_map *map, const char *name, uint64_t *slot)
 {
-    uint64_t i = dsv3__hash(name, strlen(name)) & (map->n_slots - 1);
+    uint64_t i = dsv3__hash(map->seed, name, strlen(name)) & (map->n_slots - 1);
     for (; map->slots[i]; i = (i + 1) & (map->n_slots - 1))
         if (strcmp(map->places[map->slots[i] - 1].name, name) == 0)
             return *slot = i, &map->places[map->slots[i] - 1];
@@ -4600,7 +4619,7 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
     if (r == DSV3_ERROR_FILE_NOT_FOUND)
         return DSV3__FAIL(err, r, "%s: not found%s", s->name, map ? ", but model.safetensors.index.json names it" : "");
     if (r)
-        return DSV3__FAIL(err, r, "%s: cannot be opened as a regular file", s->name);
+        return DSV3__FAIL(err, r < 0 ? r : DSV3_ERROR_IO, "%s: cannot be opened as a regular file", s->name);
     s->open = true;
     uint8_t first[8];
     if (s->file.size < 8)
@@ -4619,8 +4638,10 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
         return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: header of %u bytes, the file holds %u behind its length", s->name, n,
                           s->file.size - 8);
     void *owned = NULL;
-    const char *header = (const char *)s->file.data + 8;
-    if (!s->file.data) {
+    const char *header = NULL;
+    if (s->file.data) {
+        header = (const char *)s->file.data + 8;
+    } else {
         DSV3__TRY(dsv3__mem_alloc(st->mem, &owned, n, s->name, err));
         header = (const char *)owned;
         if (st->reader.read_fn(st->reader.user, &s->file, 8, owned, (size_t)n)) {
@@ -4642,11 +4663,12 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
 
 static dsv3_result dsv3__st_add_shard(dsv3__st *st, const char *name, uint32_t *shard, dsv3_error *err)
 {
-    for (uint64_t i = st->n_shards; i-- > 0;) { /* neighbours in the index mostly share one */
-        if (strcmp(st->shards[i].name, name) == 0) {
-            *shard = (uint32_t)i;
+    const uint64_t n_slots = DSV3__COUNT(st->shard_slots);
+    uint64_t slot = dsv3__hash(st->seed, name, strlen(name)) % n_slots;
+    for (; st->shard_slots[slot]; slot = (slot + 1) % n_slots) {
+        *shard = st->shard_slots[slot] - 1u;
+        if (strcmp(st->shards[*shard].name, name) == 0)
             return DSV3_OK;
-        }
     }
     if (st->n_shards == DSV3__ST_SHARDS_MAX)
         return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "model.safetensors.index.json: more than %u shards",
@@ -4657,6 +4679,7 @@ static dsv3_result dsv3__st_add_shard(dsv3__st *st, const char *name, uint32_t *
     st->shards = (dsv3__st_shard *)array;
     DSV3__TRY(grown);
     *shard = (uint32_t)st->n_shards;
+    st->shard_slots[slot] = (uint16_t)(*shard + 1);
     memset(&st->shards[st->n_shards], 0, sizeof(dsv3__st_shard));
     DSV3__TRY(dsv3__st_keep_name(st, &st->shards[st->n_shards].name, name, err));
     st->n_shards++;
@@ -4785,6 +4808,8 @@ static dsv3_result dsv3__st_open(dsv3__st *st, dsv3__mem *mem, const dsv3_reader
     st->mem = mem;
     st->reader = *reader;
     st->progress = progress;
+    st->seed = (uint64_t)(uintptr_t)mem; /* an address: another one in every run */
+    map.seed = st->seed;
     dsv3_result r = dsv3__st_open_shards(st, &index, &map, err);
     dsv3__blob_close(&index, reader, mem);
     dsv3__mem_free(mem, map.places);
@@ -4849,7 +4874,7 @@ static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t,
 // =============================================================================
 // >>cfg   config.json and generation_config.json -> dsv3_config and the checkpoint's own sampling.
 //         Checked once, so that no code below asks again. What is not supported is refused by the name of its key
-//         (model.md, REJECT list). Absent keys mean what they mean in transformers' configuration classes.
+//         (DSV3__CFG tables and dsv3__cfg_check). Absent keys mean what they mean in transformers' configuration classes.
 // =============================================================================
 
 /* The public configuration, and what is read only to be checked. */
@@ -5158,7 +5183,8 @@ static dsv3_result dsv3__cfg_check_router(dsv3__cfg *cfg, dsv3_error *err)
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: groups of one expert: noaux_tc scores a group by two");
     DSV3__TRY(dsv3__cfg_range("num_experts_per_tok", c->num_experts_per_tok, 1,
                               (uint64_t)c->topk_group * (c->n_routed_experts / c->n_group), err));
-    DSV3__TRY(dsv3__cfg_range("moe_intermediate_size", c->moe_intermediate_size, 1, 1u << 24, err));
+    DSV3__TRY(dsv3__cfg_range("num_experts_per_tok", c->num_experts_per_tok, 1, 4096, err)); /* n * top_k < 2^32 */
+    DSV3__TRY(dsv3__cfg_range("moe_intermediate_size", c->moe_intermediate_size, 1, 1u << 20, err));
     if (!(c->routed_scaling_factor > -1e9f && c->routed_scaling_factor < 1e9f))
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: routed_scaling_factor is %f: out of range",
                           (double)c->routed_scaling_factor);
@@ -5170,8 +5196,8 @@ static dsv3_result dsv3__cfg_check_router(dsv3__cfg *cfg, dsv3_error *err)
 static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
 {
     dsv3_config *c = &cfg->c;
-    if (!(c->rope_theta >= 1 && c->rope_theta < 1e30))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope_theta is %f, expected at least 1", c->rope_theta);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e30))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope_theta is %f, expected more than 1", c->rope_theta);
     if (cfg->partial_rotary_factor != 1)
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: partial_rotary_factor is %f, expected 1",
                           cfg->partial_rotary_factor);
@@ -5193,9 +5219,11 @@ static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
     if (c->rope_beta_slow == 0)
         c->rope_beta_slow = 1;
     if (!(c->rope_factor > 0 && c->rope_factor < 1e9 && c->rope_beta_fast > 0 && c->rope_beta_slow > 0 &&
-          c->rope_beta_fast < 1e9 && c->rope_beta_slow < 1e9))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: yarn factor %f, beta_fast %f, beta_slow %f: out of range",
-                          c->rope_factor, c->rope_beta_fast, c->rope_beta_slow);
+          c->rope_beta_fast < 1e9 && c->rope_beta_slow < 1e9 && fabs(c->rope_mscale) < 1e9 && fabs(c->rope_mscale_all_dim) < 1e9 &&
+          fabs(c->rope_attention_factor) < 1e9))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: yarn factor %f, beta_fast %f, beta_slow %f, mscale %f, mscale_all_dim %f: out of range",
+                          c->rope_factor, c->rope_beta_fast, c->rope_beta_slow, c->rope_mscale, c->rope_mscale_all_dim);
     return DSV3_OK;
 }
 
@@ -5253,6 +5281,8 @@ static dsv3_result dsv3__cfg_check(dsv3__cfg *cfg, dsv3_error *err)
         DSV3__TRY(dsv3__cfg_range("intermediate_size", c->intermediate_size, 1, 1u << 24, err));
     if (c->first_k_dense_replace < c->num_hidden_layers)
         DSV3__TRY(dsv3__cfg_check_router(cfg, err));
+    else /* nothing below shall look at experts that are not there */
+        c->n_routed_experts = c->n_shared_experts = c->num_experts_per_tok = c->moe_intermediate_size = 0;
     return dsv3__cfg_check_rope(cfg, err);
 }
 
@@ -5562,14 +5592,28 @@ static bool dsv3__wt_is_bad(const dsv3_tensor *t)
     return false;
 }
 
-/* Logits were not finite: which tensor is to blame? Always an error. */
-static dsv3_result dsv3__wt_blame(const dsv3_model *m, dsv3_error *err)
+/* Not a layer behind the last, as those of multi-token prediction are. */
+static bool dsv3__wt_runs(const dsv3_model *m, const char *name)
+{
+    static const char layers[] = "model.layers.";
+    uint64_t layer = 0;
+    if (strncmp(name, layers, sizeof layers - 1) != 0)
+        return true;
+    for (const char *p = name + sizeof layers - 1; *p >= '0' && *p <= '9' && layer < 1u << 20; p++)
+        layer = layer * 10 + (uint64_t)(*p - '0');
+    return layer < m->config.num_hidden_layers;
+}
+
+/* Logits were not finite: which tensor is to blame? Reads all weights of the layers that run. Always an error. */
+static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, dsv3_error *err)
 {
     for (uint64_t i = 0; i < m->st.n_tensors; i++) {
         const dsv3__st_tensor *t = &m->st.tensors[i], *scale;
         dsv3_tensor view;
         dsv3_error ignored;
-        if (!t->data || (t->rank != 1 && t->rank != 2) || dsv3__st_weight(&m->st, t, &view, &scale, &ignored) ||
+        if (dsv3__atomic_load(cancel))
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled while searching for the weight that made logits not finite");
+        if (!dsv3__wt_runs(m, t->name) || !t->data || (t->rank != 1 && t->rank != 2) || dsv3__st_weight(&m->st, t, &view, &scale, &ignored) ||
             dsv3__ten_check(&view, t->name, true, &ignored) || !dsv3__wt_is_bad(&view))
             continue;
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s holds a value that is not finite: logits are lost",
@@ -5634,6 +5678,7 @@ typedef struct dsv3__work {
     float *o;               /* [n, o_stride] attention's values of all heads */
     float *rope;            /* [n, qk_rope_head_dim] cos of each pair, then sin */
     float *router;          /* [n, n_routed_experts] router logits */
+    float *router_bias;     /* [n_routed_experts] the layer's, as f32 */
     float *h;               /* dense: [n, pad(inter)]; MoE: [n * top_k, pad(moe_inter)], then the shared expert's */
     uint32_t *choice;       /* [n, top_k] chosen experts, ascending */
     float *choice_weight;   /* [n, top_k] */
@@ -5644,11 +5689,18 @@ typedef struct dsv3__work {
     dsv3__worker *workers;  /* [n_threads] */
 } dsv3__work;
 
-/* Takes `count` things of `size` bytes from the plan; base NULL only measures. */
+/* Takes `count` things of `size` bytes from the plan; base NULL only measures. What does not fit 63 bits stays "too much"
+   (DSV3__CARVE_FULL), which no allocator has. */
+#define DSV3__CARVE_FULL ((uint64_t)1 << 62)
+
 static void *dsv3__carve(uint8_t *base, uint64_t *used, uint64_t count, uint64_t size)
 {
     void *p = base ? base + *used : NULL;
-    *used += (count * size + 63) & ~(uint64_t)63;
+    uint64_t bytes;
+    if (!dsv3__mul(count, size, &bytes) || bytes >= DSV3__CARVE_FULL || *used >= DSV3__CARVE_FULL)
+        *used = DSV3__CARVE_FULL;
+    else
+        *used += (bytes + 63) & ~(uint64_t)63;
     return p;
 }
 
@@ -5665,8 +5717,8 @@ static size_t dsv3__work_widest(const dsv3_config *c)
     return widest > c->kv_lora_rank ? widest : c->kv_lora_rank;
 }
 
-/* Lays the scratch out in `base`; returns the bytes it takes. No overflow: every factor is bounded in >>cfg, the
-   products stay below 2^63. */
+/* Lays the scratch out in `base`; returns the bytes it takes. No overflow in the products written here: max_batch <= 2^16,
+   top_k <= 2^12, widths <= 2^24 (>>cfg); dsv3__carve looks after the rest. */
 static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads, uint8_t *base)
 {
     const dsv3_config *c = &m->config;
@@ -5702,6 +5754,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
     w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
     w->router = (float *)dsv3__carve(base, &used, n * experts, f);
+    w->router_bias = (float *)dsv3__carve(base, &used, experts, f);
     w->choice = (uint32_t *)dsv3__carve(base, &used, slots, sizeof(uint32_t));
     w->choice_weight = (float *)dsv3__carve(base, &used, slots, f);
     w->slot_rows = (uint32_t *)dsv3__carve(base, &used, slots, sizeof(uint32_t));
@@ -5826,7 +5879,7 @@ static double dsv3__nn_yarn_mscale(double factor, double mscale)
     return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
 }
 
-/* Inverse frequencies [rope / 2], the amplitude of cos and sin, and the softmax scale (model.md 4.2 - 4.4). Roundings to
+/* Inverse frequencies [rope / 2], the amplitude of cos and sin, and the softmax scale (DeepSeek-V2, appendix on YaRN). Roundings to
    f32 follow transformers' _compute_yarn_parameters: at position 10^5 a last bit of a frequency is a visible angle. */
 static void dsv3__nn_rope_setup(dsv3_model *m)
 {
@@ -5964,7 +6017,7 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
     dsv3__pool_run(w->pool, (w->m->config.hidden_size + DSV3__STRIP - 1) / DSV3__STRIP, dsv3__nn_mlp_down_task, &t);
 }
 // =============================================================================
-// >>mla   Multi-head latent attention, absorbed form (DeepSeek-V2, section 2.1; model.md 3). Needs: nn.
+// >>mla   Multi-head latent attention, absorbed form (DeepSeek-V2 paper, section 2.1). Needs: nn.
 //         In: normalised rows. Out: x += attention. Owns the layout of a cache row: the latent after its norm
 //         [kv_lora_rank], k_pe after its rotation [qk_rope_head_dim], zeros to a multiple of 64. One row serves all heads.
 //         Absorbed is the only form: W_UK goes to the query's side, W_UV behind the sum over positions, so that keys and
@@ -5994,7 +6047,7 @@ DSV3__INLINE float *dsv3__mla_cache(const dsv3__work *w, const dsv3__row *row, u
     return row->cache + ((size_t)layer * row->cache_tokens + position) * w->cache_stride;
 }
 
-/* Of one row: the query latent is normalised (in place), latent and k_pe go into the cache. */
+/* Of one row: the query latent is normalised (in place); the cache row is written: the latent normalised, k_pe rotated. */
 static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
 {
     const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
@@ -6182,7 +6235,7 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
 }
 
 // =============================================================================
-// >>moe   Router and experts (DeepSeek-V3, section 2.1.2; model.md 5). In: normalised rows. Out: x += experts.
+// >>moe   Router and experts (DeepSeek-V3 paper, section 2.1.2). In: normalised rows. Out: x += experts.
 //         The bias decides who is chosen and never how much they count. Rows are grouped by expert; a row's sum runs
 //         over its experts in ascending order, the shared expert last, whoever else is in the batch.
 // =============================================================================
@@ -6288,8 +6341,8 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
         dsv3__nn_linear(w, &router, 1, n);
         t.w = w, t.bias = NULL;
         if (l->router_bias.data) {
-            dsv3__ten_row_values(w->m->k, w->norm, &l->router_bias, 0);
-            t.bias = w->norm;
+            dsv3__ten_row_values(w->m->k, w->router_bias, &l->router_bias, 0);
+            t.bias = w->router_bias;
         }
         dsv3__pool_run(w->pool, n, dsv3__moe_route_task, &t);
         /* rows by expert: count, sum up, fill */
@@ -6362,7 +6415,8 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
 }
 
 /* x -> logits of the rows that ask. `asked` is scratch [n]. */
-static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, const uint32_t *cancel,
+                                    dsv3_error *err)
 {
     const uint32_t vocab = w->m->config.vocab_size;
     dsv3__head_task t;
@@ -6380,7 +6434,7 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32
         for (uint32_t v = 0; v < vocab; v++)
             not_finite += logits[v] - logits[v];
         if (not_finite != 0)
-            return dsv3__wt_blame(w->m, err);
+            return dsv3__wt_blame(w->m, cancel, err);
     }
     return DSV3_OK;
 }
@@ -6407,7 +6461,7 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
         dsv3__moe_forward(w, l, moe_layer, rows, n);
         moe_layer += l->moe;
     }
-    return dsv3__fwd_logits(w, rows, n, asked, err);
+    return dsv3__fwd_logits(w, rows, n, asked, cancel, err);
 }
 
 // =============================================================================
@@ -8595,6 +8649,7 @@ struct dsv3_session {
     uint32_t n_cached;   /* cache rows 0 ... n_cached - 1 are right; behind them run again */
     uint32_t cancel;     /* atomic; set from any thread */
     bool logits_valid;
+    bool running;        /* inside a call: callbacks must not come back */
     void *block;         /* all below, and the scratch */
     float *cache;        /* [num_hidden_layers, max_tokens, cache_stride] */
     int32_t *tokens;     /* [max_tokens] */
@@ -8651,6 +8706,8 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, con
                           (uint64_t)DSV3__SES_BATCH_MAX);
     if (o->max_batch > o->max_tokens)
         o->max_batch = o->max_tokens;
+    if (o->max_tokens > 1u << 30)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_tokens is %u, at most 2^30", (uint64_t)o->max_tokens);
     if (o->n_threads > 4096 || o->executor.n_threads > 4096)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_threads is %u, at most 4096",
                           (uint64_t)(o->n_threads > 4096 ? o->n_threads : o->executor.n_threads));
@@ -8728,16 +8785,17 @@ static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts
 static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs, dsv3_error *err)
 {
     const dsv3_config *c = &s->m->config;
-    const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached;
+    const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached; /* `first`: the first new one */
     const size_t vocab = c->vocab_size;
+    const uint32_t cached = s->n_cached;
     const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
     size_t next_row = 0; /* of outputs->logit_rows */
     dsv3_result r = DSV3_OK;
-    uint32_t saved = dsv3__fp_enter();
+    s->running = true;
     for (uint32_t done = 0; done < total && !r;) {
         uint32_t n = (uint32_t)dsv3__min(s->work.max_batch, total - done);
         for (uint32_t i = 0; i < n; i++) {
-            uint32_t position = s->n_cached + done + i;
+            uint32_t position = cached + done + i;
             dsv3__row *row = &s->rows[i];
             row->cache = s->cache;
             row->cache_tokens = s->max_tokens;
@@ -8756,15 +8814,17 @@ static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t co
             else if (next_row < outputs->n_logit_rows && outputs->logit_rows[next_row] == position - first)
                 row->logits = outputs->logits + next_row++ * vocab;
         }
+        uint32_t saved = dsv3__fp_enter();
         r = dsv3__fwd_rows(&s->work, s->rows, n, s->asked, &s->cancel, err);
+        dsv3__fp_leave(saved);
         done += n;
         if (!r && done == total && s->rows[n - 1].logits != s->logits)
             memcpy(s->logits, s->rows[n - 1].logits, vocab * sizeof(float));
-        if (!r && s->progress.fn && !s->progress.fn(s->progress.user, done, total))
-            r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens", (uint64_t)done,
-                           (uint64_t)total);
+        if (!r && count && cached + done > first && s->progress.fn && !s->progress.fn(s->progress.user, cached + done - first, count))
+            r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
+                           (uint64_t)(cached + done - first), (uint64_t)count);
     }
-    dsv3__fp_leave(saved);
+    s->running = false;
     if (r == DSV3_ERROR_CANCELLED)
         dsv3__atomic_store(&s->cancel, 0);
     if (r) {
@@ -8932,8 +8992,10 @@ static void dsv3__gen_emit(dsv3__gen *g, int32_t id, float logprob, size_t n, ds
     token.logprob = logprob;
     token.text = g->s->held;
     token.len = n;
+    g->s->running = true;
     if (g->o->token_fn && !g->o->token_fn(g->o->user, &token) && *stop == DSV3_STOP_NONE)
         *stop = DSV3_STOP_CALLBACK;
+    g->s->running = false;
     g->n_held -= n;
     memmove(g->s->held, g->s->held + n, g->n_held);
 }
@@ -8963,6 +9025,10 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
         if (s->n_tokens == s->max_tokens) {
             stats->stop = DSV3_STOP_CONTEXT;
             break;
+        }
+        if (dsv3__atomic_load(&s->cancel)) {
+            dsv3__atomic_store(&s->cancel, 0);
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled behind %u generated tokens", stats->n_generated);
         }
         DSV3__TRY(dsv3__ses_sample(s, &g->o->sample, &sample, err));
         dsv3__ses_push(s, sample.token);
@@ -9037,6 +9103,12 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     if (!(error))                  \
         (error) = &own_error;      \
     dsv3__err_clear(error)
+
+/* A session that is free to be used: there is one, and this is not one of its own callbacks. */
+#define DSV3__API_SESSION(error, session)                                                                              \
+    DSV3__API_NOT_NULL(error, session);                                                                                \
+    if ((session)->running)                                                                                            \
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "the session is running: a callback may only cancel it")
 
 #define DSV3__API_NOT_NULL(error, pointer) \
     if (!(pointer))                        \
@@ -9197,7 +9269,9 @@ DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const 
     dsv3_model *m = (dsv3_model *)p;
     memset(m, 0, sizeof *m);
     m->mem = mem;
+    uint32_t saved = dsv3__fp_enter(); /* rotary tables and numbers are rounded as everywhere */
     dsv3_result r = dsv3__api_open(m, &reader, &o, error);
+    dsv3__fp_leave(saved);
     m->st.progress = NULL;
     if (reader.user == &files) /* the path is the caller's: closing does not need it */
         m->st.reader.user = NULL;
@@ -9314,14 +9388,14 @@ DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *t
                                          dsv3_error *error)
 {
     DSV3__API_ERROR(error);
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     return dsv3__ses_append(session, tokens, count, outputs, error);
 }
 
 DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error)
 {
     DSV3__API_ERROR(error);
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     if (n_tokens > session->n_tokens)
         return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "rewind to %u tokens: the session holds %u", (uint64_t)n_tokens,
                           (uint64_t)session->n_tokens);
@@ -9348,7 +9422,7 @@ DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **lo
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, logits);
     *logits = NULL;
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     DSV3__TRY(dsv3__ses_logits(session, error));
     *logits = session->logits;
     return DSV3_OK;
@@ -9369,14 +9443,14 @@ DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sampl
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, sample);
     memset(sample, 0, sizeof *sample);
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     return dsv3__ses_sample(session, opts, sample, error);
 }
 
 DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3_sample *samples, dsv3_error *error)
 {
     DSV3__API_ERROR(error);
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     DSV3__API_NOT_NULL(error, samples);
     if (k < 1 || k > session->m->config.vocab_size)
         return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "logprobs: k is %u, expected 1 to %u", (uint64_t)k,
@@ -9396,7 +9470,7 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
     if (!stats)
         stats = &own_stats;
     memset(stats, 0, sizeof *stats);
-    DSV3__API_NOT_NULL(error, session);
+    DSV3__API_SESSION(error, session);
     return dsv3__ses_generate(session, prompt, len, opts, stats, error);
 }
 

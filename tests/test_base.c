@@ -53,9 +53,9 @@ TEST(loads_from_any_address)
 
 TEST(hash)
 {
-    CHECK(dsv3__hash("ab", 2) != dsv3__hash("ba", 2));
-    CHECK(dsv3__hash("ab", 2) == dsv3__hash("abc", 2));
-    CHECK(dsv3__hash("", 0) != dsv3__hash("\0", 1));
+    CHECK(dsv3__hash(0, "ab", 2) != dsv3__hash(0, "ba", 2));
+    CHECK(dsv3__hash(0, "ab", 2) == dsv3__hash(0, "abc", 2));
+    CHECK(dsv3__hash(0, "", 0) != dsv3__hash(0, "\0", 1));
 }
 
 TEST(formatter)

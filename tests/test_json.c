@@ -128,10 +128,10 @@ TEST(numbers_against_strtod)
         double v, expected;
         int64_t integer;
         bool is_integer;
-        int digits = 1 + (int)(dsv3__hash(&state, 8) % 17), exponent;
+        int digits = 1 + (int)(dsv3__hash(0, &state, 8) % 17), exponent;
         state++;
-        exponent = (int)(dsv3__hash(&state, 8) % (i % 2 ? 600 : 20)) - (i % 2 ? 300 : 10);
-        uint64_t bits = dsv3__hash(&state, 8) >> 11;
+        exponent = (int)(dsv3__hash(0, &state, 8) % (i % 2 ? 600 : 20)) - (i % 2 ? 300 : 10);
+        uint64_t bits = dsv3__hash(0, &state, 8) >> 11;
         snprintf(text, sizeof text, "%.*e", digits - 1, (double)bits / 9007199254740992.0 * 9 + 1);
         char *e = strchr(text, 'e');
         snprintf(e, 16, "e%d", exponent);

@@ -506,7 +506,7 @@ TEST(order_is_frozen)
                 pack(packed, x, K, dtypes[d]);
                 results[r] = dsv3__kern_dot(k, dtypes[d])(w, packed, scale64, K);
             }
-            uint64_t hash = dsv3__hash(results, sizeof results);
+            uint64_t hash = dsv3__hash(0, results, sizeof results);
             if (!CHECK(hash == golden[d]))
                 printf("    %s %s: 0x%08lX%08lX\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]), (unsigned long)(hash >> 32),
                        (unsigned long)(hash & 0xFFFFFFFF));

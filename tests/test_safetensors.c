@@ -53,7 +53,7 @@ static uint64_t logits_hash(void)
     memset(&out, 0, sizeof out);
     out.logits = logits;
     if (CHECK_OK(dsv3_session_open(&s, model, NULL, &e), e) && CHECK_OK(dsv3_session_append(s, ids, 5, &out, &e), e))
-        hash = dsv3__hash(logits, sizeof(float) * 5 * dsv3_model_config(model)->vocab_size);
+        hash = dsv3__hash(0, logits, sizeof(float) * 5 * dsv3_model_config(model)->vocab_size);
     dsv3_session_close(s);
     free(logits);
     return hash;

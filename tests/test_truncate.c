@@ -64,7 +64,7 @@ static void use(void)
         if (!r) {
             dsv3_generate_opts g;
             memset(&g, 0, sizeof g);
-            hash = dsv3__hash(logits, dsv3_model_config(model)->vocab_size * sizeof(float));
+            hash = dsv3__hash(0, logits, dsv3_model_config(model)->vocab_size * sizeof(float));
             dsv3_model_sampling(model, &g.sample);
             g.max_tokens = 2;
             r = dsv3_generate(s, NULL, 0, &g, NULL, &e);
