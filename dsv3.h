@@ -88,8 +88,8 @@
    With a dsv3_reader checkpoints come from anywhere.
 
    TEXT. dsv3_tokenize treats text as text: special tokens written in it stay ordinary characters, unless
-   DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works by
-   ids; calls on text fail and say why.
+   DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works
+   by ids; calls on text fail and say why.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
@@ -109,47 +109,48 @@
        DSV3_NO_SIMD             scalar kernels only
        DSV3_NO_AVX512           up to AVX2
        DSV3_NO_TOKENIZER        no tokenizer: ids only
+       DSV3_REGRESSION          for tests: small tables, so that rare paths are common
 */
 #ifndef DSV3_H
 #define DSV3_H
 
 #ifdef DSV3_CONFIG_HEADER
-    #include DSV3_CONFIG_HEADER
+#include DSV3_CONFIG_HEADER
 #endif
 
 /* The implementation uses POSIX (mmap, clock_gettime); strict -std=c99 hides it unless asked before the first header. */
 #if defined(DSV3_IMPLEMENTATION) && !defined(_WIN32) && !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE)
-    #define _DEFAULT_SOURCE 1
+#define _DEFAULT_SOURCE 1
 #endif
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define DSV3_VERSION_MAJOR 0
-#define DSV3_VERSION_MINOR 1
-#define DSV3_VERSION_PATCH 0
+#define DSV3_VERSION_MAJOR  0
+#define DSV3_VERSION_MINOR  1
+#define DSV3_VERSION_PATCH  0
 #define DSV3_VERSION_STRING "0.1.0"
-#define DSV3_VERSION (DSV3_VERSION_MAJOR * 1000000 + DSV3_VERSION_MINOR * 1000 + DSV3_VERSION_PATCH)
+#define DSV3_VERSION        (DSV3_VERSION_MAJOR * 1000000 + DSV3_VERSION_MINOR * 1000 + DSV3_VERSION_PATCH)
 
 #ifndef DSV3_API
-    #if defined(DSV3_STATIC)
-        #if defined(__GNUC__)
-            #define DSV3_API static __attribute__((unused))
-        #else
-            #define DSV3_API static
-        #endif
-    #elif defined(DSV3_DLL) && defined(_WIN32)
-        #ifdef DSV3_IMPLEMENTATION
-            #define DSV3_API __declspec(dllexport)
-        #else
-            #define DSV3_API __declspec(dllimport)
-        #endif
-    #elif defined(DSV3_DLL) && defined(__GNUC__)
-        #define DSV3_API __attribute__((visibility("default")))
-    #else
-        #define DSV3_API extern
-    #endif
+#if defined(DSV3_STATIC)
+#if defined(__GNUC__)
+#define DSV3_API static __attribute__((unused))
+#else
+#define DSV3_API static
+#endif
+#elif defined(DSV3_DLL) && defined(_WIN32)
+#ifdef DSV3_IMPLEMENTATION
+#define DSV3_API __declspec(dllexport)
+#else
+#define DSV3_API __declspec(dllimport)
+#endif
+#elif defined(DSV3_DLL) && defined(__GNUC__)
+#define DSV3_API __attribute__((visibility("default")))
+#else
+#define DSV3_API extern
+#endif
 #endif
 
 #ifdef __cplusplus
@@ -161,13 +162,13 @@ extern "C" {
 /* 0 or negative; grouped by tens; a number, once given, keeps its meaning. */
 typedef enum dsv3_result {
     DSV3_OK = 0,
-    DSV3_ERROR_INVALID_ARGUMENT = -1,   /* a pointer, count, token or option that cannot be right */
-    DSV3_ERROR_INVALID_OPTIONS = -2,    /* struct_size unknown, callbacks half given, values out of range */
-    DSV3_ERROR_OUT_OF_MEMORY = -3,      /* the allocator said no */
-    DSV3_ERROR_MEMORY_LIMIT = -4,       /* memory_limit would be passed */
-    DSV3_ERROR_BUFFER_TOO_SMALL = -5,   /* the needed size is in the count or length returned */
-    DSV3_ERROR_CONTEXT_FULL = -6,       /* the session holds max_tokens */
-    DSV3_ERROR_CANCELLED = -7,          /* dsv3_session_cancel, or a progress callback said stop */
+    DSV3_ERROR_INVALID_ARGUMENT = -1, /* a pointer, count, token or option that cannot be right */
+    DSV3_ERROR_INVALID_OPTIONS = -2,  /* struct_size unknown, callbacks half given, values out of range */
+    DSV3_ERROR_OUT_OF_MEMORY = -3,    /* the allocator said no */
+    DSV3_ERROR_MEMORY_LIMIT = -4,     /* memory_limit would be passed */
+    DSV3_ERROR_BUFFER_TOO_SMALL = -5, /* the needed size is in the count or length returned */
+    DSV3_ERROR_CONTEXT_FULL = -6,     /* the session holds max_tokens */
+    DSV3_ERROR_CANCELLED = -7,        /* dsv3_session_cancel, or a progress callback said stop */
     DSV3_ERROR_FILE_NOT_FOUND = -20,
     DSV3_ERROR_IO = -21,
     DSV3_ERROR_TRUNCATED = -22,         /* a file is shorter than its own header says */
@@ -175,11 +176,11 @@ typedef enum dsv3_result {
     DSV3_ERROR_SAFETENSORS = -24,       /* JSON, but not a safetensors header or index */
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
-    DSV3_ERROR_BAD_TENSOR = -32,        /* wrong shape or dtype, scales missing, values that are not finite */
-    DSV3_ERROR_TOKENIZER = -33,         /* tokenizer.json missing, or of a kind this library does not know */
-    DSV3_ERROR_UNSUPPORTED_CPU = -40,   /* the instruction set asked for is not there */
-    DSV3_ERROR_THREAD = -41,            /* a thread could not be started */
-    DSV3_ERROR_FEATURE_DISABLED = -42,  /* compiled out by a DSV3_NO_... macro */
+    DSV3_ERROR_BAD_TENSOR = -32,       /* wrong shape or dtype, scales missing, values that are not finite */
+    DSV3_ERROR_TOKENIZER = -33,        /* tokenizer.json missing, or of a kind this library does not know */
+    DSV3_ERROR_UNSUPPORTED_CPU = -40,  /* the instruction set asked for is not there */
+    DSV3_ERROR_THREAD = -41,           /* a thread could not be started */
+    DSV3_ERROR_FEATURE_DISABLED = -42, /* compiled out by a DSV3_NO_... macro */
     DSV3_RESULT_FORCE_32BIT = 0x7fffffff
 } dsv3_result;
 
@@ -187,9 +188,9 @@ typedef enum dsv3_result {
    failure and on success alike (code DSV3_OK, empty message). */
 typedef struct dsv3_error {
     dsv3_result code;
-    uint32_t line;      /* line of dsv3.h that raised it */
-    uint64_t offset;    /* byte in the file, for parse errors; otherwise 0 */
-    char message[256];  /* UTF-8; names the file, tensor or key, what was expected and what was found */
+    uint32_t line;     /* line of dsv3.h that raised it */
+    uint64_t offset;   /* byte in the file, for parse errors; otherwise 0 */
+    char message[256]; /* UTF-8; names the file, tensor or key, what was expected and what was found */
 } dsv3_error;
 
 // ---- What a host may bring -------------------------------------------------------------------------------
@@ -215,9 +216,9 @@ typedef struct dsv3_file {
               error fails the opening. A failed open is not closed. Called on the opening thread, as read_fn is.
    read_fn    fills all `size` bytes or fails: a short read is DSV3_ERROR_IO. */
 typedef struct dsv3_reader {
-    dsv3_result (*open_fn)(void *user, const char *name, dsv3_file *file); /* Required */
+    dsv3_result (*open_fn)(void *user, const char *name, dsv3_file *file);                        /* Required */
     dsv3_result (*read_fn)(void *user, dsv3_file *file, uint64_t offset, void *dst, size_t size); /* if data is NULL */
-    void (*close_fn)(void *user, dsv3_file *file);                                               /* Optional */
+    void (*close_fn)(void *user, dsv3_file *file);                                                /* Optional */
     void *user;
 } dsv3_reader;
 
@@ -286,8 +287,8 @@ typedef enum dsv3_dtype {
    without scales it is data[i, j]. DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last
    ones ragged (DeepSeek-V3, README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). */
 typedef struct dsv3_tensor {
-    const void *data;              /* [shape[0], shape[1], ...], row-major */
-    const void *scale;             /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
+    const void *data;  /* [shape[0], shape[1], ...], row-major */
+    const void *scale; /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
     dsv3_dtype dtype;
     dsv3_dtype scale_dtype;        /* F32, BF16 or F8_E8M0; UNKNOWN without scales */
     uint32_t rank;                 /* 0 ... DSV3_MAX_RANK; matmul and dequantize want 1 (one row) or 2 */
@@ -346,9 +347,9 @@ enum {
 };
 
 typedef struct dsv3_tokenizer_info {
-    int32_t n_tokens;    /* ids 0 ... n_tokens - 1 exist */
+    int32_t n_tokens;      /* ids 0 ... n_tokens - 1 exist */
     int32_t bos, eos, pad; /* -1: none named */
-    bool add_bos;        /* tokenizer_config.json add_bos_token */
+    bool add_bos;          /* tokenizer_config.json add_bos_token */
 } dsv3_tokenizer_info;
 
 /* Exactly the checkpoint's tokenizer (byte-level BPE of tokenizer.json), see reference in section >>tok.
@@ -362,8 +363,8 @@ DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *
 
 /* The text of `count` tokens, ill-formed UTF-8 replaced by U+FFFD (one a maximal part), unknown ids left out.
    text       [cap] out, no terminator; cap 0 only measures. len: out, bytes needed. Errors as dsv3_tokenize. */
-DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags,
-                                     char *text, size_t cap, size_t *len, dsv3_error *error);
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count,
+                                     uint32_t flags, char *text, size_t cap, size_t *len, dsv3_error *error);
 
 /* The bytes of one token: perhaps a part of a character. Owned by the tokenizer. NULL (len 0) for unknown ids. */
 DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t token, size_t *len);
@@ -375,10 +376,14 @@ DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_toke
 
 // ---- Model -----------------------------------------------------------------------------------------------
 
-typedef struct dsv3_model dsv3_model;     /* weights and tokenizer. Immutable once open: share between threads freely. */
+typedef struct dsv3_model dsv3_model; /* weights and tokenizer. Immutable once open: share between threads freely. */
 typedef struct dsv3_session dsv3_session; /* one timeline: latent cache and logits. One thread at a time. */
 
-typedef enum dsv3_scoring { DSV3_SCORING_SOFTMAX = 0, DSV3_SCORING_SIGMOID = 1, DSV3_SCORING_FORCE_32BIT = 0x7fffffff } dsv3_scoring;
+typedef enum dsv3_scoring {
+    DSV3_SCORING_SOFTMAX = 0,
+    DSV3_SCORING_SIGMOID = 1,
+    DSV3_SCORING_FORCE_32BIT = 0x7fffffff
+} dsv3_scoring;
 
 typedef enum dsv3_topk_method {
     DSV3_TOPK_GREEDY = 0,               /* V2-Lite */
@@ -392,18 +397,18 @@ typedef struct dsv3_config {
     char model_type[32];
     uint32_t vocab_size;
     uint32_t hidden_size;
-    uint32_t intermediate_size;      /* dense layers */
-    uint32_t moe_intermediate_size;  /* one expert */
+    uint32_t intermediate_size;     /* dense layers */
+    uint32_t moe_intermediate_size; /* one expert */
     uint32_t num_hidden_layers;
-    uint32_t first_k_dense_replace;  /* layers before the first MoE layer */
+    uint32_t first_k_dense_replace; /* layers before the first MoE layer */
     uint32_t num_attention_heads;
-    uint32_t q_lora_rank;            /* 0: none */
+    uint32_t q_lora_rank; /* 0: none */
     uint32_t kv_lora_rank;
     uint32_t qk_nope_head_dim;
     uint32_t qk_rope_head_dim;
     uint32_t v_head_dim;
     uint32_t n_routed_experts;
-    uint32_t n_shared_experts;       /* merged into one MLP of n_shared_experts * moe_intermediate_size */
+    uint32_t n_shared_experts; /* merged into one MLP of n_shared_experts * moe_intermediate_size */
     uint32_t num_experts_per_tok;
     uint32_t n_group;
     uint32_t topk_group;
@@ -418,17 +423,17 @@ typedef struct dsv3_config {
     float routed_scaling_factor;
     float rms_norm_eps;
     double rope_theta;
-    double rope_factor;              /* YaRN; 1 without */
+    double rope_factor; /* YaRN; 1 without */
     double rope_beta_fast, rope_beta_slow;
     double rope_mscale, rope_mscale_all_dim; /* 0: not given */
-    double rope_attention_factor;    /* 0: not given */
+    double rope_attention_factor;            /* 0: not given */
     uint32_t rope_original_max_position_embeddings;
-    int32_t bos_token_id;            /* -1: none */
-    int32_t eos_token_id[8];         /* generation_config.json, config.json and tokenizer_config.json together */
+    int32_t bos_token_id;    /* -1: none */
+    int32_t eos_token_id[8]; /* generation_config.json, config.json and tokenizer_config.json together */
     uint32_t n_eos;
-    char dtype[16];                  /* "bfloat16": a hint only; every tensor says its own */
-    char quant_method[32];           /* "fp8", or "" */
-    char scale_fmt[16];              /* "ue8m0", or "" */
+    char dtype[16];        /* "bfloat16": a hint only; every tensor says its own */
+    char quant_method[32]; /* "fp8", or "" */
+    char scale_fmt[16];    /* "ue8m0", or "" */
 } dsv3_config;
 
 /* = {0} is right, and so is NULL. Every zero is the documented default. */
@@ -445,17 +450,18 @@ typedef struct dsv3_model_opts {
 
 /* What a model or a session takes. */
 typedef struct dsv3_memory {
-    uint64_t file_bytes;     /* tensors in the files: mapped, or, those that are used, read with no_mmap */
-    uint64_t model_bytes;    /* allocated by the open model, weights read with no_mmap included */
-    uint64_t cache_bytes;    /* a session's latent cache */
-    uint64_t session_bytes;  /* all a session allocates when opened, cache included; generate adds the ids of a text prompt */
-    uint32_t max_tokens;     /* the session length this was counted for */
+    uint64_t file_bytes;  /* tensors in the files: mapped, or, those that are used, read with no_mmap */
+    uint64_t model_bytes; /* allocated by the open model, weights read with no_mmap included */
+    uint64_t cache_bytes; /* a session's latent cache */
+    uint64_t
+        session_bytes; /* all a session allocates when opened, cache included; generate adds the ids of a text prompt */
+    uint32_t max_tokens; /* the session length this was counted for */
 } dsv3_memory;
 
-DSV3_API uint32_t dsv3_version(void);                       /* DSV3_VERSION of the linked code */
-DSV3_API const char *dsv3_result_name(dsv3_result result);  /* "DSV3_ERROR_JSON"; never NULL; static */
-DSV3_API const char *dsv3_isa_name(dsv3_isa isa);           /* "avx2"; static */
-DSV3_API bool dsv3_isa_supported(dsv3_isa isa);             /* does this CPU, and this build, have it */
+DSV3_API uint32_t dsv3_version(void);                      /* DSV3_VERSION of the linked code */
+DSV3_API const char *dsv3_result_name(dsv3_result result); /* "DSV3_ERROR_JSON"; never NULL; static */
+DSV3_API const char *dsv3_isa_name(dsv3_isa isa);          /* "avx2"; static */
+DSV3_API bool dsv3_isa_supported(dsv3_isa isa);            /* does this CPU, and this build, have it */
 
 /* Opens a checkpoint directory as published: config.json, model.safetensors.index.json with its shards or one
    model.safetensors, and, if there, tokenizer.json, tokenizer_config.json, generation_config.json.
@@ -464,7 +470,8 @@ DSV3_API bool dsv3_isa_supported(dsv3_isa isa);             /* does this CPU, an
    dir        UTF-8 path; may be NULL when opts->reader is given
    opts       NULL: defaults; copied
    Errors: any but those of sessions. Any thread. */
-DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts, dsv3_error *error);
+DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts,
+                                     dsv3_error *error);
 DSV3_API void dsv3_model_close(dsv3_model *model); /* NULL is fine; after its sessions */
 
 DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model);
@@ -482,7 +489,8 @@ DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; 
    `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. Where files are read, not
    mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
-DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor, dsv3_error *error);
+DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
+                                       dsv3_error *error);
 DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model);
 DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index, const char **name, dsv3_tensor *tensor,
                                           dsv3_error *error);
@@ -490,8 +498,9 @@ DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index,
 // ---- Session ---------------------------------------------------------------------------------------------
 
 typedef struct dsv3_session_opts {
-    uint32_t struct_size;     /* 0, or the caller's sizeof */
-    uint32_t max_tokens;      /* length of the timeline, at most 2^30; fixes the cache. Default: min(4096, max_position_embeddings) */
+    uint32_t struct_size; /* 0, or the caller's sizeof */
+    uint32_t
+        max_tokens; /* length of the timeline, at most 2^30; fixes the cache. Default: min(4096, max_position_embeddings) */
     uint32_t max_batch;       /* rows run at once, prompts are cut into such pieces; fixes the scratch. Default: 512 */
     uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
     uint64_t memory_limit;    /* bytes; 0: none */
@@ -502,11 +511,11 @@ typedef struct dsv3_session_opts {
 
 /* What an append gives back beside the session's own logits; every field optional. */
 typedef struct dsv3_outputs {
-    uint32_t struct_size;        /* 0, or the caller's sizeof */
-    const uint32_t *logit_rows;  /* [n_logit_rows] which of the appended tokens, ascending; NULL: all of them */
-    size_t n_logit_rows;         /* with logit_rows */
-    float *logits;               /* [n_logit_rows (or count), vocab_size] out */
-    int32_t *experts;            /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
+    uint32_t struct_size;       /* 0, or the caller's sizeof */
+    const uint32_t *logit_rows; /* [n_logit_rows] which of the appended tokens, ascending; NULL: all of them */
+    size_t n_logit_rows;        /* with logit_rows */
+    float *logits;              /* [n_logit_rows (or count), vocab_size] out */
+    int32_t *experts; /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
 } dsv3_outputs;
 
 DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,
@@ -531,7 +540,8 @@ DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *t
 DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error);
 
 DSV3_API size_t dsv3_session_length(const dsv3_session *session);
-DSV3_API const int32_t *dsv3_session_tokens(const dsv3_session *session); /* [dsv3_session_length], until the next change */
+DSV3_API const int32_t *
+dsv3_session_tokens(const dsv3_session *session); /* [dsv3_session_length], until the next change */
 
 /* logits: out, [vocab_size] of the last token, owned by the session, until its next change.
    The next append, rewind or generate, failed ones too, ends the pointer's life.
@@ -546,14 +556,15 @@ DSV3_API void dsv3_session_cancel(dsv3_session *session);
 
 /* = {0} is greedy. Filters apply in this order: penalties, temperature, top-k, top-p, min-p. A zero switches one off. */
 typedef struct dsv3_sample_opts {
-    uint32_t struct_size;      /* 0, or the caller's sizeof */
-    float temperature;         /* 0: greedy */
-    uint32_t top_k;            /* keep the k most likely */
-    float top_p;               /* keep the likeliest whose sum reaches top_p */
-    float min_p;               /* drop what is less likely than min_p times the likeliest */
-    float repetition_penalty;  /* > 1 divides (multiplies, if negative) logits of tokens already in the session; 0 or 1: off */
-    float presence_penalty;    /* taken from logits of tokens already in the session */
-    uint64_t seed;             /* the random number of a token is a function of (seed, position) */
+    uint32_t struct_size; /* 0, or the caller's sizeof */
+    float temperature;    /* 0: greedy */
+    uint32_t top_k;       /* keep the k most likely */
+    float top_p;          /* keep the likeliest whose sum reaches top_p */
+    float min_p;          /* drop what is less likely than min_p times the likeliest */
+    float
+        repetition_penalty; /* > 1 divides (multiplies, if negative) logits of tokens already in the session; 0 or 1: off */
+    float presence_penalty; /* taken from logits of tokens already in the session */
+    uint64_t seed;          /* the random number of a token is a function of (seed, position) */
 } dsv3_sample_opts;
 
 typedef struct dsv3_sample {
@@ -565,7 +576,8 @@ typedef struct dsv3_sample {
 DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts);
 
 /* Picks a token from the session's logits; does not append it. opts NULL: greedy. The result depends on the logits,
-   the options, the position and, with penalties, the tokens the session holds, and on nothing else. Ids that the tokenizer (if there is one) does not know are never picked.
+   the options, the position and, with penalties, the tokens the session holds, and on nothing else. Ids that the
+   tokenizer (if there is one) does not know are never picked.
    Errors: as dsv3_session_logits, INVALID_OPTIONS. */
 DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample,
                                          dsv3_error *error);
@@ -577,45 +589,46 @@ DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3
 
 typedef enum dsv3_stop {
     DSV3_STOP_NONE = 0,
-    DSV3_STOP_EOS = 1,        /* an end-of-text id of the checkpoint */
-    DSV3_STOP_TOKEN = 2,      /* one of opts->stop_tokens */
-    DSV3_STOP_STRING = 3,     /* one of opts->stop_strings */
+    DSV3_STOP_EOS = 1,    /* an end-of-text id of the checkpoint */
+    DSV3_STOP_TOKEN = 2,  /* one of opts->stop_tokens */
+    DSV3_STOP_STRING = 3, /* one of opts->stop_strings */
     DSV3_STOP_MAX_TOKENS = 4,
-    DSV3_STOP_CONTEXT = 5,    /* the session is full */
-    DSV3_STOP_CALLBACK = 6,   /* token_fn said so */
+    DSV3_STOP_CONTEXT = 5,  /* the session is full */
+    DSV3_STOP_CALLBACK = 6, /* token_fn said so */
     DSV3_STOP_CANCELLED = 7,
     DSV3_STOP_FORCE_32BIT = 0x7fffffff
 } dsv3_stop;
 
 /* A generated token, as handed to token_fn. */
 typedef struct dsv3_token {
-    int32_t id;        /* -1 in the last call, if it only brings text that had been held back */
+    int32_t id; /* -1 in the last call, if it only brings text that had been held back */
     float logprob;
-    const char *text;  /* whole code points that are now certain; often the token's own text, empty while a character or
+    const char *text; /* whole code points that are now certain; often the token's own text, empty while a character or
                           a possible stop string is incomplete. Not terminated. Valid during the call */
     size_t len;
 } dsv3_token;
 
 typedef struct dsv3_generate_opts {
-    uint32_t struct_size;             /* 0, or the caller's sizeof */
-    uint32_t max_tokens;              /* 0: until a stop or the session is full */
-    dsv3_sample_opts sample;          /* {0}: greedy */
-    bool no_bos;                      /* do not put the begin-of-text id in front of a prompt that starts a session */
-    bool parse_markers;               /* markers written in the prompt become their ids (DSV3_TOKENIZE_MARKERS) */
-    bool ignore_eos;                  /* go on behind the checkpoint's end-of-text ids */
-    const int32_t *stop_tokens;       /* [n_stop_tokens]; the token that stops is appended, its text not handed out */
+    uint32_t struct_size;       /* 0, or the caller's sizeof */
+    uint32_t max_tokens;        /* 0: until a stop or the session is full */
+    dsv3_sample_opts sample;    /* {0}: greedy */
+    bool no_bos;                /* do not put the begin-of-text id in front of a prompt that starts a session */
+    bool parse_markers;         /* markers written in the prompt become their ids (DSV3_TOKENIZE_MARKERS) */
+    bool ignore_eos;            /* go on behind the checkpoint's end-of-text ids */
+    const int32_t *stop_tokens; /* [n_stop_tokens]; the token that stops is appended, its text not handed out */
     size_t n_stop_tokens;
-    const char *const *stop_strings;  /* [n_stop_strings], terminated, 1 to 255 bytes; the text ends before the first found */
+    const char *const
+        *stop_strings; /* [n_stop_strings], terminated, 1 to 255 bytes; the text ends before the first found */
     size_t n_stop_strings;
     bool (*token_fn)(void *user, const dsv3_token *token); /* Optional: every token as it comes; false stops */
     void *user;
 } dsv3_generate_opts;
 
 typedef struct dsv3_stats {
-    uint64_t n_prompt;       /* tokens appended from the prompt */
+    uint64_t n_prompt; /* tokens appended from the prompt */
     uint64_t n_generated;
-    double prompt_seconds;   /* appending the prompt */
-    double decode_seconds;   /* everything behind it */
+    double prompt_seconds; /* appending the prompt */
+    double decode_seconds; /* everything behind it */
     dsv3_stop stop;
 } dsv3_stats;
 
@@ -627,8 +640,8 @@ typedef struct dsv3_stats {
    generated so far stays.
    Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL (the prompt does not fit), TOKENIZER (a prompt without a
    tokenizer), CANCELLED, BAD_TENSOR, OUT_OF_MEMORY and MEMORY_LIMIT (tokenizing a prompt only). */
-DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len, const dsv3_generate_opts *opts,
-                                   dsv3_stats *stats, dsv3_error *error);
+DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len,
+                                   const dsv3_generate_opts *opts, dsv3_stats *stats, dsv3_error *error);
 
 #ifdef __cplusplus
 }
@@ -644,52 +657,52 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 // =============================================================================
 
 #ifdef __FAST_MATH__
-    #error "dsv3.h promises bits: compile it without -ffast-math"
+#error "dsv3.h promises bits: compile it without -ffast-math"
 #endif
 
 #include <math.h>
 #include <string.h>
 #ifndef DSV3_MALLOC
-    #include <stdlib.h>
+#include <stdlib.h>
 #endif
 #ifndef DSV3_ASSERT
-    #include <assert.h>
-    #define DSV3_ASSERT(c) assert(c)
+#include <assert.h>
+#define DSV3_ASSERT(c) assert(c)
 #endif
 
 /* a * b + c must stay two roundings wherever fmaf is not written: a host compiles this with flags of its own. */
 #if defined(__clang__)
-    #pragma STDC FP_CONTRACT OFF
+#pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
-    #pragma GCC push_options
-    #pragma GCC optimize("fp-contract=off")
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
 #endif
 
 #if defined(__x86_64__) || defined(_M_X64)
-    #define DSV3__X64 1
+#define DSV3__X64 1
 #else
-    #define DSV3__X64 0
+#define DSV3__X64 0
 #endif
 #if defined(__BYTE_ORDER__) && defined(__ORDER_BIG_ENDIAN__)
-    #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-        #error "dsv3.h reads little-endian files in place: big-endian machines are not supported"
-    #endif
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+#error "dsv3.h reads little-endian files in place: big-endian machines are not supported"
+#endif
 #endif
 
 #if defined(__GNUC__)
-    #define DSV3__INLINE static inline __attribute__((always_inline))
-    #define DSV3__NOINLINE __attribute__((noinline))
-    #define DSV3__RESTRICT __restrict__
-    #define DSV3__TARGET(isa) __attribute__((target(isa)))
-    #define DSV3__LIKELY(c) __builtin_expect(!!(c), 1)
-    #define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
+#define DSV3__INLINE      static inline __attribute__((always_inline))
+#define DSV3__NOINLINE    __attribute__((noinline))
+#define DSV3__RESTRICT    __restrict__
+#define DSV3__TARGET(isa) __attribute__((target(isa)))
+#define DSV3__LIKELY(c)   __builtin_expect(!!(c), 1)
+#define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
 #else
-    #define DSV3__INLINE static inline
-    #define DSV3__NOINLINE
-    #define DSV3__RESTRICT
-    #define DSV3__TARGET(isa)
-    #define DSV3__LIKELY(c) (c)
-    #define DSV3__UNLIKELY(c) (c)
+#define DSV3__INLINE static inline
+#define DSV3__NOINLINE
+#define DSV3__RESTRICT
+#define DSV3__TARGET(isa)
+#define DSV3__LIKELY(c)   (c)
+#define DSV3__UNLIKELY(c) (c)
 #endif
 
 #define DSV3__COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -759,7 +772,7 @@ DSV3__INLINE uint32_t dsv3__float_bits(float f)
     return bits;
 }
 
-/* FNV-1a, 64 bits, for the name tables. `seed` differs from run to run, so that no file can be made of names that collide. */
+/* FNV-1a, 64 bits, for the name tables. `seed` differs from run to run: no file can be made of names that collide. */
 static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
 {
     const uint8_t *p = (const uint8_t *)data;
@@ -788,15 +801,15 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
 // =============================================================================
 
 /* Internal calls take `err`, never NULL (the public ones supply one), and return a result. */
-#define DSV3__TRY(call)                    \
-    do {                                   \
-        dsv3_result try_result = (call);   \
-        if (DSV3__UNLIKELY(try_result))    \
-            return try_result;             \
+#define DSV3__TRY(call)                  \
+    do {                                 \
+        dsv3_result try_result = (call); \
+        if (DSV3__UNLIKELY(try_result))  \
+            return try_result;           \
     } while (0)
 
 /* return DSV3__FAIL(err, DSV3_ERROR_JSON, "%s: expected %s", file, what); */
-#define DSV3__FAIL(err, code, ...) dsv3__err_set((err), (code), __LINE__, 0, __VA_ARGS__)
+#define DSV3__FAIL(err, code, ...)            dsv3__err_set((err), (code), __LINE__, 0, __VA_ARGS__)
 #define DSV3__FAIL_AT(err, code, offset, ...) dsv3__err_set((err), (code), __LINE__, (offset), __VA_ARGS__)
 
 #include <stdarg.h>
@@ -864,7 +877,7 @@ static void dsv3__out_double(dsv3__out *o, double v)
     }
 }
 
-/* %s terminated string · %S dsv3__str * · %u uint64_t · %d int64_t · %f double · %D const uint64_t *, uint32_t: a shape.
+/* %s terminated string, %S dsv3__str *, %u uint64_t, %d int64_t, %f double, %D const uint64_t * and uint32_t: a shape.
    Integers must be cast to the 64-bit type. Returns the length; text that does not fit is cut between code points. */
 static size_t dsv3__format_va(char *buffer, size_t size, const char *format, va_list args)
 {
@@ -886,9 +899,7 @@ static size_t dsv3__format_va(char *buffer, size_t size, const char *format, va_
             dsv3__out_bytes(&o, s->p, s->n);
             break;
         }
-        case 'u':
-            dsv3__out_uint(&o, va_arg(args, uint64_t));
-            break;
+        case 'u': dsv3__out_uint(&o, va_arg(args, uint64_t)); break;
         case 'd': {
             int64_t v = va_arg(args, int64_t);
             if (v < 0)
@@ -896,9 +907,7 @@ static size_t dsv3__format_va(char *buffer, size_t size, const char *format, va_
             dsv3__out_uint(&o, v < 0 ? (uint64_t)0 - (uint64_t)v : (uint64_t)v);
             break;
         }
-        case 'f':
-            dsv3__out_double(&o, va_arg(args, double));
-            break;
+        case 'f': dsv3__out_double(&o, va_arg(args, double)); break;
         case 'D': {
             const uint64_t *shape = va_arg(args, const uint64_t *);
             uint32_t rank = va_arg(args, uint32_t);
@@ -910,8 +919,7 @@ static size_t dsv3__format_va(char *buffer, size_t size, const char *format, va_
             dsv3__out_bytes(&o, "]", 1);
             break;
         }
-        default:
-            dsv3__out_bytes(&o, f, 1);
+        default: dsv3__out_bytes(&o, f, 1);
         }
     }
     if (o.n == o.cap) { /* perhaps cut: drop an incomplete last code point */
@@ -939,7 +947,7 @@ static size_t dsv3__format(char *buffer, size_t size, const char *format, ...)
 }
 
 static DSV3__NOINLINE dsv3_result dsv3__err_set(dsv3_error *err, dsv3_result code, int line, uint64_t offset,
-                                               const char *format, ...)
+                                                const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -975,8 +983,7 @@ DSV3_API const char *dsv3_result_name(dsv3_result result)
 {
     switch (result) {
 #define DSV3__NAME(name) \
-    case name:           \
-        return #name;
+    case name: return #name;
         DSV3__NAME(DSV3_OK)
         DSV3__NAME(DSV3_ERROR_INVALID_ARGUMENT)
         DSV3__NAME(DSV3_ERROR_INVALID_OPTIONS)
@@ -998,8 +1005,7 @@ DSV3_API const char *dsv3_result_name(dsv3_result result)
         DSV3__NAME(DSV3_ERROR_THREAD)
         DSV3__NAME(DSV3_ERROR_FEATURE_DISABLED)
 #undef DSV3__NAME
-    default:
-        return "DSV3_ERROR_?";
+    default: return "DSV3_ERROR_?";
     }
 }
 
@@ -1074,10 +1080,12 @@ static dsv3_result dsv3__mem_alloc(dsv3__mem *mem, void **ptr, uint64_t size, co
 {
     *ptr = NULL;
     if (size > SIZE_MAX - DSV3__MEM_HEADER)
-        return DSV3__FAIL(err, DSV3_ERROR_OUT_OF_MEMORY, "%s: %u bytes are more than this machine can address", what, size);
+        return DSV3__FAIL(err, DSV3_ERROR_OUT_OF_MEMORY, "%s: %u bytes are more than this machine can address", what,
+                          size);
     if (mem->limit && (size + DSV3__MEM_HEADER > mem->limit || mem->used > mem->limit - size - DSV3__MEM_HEADER))
-        return DSV3__FAIL(err, DSV3_ERROR_MEMORY_LIMIT, "%s: %u bytes more than the %u in use would pass memory_limit %u",
-                          what, size, mem->used, mem->limit);
+        return DSV3__FAIL(err, DSV3_ERROR_MEMORY_LIMIT,
+                          "%s: %u bytes more than the %u in use would pass memory_limit %u", what, size, mem->used,
+                          mem->limit);
     size_t total = (size_t)size + DSV3__MEM_HEADER;
     uint8_t *block = (uint8_t *)mem->allocator.alloc_fn(mem->allocator.user, total, 64);
     if (!block)
@@ -1100,8 +1108,8 @@ static void dsv3__mem_free(dsv3__mem *mem, const void *ptr)
 }
 
 /* Makes room in *array for `want` elements of `size` bytes: *cap rises at least by half. The `used` elements stay. */
-static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, uint64_t used, uint64_t want, size_t size,
-                                  const char *what, dsv3_error *err)
+static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, uint64_t used, uint64_t want,
+                                  size_t size, const char *what, dsv3_error *err)
 {
     void *bigger;
     uint64_t n = *cap + *cap / 2 + 16, bytes;
@@ -1125,21 +1133,20 @@ static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, u
 // =============================================================================
 
 #if defined(_WIN32)
-    #ifndef WIN32_LEAN_AND_MEAN
-        #define WIN32_LEAN_AND_MEAN
-    #endif
-    #ifndef NOMINMAX
-        #define NOMINMAX
-    #endif
-    #include <windows.h>
+#ifndef WIN32_LEAN_AND_MEAN
+#define WIN32_LEAN_AND_MEAN
+#endif
+#ifndef NOMINMAX
+#define NOMINMAX
+#endif
+#include <windows.h>
 #else
-    #include <errno.h>
-    #include <fcntl.h>
-    #include <sys/mman.h>
-    #include <sys/stat.h>
-    #include <sys/types.h>
-    #include <time.h>
-    #include <unistd.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
 #endif
 
 /* Seconds from an arbitrary start. */
@@ -1206,8 +1213,9 @@ static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
         return DSV3_ERROR_FILE_NOT_FOUND;
     HANDLE h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
     if (h == INVALID_HANDLE_VALUE)
-        return GetLastError() == ERROR_FILE_NOT_FOUND || GetLastError() == ERROR_PATH_NOT_FOUND ? DSV3_ERROR_FILE_NOT_FOUND
-                                                                                                : DSV3_ERROR_IO;
+        return GetLastError() == ERROR_FILE_NOT_FOUND || GetLastError() == ERROR_PATH_NOT_FOUND
+                   ? DSV3_ERROR_FILE_NOT_FOUND
+                   : DSV3_ERROR_IO;
     if (GetFileType(h) != FILE_TYPE_DISK || !GetFileSizeEx(h, &size)) {
         CloseHandle(h);
         return DSV3_ERROR_IO;
@@ -1256,10 +1264,10 @@ static void dsv3__os_close(void *user, dsv3_file *file)
 #else
 
 #ifndef O_CLOEXEC
-    #define O_CLOEXEC 0
+#define O_CLOEXEC 0
 #endif
 #ifndef O_NONBLOCK
-    #define O_NONBLOCK 0
+#define O_NONBLOCK 0
 #endif
 
 /* O_NONBLOCK: a pipe under the name of a shard must not hang the host. Links are followed: the Hugging Face cache is made
@@ -1309,8 +1317,6 @@ static dsv3_result dsv3__os_read(void *user, dsv3_file *file, uint64_t offset, v
         return DSV3_ERROR_IO;
     while (size) {
         ssize_t got = read(fd, p, size > 1u << 30 ? 1u << 30 : size);
-        if (got < 0 && errno == EINTR)
-            continue;
         if (got <= 0)
             return DSV3_ERROR_IO;
         p += got, size -= (size_t)got;
@@ -1359,40 +1365,35 @@ static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given
 
 /* GCC for Windows keeps 32-byte spills at 16-byte alignment (its bug 54412): scalar kernels there. */
 #if DSV3__X64 && !defined(DSV3_NO_SIMD) && defined(__GNUC__) && !(defined(__MINGW32__) && !defined(__clang__))
-    #define DSV3__AVX2 1
-    #ifdef DSV3_NO_AVX512
-        #define DSV3__AVX512 0
-    #else
-        #define DSV3__AVX512 1
-    #endif
+#define DSV3__AVX2 1
+#ifdef DSV3_NO_AVX512
+#define DSV3__AVX512 0
 #else
-    #define DSV3__AVX2 0
-    #define DSV3__AVX512 0
+#define DSV3__AVX512 1
+#endif
+#else
+#define DSV3__AVX2   0
+#define DSV3__AVX512 0
 #endif
 
 #if DSV3__AVX2 && !defined(DSV3__SIMD_PROVIDED) /* tests bring emulated intrinsics */
-    #include <immintrin.h>
+#include <immintrin.h>
 #endif
 #if DSV3__X64
-    #include <xmmintrin.h>
+#include <xmmintrin.h>
 #endif
 #if DSV3__AVX2
-    #include <cpuid.h>
+#include <cpuid.h>
 #endif
 
 DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
 {
     switch (isa) {
-    case DSV3_ISA_AUTO:
-        return "auto";
-    case DSV3_ISA_SCALAR:
-        return "scalar";
-    case DSV3_ISA_AVX2:
-        return "avx2";
-    case DSV3_ISA_AVX512:
-        return "avx512";
-    default:
-        return "?";
+    case DSV3_ISA_AUTO: return "auto";
+    case DSV3_ISA_SCALAR: return "scalar";
+    case DSV3_ISA_AVX2: return "avx2";
+    case DSV3_ISA_AVX512: return "avx512";
+    default: return "?";
     }
 }
 
@@ -1505,60 +1506,60 @@ DSV3__INLINE uint32_t dsv3__atomic_add(uint32_t *p, uint32_t v)
     return (uint32_t)InterlockedExchangeAdd((volatile LONG *)p, (LONG)v);
 }
 #else
-    #error "dsv3.h: no atomics for this compiler"
+#error "dsv3.h: no atomics for this compiler"
 #endif
 
 #ifndef DSV3_NO_THREADS
-    #if defined(_WIN32)
+#if defined(_WIN32)
 typedef HANDLE dsv3__thread;
 typedef SRWLOCK dsv3__mutex;
 typedef CONDITION_VARIABLE dsv3__cond;
-        #define DSV3__MUTEX_INIT(m) (InitializeSRWLock(m), 0)
-        #define DSV3__MUTEX_FREE(m) ((void)0)
-        #define DSV3__LOCK(m) AcquireSRWLockExclusive(m)
-        #define DSV3__UNLOCK(m) ReleaseSRWLockExclusive(m)
-        #define DSV3__COND_INIT(c) (InitializeConditionVariable(c), 0)
-        #define DSV3__COND_FREE(c) ((void)0)
-        #define DSV3__COND_WAIT(c, m) SleepConditionVariableSRW(c, m, INFINITE, 0)
-        #define DSV3__COND_ALL(c) WakeAllConditionVariable(c)
-        #define DSV3__YIELD() SwitchToThread()
-    #else
-        #include <pthread.h>
-        #include <sched.h>
+#define DSV3__MUTEX_INIT(m)   (InitializeSRWLock(m), 0)
+#define DSV3__MUTEX_FREE(m)   ((void)0)
+#define DSV3__LOCK(m)         AcquireSRWLockExclusive(m)
+#define DSV3__UNLOCK(m)       ReleaseSRWLockExclusive(m)
+#define DSV3__COND_INIT(c)    (InitializeConditionVariable(c), 0)
+#define DSV3__COND_FREE(c)    ((void)0)
+#define DSV3__COND_WAIT(c, m) SleepConditionVariableSRW(c, m, INFINITE, 0)
+#define DSV3__COND_ALL(c)     WakeAllConditionVariable(c)
+#define DSV3__YIELD()         SwitchToThread()
+#else
+#include <pthread.h>
+#include <sched.h>
 typedef pthread_t dsv3__thread;
 typedef pthread_mutex_t dsv3__mutex;
 typedef pthread_cond_t dsv3__cond;
-        #define DSV3__MUTEX_INIT(m) pthread_mutex_init(m, NULL)
-        #define DSV3__MUTEX_FREE(m) pthread_mutex_destroy(m)
-        #define DSV3__LOCK(m) pthread_mutex_lock(m)
-        #define DSV3__UNLOCK(m) pthread_mutex_unlock(m)
-        #define DSV3__COND_INIT(c) pthread_cond_init(c, NULL)
-        #define DSV3__COND_FREE(c) pthread_cond_destroy(c)
-        #define DSV3__COND_WAIT(c, m) pthread_cond_wait(c, m)
-        #define DSV3__COND_ALL(c) pthread_cond_broadcast(c)
-        #define DSV3__YIELD() sched_yield()
-    #endif
+#define DSV3__MUTEX_INIT(m)   pthread_mutex_init(m, NULL)
+#define DSV3__MUTEX_FREE(m)   pthread_mutex_destroy(m)
+#define DSV3__LOCK(m)         pthread_mutex_lock(m)
+#define DSV3__UNLOCK(m)       pthread_mutex_unlock(m)
+#define DSV3__COND_INIT(c)    pthread_cond_init(c, NULL)
+#define DSV3__COND_FREE(c)    pthread_cond_destroy(c)
+#define DSV3__COND_WAIT(c, m) pthread_cond_wait(c, m)
+#define DSV3__COND_ALL(c)     pthread_cond_broadcast(c)
+#define DSV3__YIELD()         sched_yield()
+#endif
 #endif
 
 #if DSV3__X64
-    #define DSV3__PAUSE() _mm_pause()
+#define DSV3__PAUSE() _mm_pause()
 #elif defined(__aarch64__)
-    #define DSV3__PAUSE() __asm__ volatile("yield")
+#define DSV3__PAUSE() __asm__ volatile("yield")
 #else
-    #define DSV3__PAUSE() ((void)0)
+#define DSV3__PAUSE() ((void)0)
 #endif
 
 /* task < n_tasks; worker < n_threads, one thread at a time for each worker: scratch may be indexed by it. */
 typedef void (*dsv3__task_fn)(void *ctx, uint32_t task, uint32_t worker);
 
 typedef struct dsv3__pool {
-    uint32_t n_threads; /* the caller is worker 0 */
+    uint32_t n_threads;     /* the caller is worker 0 */
     dsv3_executor executor; /* run_fn set: the host's threads do the work */
     /* the work at hand */
     dsv3__task_fn fn;
     void *ctx;
     uint32_t n_tasks;
-    uint32_t next;       /* atomic: the next task */
+    uint32_t next; /* atomic: the next task */
 #ifndef DSV3_NO_THREADS
     uint32_t generation; /* atomic: rises when work is there */
     uint32_t busy;       /* atomic: own threads still at it */
@@ -1587,7 +1588,6 @@ static void dsv3__pool_host_task(void *ctx, uint32_t i)
 
 #ifndef DSV3_NO_THREADS
 
-
 /* A worker spins for a while after its work, since inside a pass the next piece comes within microseconds, then sleeps. */
 static void dsv3__pool_thread(dsv3__pool *pool, uint32_t worker)
 {
@@ -1614,11 +1614,11 @@ static void dsv3__pool_thread(dsv3__pool *pool, uint32_t worker)
     }
 }
 
-    #if defined(_WIN32)
+#if defined(_WIN32)
 static DWORD WINAPI dsv3__pool_entry(LPVOID arg)
-    #else
+#else
 static void *dsv3__pool_entry(void *arg)
-    #endif
+#endif
 {
     dsv3__pool *pool = (dsv3__pool *)arg;
     /* worker numbers are handed out by the counter that later hands out tasks */
@@ -1645,12 +1645,12 @@ static void dsv3__pool_close(dsv3__pool *pool, dsv3__mem *mem)
         dsv3__atomic_store(&pool->quit, 1);
         dsv3__pool_wake(pool);
         for (uint32_t i = 0; i < pool->n_started; i++) {
-    #if defined(_WIN32)
+#if defined(_WIN32)
             WaitForSingleObject(pool->threads[i], INFINITE);
             CloseHandle(pool->threads[i]);
-    #else
+#else
             pthread_join(pool->threads[i], NULL);
-    #endif
+#endif
         }
         DSV3__COND_FREE(&pool->cond);
         DSV3__MUTEX_FREE(&pool->mutex);
@@ -1698,11 +1698,11 @@ static dsv3_result dsv3__pool_open(dsv3__pool *pool, dsv3__mem *mem, uint32_t n_
     }
     pool->next = 1;
     for (uint32_t i = 0; i + 1 < pool->n_threads; i++) {
-    #if defined(_WIN32)
+#if defined(_WIN32)
         bool ok = (pool->threads[i] = CreateThread(NULL, 0, dsv3__pool_entry, pool, 0, NULL)) != NULL;
-    #else
+#else
         bool ok = pthread_create(&pool->threads[i], NULL, dsv3__pool_entry, pool) == 0;
-    #endif
+#endif
         if (!ok) {
             dsv3__pool_close(pool, mem);
             return DSV3__FAIL(err, DSV3_ERROR_THREAD, "thread %u of %u could not be started", (uint64_t)i + 2,
@@ -1751,40 +1751,23 @@ static void dsv3__pool_run(dsv3__pool *pool, uint32_t n_tasks, dsv3__task_fn fn,
 DSV3_API const char *dsv3_dtype_name(dsv3_dtype dtype)
 {
     switch (dtype) {
-    case DSV3_DTYPE_F32:
-        return "F32";
-    case DSV3_DTYPE_F16:
-        return "F16";
-    case DSV3_DTYPE_BF16:
-        return "BF16";
-    case DSV3_DTYPE_F8_E4M3:
-        return "F8_E4M3";
-    case DSV3_DTYPE_F8_E8M0:
-        return "F8_E8M0";
-    case DSV3_DTYPE_F8_E5M2:
-        return "F8_E5M2";
-    case DSV3_DTYPE_I8:
-        return "I8";
-    case DSV3_DTYPE_U8:
-        return "U8";
-    case DSV3_DTYPE_I16:
-        return "I16";
-    case DSV3_DTYPE_U16:
-        return "U16";
-    case DSV3_DTYPE_I32:
-        return "I32";
-    case DSV3_DTYPE_U32:
-        return "U32";
-    case DSV3_DTYPE_I64:
-        return "I64";
-    case DSV3_DTYPE_U64:
-        return "U64";
-    case DSV3_DTYPE_F64:
-        return "F64";
-    case DSV3_DTYPE_BOOL:
-        return "BOOL";
-    default:
-        return "?";
+    case DSV3_DTYPE_F32: return "F32";
+    case DSV3_DTYPE_F16: return "F16";
+    case DSV3_DTYPE_BF16: return "BF16";
+    case DSV3_DTYPE_F8_E4M3: return "F8_E4M3";
+    case DSV3_DTYPE_F8_E8M0: return "F8_E8M0";
+    case DSV3_DTYPE_F8_E5M2: return "F8_E5M2";
+    case DSV3_DTYPE_I8: return "I8";
+    case DSV3_DTYPE_U8: return "U8";
+    case DSV3_DTYPE_I16: return "I16";
+    case DSV3_DTYPE_U16: return "U16";
+    case DSV3_DTYPE_I32: return "I32";
+    case DSV3_DTYPE_U32: return "U32";
+    case DSV3_DTYPE_I64: return "I64";
+    case DSV3_DTYPE_U64: return "U64";
+    case DSV3_DTYPE_F64: return "F64";
+    case DSV3_DTYPE_BOOL: return "BOOL";
+    default: return "?";
     }
 }
 
@@ -1796,23 +1779,18 @@ DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype)
     case DSV3_DTYPE_F8_E5M2:
     case DSV3_DTYPE_I8:
     case DSV3_DTYPE_U8:
-    case DSV3_DTYPE_BOOL:
-        return 1;
+    case DSV3_DTYPE_BOOL: return 1;
     case DSV3_DTYPE_F16:
     case DSV3_DTYPE_BF16:
     case DSV3_DTYPE_I16:
-    case DSV3_DTYPE_U16:
-        return 2;
+    case DSV3_DTYPE_U16: return 2;
     case DSV3_DTYPE_F32:
     case DSV3_DTYPE_I32:
-    case DSV3_DTYPE_U32:
-        return 4;
+    case DSV3_DTYPE_U32: return 4;
     case DSV3_DTYPE_F64:
     case DSV3_DTYPE_I64:
-    case DSV3_DTYPE_U64:
-        return 8;
-    default:
-        return 0;
+    case DSV3_DTYPE_U64: return 8;
+    default: return 0;
     }
 }
 
@@ -1844,7 +1822,7 @@ static uint8_t dsv3__fp8_encode(float value)
     if (mag >= 0x3C800000) { /* 2^-6 up: normal. Bias 127 becomes 7, 23 bits of mantissa become 3 */
         uint32_t odd = mag >> 20 & 1;
         code = (mag + 0x7FFFF + odd - (120u << 23)) >> 20;
-    } else if (mag >= 0x3A000000) { /* 2^-11 up: units of 2^-9 */
+    } else if (mag >= 0x3A000000) {                                          /* 2^-11 up: units of 2^-9 */
         uint32_t shift = 141 - (mag >> 23), m = (mag & 0x7FFFFF) | 0x800000; /* 23 - 9 + 127; shift is 21 ... 25 */
         uint32_t half = 1u << (shift - 1), odd = m >> shift & 1;
         code = (m + half - 1 + odd) >> shift;
@@ -1875,7 +1853,7 @@ static uint16_t dsv3__f16_encode(float value)
         code = 0x7C00;
     else if (mag >= 0x38800000) /* 2^-14 up: normal */
         code = (mag + 0xFFF + (mag >> 13 & 1) - (112u << 23)) >> 13;
-    else if (mag >= 0x33000000) { /* 2^-25 up: units of 2^-24 */
+    else if (mag >= 0x33000000) {                                            /* 2^-25 up: units of 2^-24 */
         uint32_t shift = 126 - (mag >> 23), m = (mag & 0x7FFFFF) | 0x800000; /* 14 ... 24 */
         code = (m + (1u << (shift - 1)) - 1 + (m >> shift & 1)) >> shift;
     } else
@@ -1907,16 +1885,11 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 {
     const uint8_t *p = (const uint8_t *)array;
     switch (dtype) {
-    case DSV3_DTYPE_F32:
-        return dsv3__bits_float(dsv3__load32(p + 4 * i));
-    case DSV3_DTYPE_F16:
-        return dsv3__f16_decode(dsv3__load16(p + 2 * i));
-    case DSV3_DTYPE_BF16:
-        return dsv3__bf16_decode(dsv3__load16(p + 2 * i));
-    case DSV3_DTYPE_F8_E4M3:
-        return dsv3__fp8_value[p[i]];
-    default:
-        return dsv3__e8m0_decode(p[i]);
+    case DSV3_DTYPE_F32: return dsv3__bits_float(dsv3__load32(p + 4 * i));
+    case DSV3_DTYPE_F16: return dsv3__f16_decode(dsv3__load16(p + 2 * i));
+    case DSV3_DTYPE_BF16: return dsv3__bf16_decode(dsv3__load16(p + 2 * i));
+    case DSV3_DTYPE_F8_E4M3: return dsv3__fp8_value[p[i]];
+    default: return dsv3__e8m0_decode(p[i]);
     }
 }
 
@@ -1928,7 +1901,8 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 
 static bool dsv3__ten_dtype_ok(dsv3_dtype dtype)
 {
-    return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 || dtype == DSV3_DTYPE_F8_E4M3;
+    return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 ||
+           dtype == DSV3_DTYPE_F8_E4M3;
 }
 
 DSV3__INLINE uint64_t dsv3__ten_n_rows(const dsv3_tensor *t)
@@ -1955,7 +1929,8 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
     if (!t)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "%s: the tensor is NULL", name);
     if (t->rank > DSV3_MAX_RANK)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: rank %u, at most %u", name, (uint64_t)t->rank, (uint64_t)DSV3_MAX_RANK);
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: rank %u, at most %u", name, (uint64_t)t->rank,
+                          (uint64_t)DSV3_MAX_RANK);
     size = dsv3_dtype_size(t->dtype);
     if (size == 0)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: unknown dtype %d", name, (int64_t)t->dtype);
@@ -1979,7 +1954,8 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
     rows = dsv3__ten_n_rows(t);
     cols = dsv3__ten_n_cols(t);
     if (rows > 1 && t->row_stride < cols * size)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: row_stride %u, a row has %u bytes", name, t->row_stride, cols * size);
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: row_stride %u, a row has %u bytes", name, t->row_stride,
+                          cols * size);
     if (rows > 1 && (!dsv3__mul(rows, t->row_stride, &bytes) || bytes > SIZE_MAX / 2))
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: row_stride %u is too large", name, t->row_stride);
     if (cols > SIZE_MAX / 16)
@@ -2004,8 +1980,8 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: block_cols %u, expected a multiple of 64", name,
                           (uint64_t)t->block_cols);
     uint64_t scale_rows = dsv3__ceil_div(rows, t->block_rows), scale_cols = dsv3__ceil_div(cols, t->block_cols);
-    if (scale_rows > 1 && (t->scale_stride < scale_cols || !dsv3__mul(scale_rows, t->scale_stride, &bytes) ||
-                           bytes > SIZE_MAX / 8))
+    if (scale_rows > 1 &&
+        (t->scale_stride < scale_cols || !dsv3__mul(scale_rows, t->scale_stride, &bytes) || bytes > SIZE_MAX / 8))
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scale_stride %u, a row has %u scales", name, t->scale_stride,
                           scale_cols);
     return DSV3_OK;
@@ -2038,7 +2014,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 
 /* ORDER OF SUMMATION. Every dot product here has 64 chains. Position i of a row belongs to chain i mod 64; a chain is
        c = +0;  c = fmaf(w, x, c) for its positions, rising
-   rows being padded to a multiple of 64 with zeros (of FP8: with code 0). The 64 chains are added by one tree; with a[16q + i] for chain 16q + i:
+   rows being padded to a multiple of 64 with zeros (of FP8: with code 0). The 64 chains are added by one tree; with
+   a[16q + i] for chain 16q + i:
        t[i] = (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i])        16 sums
        t[i] += t[i + 8], then i + 4, i + 2, i + 1                  1 sum
    A NaN becomes the one NaN of DSV3__NAN_BITS. So a result has the same bits in every variant, alone or in a tile.
@@ -2052,27 +2029,27 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    never pass the end of a row. */
 
 #ifndef DSV3__TARGET_AVX2
-    #define DSV3__TARGET_AVX2 DSV3__TARGET("avx2,fma,f16c")
+#define DSV3__TARGET_AVX2 DSV3__TARGET("avx2,fma,f16c")
 #endif
 #ifndef DSV3__TARGET_AVX512 /* tests compile these for AVX2 over emulated intrinsics */
-    #define DSV3__TARGET_AVX512 DSV3__TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512 DSV3__TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 /* Unrolled completely whatever the -O: an array of registers must not live in memory. */
 #if defined(__clang__)
-    #define DSV3__UNROLL _Pragma("clang loop unroll(full)")
+#define DSV3__UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
-    #define DSV3__UNROLL _Pragma("GCC unroll 16")
+#define DSV3__UNROLL _Pragma("GCC unroll 16")
 #else
-    #define DSV3__UNROLL
+#define DSV3__UNROLL
 #endif
 
 /* Keeps a loaded vector in a register: gcc folds the load into each of its uses otherwise, and loads become the limit. */
 #if DSV3__AVX2
-    #define DSV3__PIN(v) __asm__("" : "+x"(v))
-    #ifndef DSV3__PIN512
-        #define DSV3__PIN512(v) __asm__("" : "+v"(v))
-    #endif
+#define DSV3__PIN(v) __asm__("" : "+x"(v))
+#ifndef DSV3__PIN512
+#define DSV3__PIN512(v) __asm__("" : "+v"(v))
+#endif
 #endif
 
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
@@ -2088,8 +2065,9 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    dot_<dtype>   the dot product of one row of weights w [k] with a packed row x [ceil64(k)].
                  fp8: scale64 [ceil(k / 64)], the scale of each 64 columns. A code that is NaN makes the result NaN.
                  Others: scale64 is not looked at.
-   row_<dtype>   the values of w [k], and of the padding up to ceil64(k): register g of block b goes to out + b * block + g * group, so
-                 block 64, group `lanes` is a row in order of positions. Exact but for the product with the scale (as dot).
+   row_<dtype>   the values of w [k], and of the padding up to ceil64(k): register g of block b goes to
+                 out + b * block + g * group, so block 64, group `lanes` is a row in order of positions. Exact but for the
+                 product with the scale (as dot).
                  NaN codes give NaN elements.
    nat_fp8       out [ceil64(k)], the same with position = column, block 64, group ignored.
    tile_add      sum [64 / lanes][4][tile_x][lanes], the chains of 4 rows of w times n_x <= tile_x rows of x, go on over
@@ -2104,25 +2082,28 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n; out may be gate or up. silu as dsv3__silu. */
-#define DSV3__KERN_OPS(X)                                                                                                 \
-    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                                    \
-    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                                    \
-    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                                   \
-    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                                    \
-    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))             \
-    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))             \
-    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))            \
-    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))             \
-    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))             \
-    X(void, tile_add, (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x,           \
-                       size_t x_step, size_t x_group, size_t steps, size_t n_x, bool first))                              \
-    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                              \
-    X(void, outer, (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,               \
-                    size_t b_stride, size_t n_t, size_t n_c))                                                             \
-    X(float, exp_sum, (float *x, size_t n, float max))                                                                    \
-    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                           \
-    X(void, tile, (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x,            \
-                   size_t x_stride, const uint32_t *index, size_t n_x, size_t k))
+#define DSV3__KERN_OPS(X)                                                                                           \
+    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                             \
+    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))      \
+    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, tile_add,                                                                                               \
+      (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x, size_t x_step,      \
+       size_t x_group, size_t steps, size_t n_x, bool first))                                                       \
+    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                        \
+    X(void, outer,                                                                                                  \
+      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
+       size_t n_t, size_t n_c))                                                                                     \
+    X(float, exp_sum, (float *x, size_t n, float max))                                                              \
+    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                     \
+    X(void, tile,                                                                                                   \
+      (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride, \
+       const uint32_t *index, size_t n_x, size_t k))
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
@@ -2138,17 +2119,17 @@ typedef struct dsv3__kern {
 /* exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln(2) / 2, e^r by a polynomial. Error below 1 ulp (0.91 found over all
    floats), denormal results included; 0 below -104, infinity above 88.73, NaN of NaN.
    All variants do these same operations in this order. */
-#define DSV3__EXP_LOW -104.0f  /* e^-104 < 2^-150 */
-#define DSV3__EXP_HIGH 89.0f   /* e^89 > 2^128 */
-#define DSV3__EXP_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits */
-#define DSV3__EXP_LOG2E 1.44269504f
-#define DSV3__EXP_LN2_HI 0.693359375f     /* 9 bits: n * it is exact */
+#define DSV3__EXP_LOW    -104.0f     /* e^-104 < 2^-150 */
+#define DSV3__EXP_HIGH   89.0f       /* e^89 > 2^128 */
+#define DSV3__EXP_MAGIC  12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits */
+#define DSV3__EXP_LOG2E  1.44269504f
+#define DSV3__EXP_LN2_HI 0.693359375f /* 9 bits: n * it is exact */
 #define DSV3__EXP_LN2_LO -2.12194440e-4f
-#define DSV3__EXP_C2 0.49999994f           /* 1 + r + C2 r^2 + ... + C6 r^6: 3.2e-9 relative */
-#define DSV3__EXP_C3 0.16666521f
-#define DSV3__EXP_C4 0.041668266f
-#define DSV3__EXP_C5 0.008368676f
-#define DSV3__EXP_C6 0.001382069f
+#define DSV3__EXP_C2     0.49999994f /* 1 + r + C2 r^2 + ... + C6 r^6: 3.2e-9 relative */
+#define DSV3__EXP_C3     0.16666521f
+#define DSV3__EXP_C4     0.041668266f
+#define DSV3__EXP_C5     0.008368676f
+#define DSV3__EXP_C6     0.001382069f
 
 static float dsv3__exp(float x)
 {
@@ -2212,8 +2193,8 @@ DSV3__INLINE size_t dsv3__k_block_size(dsv3_dtype dtype)
 }
 
 /* Also what vector variants call for rows they cannot decode: they name their lanes. */
-static void dsv3__k_row_scalar(float *out, size_t block, size_t group, size_t lanes, const void *w, const float *scale64,
-                               size_t k, dsv3_dtype dtype)
+static void dsv3__k_row_scalar(float *out, size_t block, size_t group, size_t lanes, const void *w,
+                               const float *scale64, size_t k, dsv3_dtype dtype)
 {
     const uint8_t *p = (const uint8_t *)w;
     float values[64];
@@ -2240,15 +2221,15 @@ DSV3__INLINE float dsv3__k_dot_scalar(const void *w, const float *x, const float
     return dsv3__k_tree64_scalar(a);
 }
 
-#define DSV3__K_DTYPE_SCALAR(name, dtype)                                                                            \
-    static float dsv3__k_dot_##name##_scalar(const void *w, const float *x, const float *scale64, size_t k)           \
-    {                                                                                                                 \
-        return dsv3__k_dot_scalar(w, x, scale64, k, dtype);                                                           \
-    }                                                                                                                 \
-    static void dsv3__k_row_##name##_scalar(float *out, size_t block, size_t group, const void *w,                    \
-                                            const float *scale64, size_t k)                                           \
-    {                                                                                                                 \
-        dsv3__k_row_scalar(out, block, group, 8, w, scale64, k, dtype);                                               \
+#define DSV3__K_DTYPE_SCALAR(name, dtype)                                                                   \
+    static float dsv3__k_dot_##name##_scalar(const void *w, const float *x, const float *scale64, size_t k) \
+    {                                                                                                       \
+        return dsv3__k_dot_scalar(w, x, scale64, k, dtype);                                                 \
+    }                                                                                                       \
+    static void dsv3__k_row_##name##_scalar(float *out, size_t block, size_t group, const void *w,          \
+                                            const float *scale64, size_t k)                                 \
+    {                                                                                                       \
+        dsv3__k_row_scalar(out, block, group, 8, w, scale64, k, dtype);                                     \
     }
 DSV3__K_DTYPE_SCALAR(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_SCALAR(f16, DSV3_DTYPE_F16)
@@ -2256,7 +2237,8 @@ DSV3__K_DTYPE_SCALAR(bf16, DSV3_DTYPE_BF16)
 DSV3__K_DTYPE_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
 #undef DSV3__K_DTYPE_SCALAR
 
-static void dsv3__k_nat_fp8_scalar(float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)
+static void dsv3__k_nat_fp8_scalar(float *out, size_t block, size_t group, const void *w, const float *scale64,
+                                   size_t k)
 {
     const uint8_t *p = (const uint8_t *)w;
     (void)block, (void)group;
@@ -2264,8 +2246,9 @@ static void dsv3__k_nat_fp8_scalar(float *out, size_t block, size_t group, const
         out[c] = (c < k ? dsv3__fp8_value[p[c]] : 0.0f) * scale64[c / 64];
 }
 
-static void dsv3__k_tile_add_scalar(float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x,
-                                    size_t x_step, size_t x_group, size_t steps, size_t n_x, bool first)
+static void dsv3__k_tile_add_scalar(float *sum, const float *const *w, size_t w_step, size_t w_group,
+                                    const float *const *x, size_t x_step, size_t x_group, size_t steps, size_t n_x,
+                                    bool first)
 {
     for (size_t g = 0; g < 8; g++)
         for (size_t i = 0; i < DSV3__TILE_W; i++)
@@ -2324,8 +2307,9 @@ static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up
         out[i] = dsv3__silu(gate[i]) * up[i];
 }
 
-typedef void (*dsv3__tile_add_fn)(float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x,
-                                  size_t x_step, size_t x_group, size_t steps, size_t n_x, bool first);
+typedef void (*dsv3__tile_add_fn)(float *sum, const float *const *w, size_t w_step, size_t w_group,
+                                  const float *const *x, size_t x_step, size_t x_group, size_t steps, size_t n_x,
+                                  bool first);
 typedef void (*dsv3__tree_fn)(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x);
 
 /* How many of the n rows of x that are left go into the next tile: a last tile of 1 would wait for its additions. */
@@ -2334,12 +2318,14 @@ DSV3__INLINE size_t dsv3__k_tile_rows(size_t n, size_t most)
     return n > most && n < 2 * most ? (n + 1) / 2 : dsv3__min(n, most);
 }
 
-#define DSV3__TILE_CHUNK 512 /* columns: 7 rows of 2 KB, or 10, stay in L1 while every group of lanes passes over them */
+#define DSV3__TILE_CHUNK \
+    512 /* columns: 7 rows of 2 KB, or 10, stay in L1 while every group of lanes passes over them */
 
 /* `tile` over rows in place. */
-DSV3__INLINE void dsv3__k_tile_rows_in_place(dsv3__tile_add_fn add, dsv3__tree_fn tree, size_t lanes, size_t tile_x, float *out,
-                                             size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x,
-                                             size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+DSV3__INLINE void dsv3__k_tile_rows_in_place(dsv3__tile_add_fn add, dsv3__tree_fn tree, size_t lanes, size_t tile_x,
+                                             float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
+                                             const float *x, size_t x_stride, const uint32_t *index, size_t n_x,
+                                             size_t k)
 {
     float sum[DSV3__TILE_SUM]; /* [64 / lanes][4][tile_x][lanes] */
     const float *wr[DSV3__TILE_W], *xr[6];
@@ -2358,11 +2344,11 @@ DSV3__INLINE void dsv3__k_tile_rows_in_place(dsv3__tile_add_fn add, dsv3__tree_f
     }
 }
 
-static void dsv3__k_tile_scalar(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x,
-                                size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+static void dsv3__k_tile_scalar(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
+                                const float *x, size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
 {
-    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_scalar, dsv3__k_tree_scalar, 8, 3, out, out_stride, w, w_stride, n_w, x, x_stride,
-                               index, n_x, k);
+    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_scalar, dsv3__k_tree_scalar, 8, 3, out, out_stride, w, w_stride, n_w, x,
+                               x_stride, index, n_x, k);
 }
 
 #if DSV3__AVX2
@@ -2425,8 +2411,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const
     return dsv3__k_tree64_avx2(a);
 }
 
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, size_t group, const void *weights, size_t k,
-                                                    dsv3_dtype dtype)
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, size_t group, const void *weights,
+                                                     size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t size = dsv3__k_block_size(dtype);
@@ -2442,27 +2428,29 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, s
     }
 }
 
-#define DSV3__K_DTYPE_AVX2(name, dtype)                                                                                \
-    DSV3__TARGET_AVX2 static float dsv3__k_dot_##name##_avx2(const void *w, const float *x, const float *scale64, size_t k) \
-    {                                                                                                                  \
-        (void)scale64;                                                                                                 \
-        return dsv3__k_dot_avx2(w, x, k, dtype);                                                                       \
-    }                                                                                                                  \
-    DSV3__TARGET_AVX2 static void dsv3__k_row_##name##_avx2(float *out, size_t block, size_t group, const void *w,     \
-                                                            const float *scale64, size_t k)                            \
-    {                                                                                                                  \
-        (void)scale64;                                                                                                 \
-        dsv3__k_row_avx2(out, block, group, w, k, dtype);                                                              \
+#define DSV3__K_DTYPE_AVX2(name, dtype)                                                                            \
+    DSV3__TARGET_AVX2 static float dsv3__k_dot_##name##_avx2(const void *w, const float *x, const float *scale64,  \
+                                                             size_t k)                                             \
+    {                                                                                                              \
+        (void)scale64;                                                                                             \
+        return dsv3__k_dot_avx2(w, x, k, dtype);                                                                   \
+    }                                                                                                              \
+    DSV3__TARGET_AVX2 static void dsv3__k_row_##name##_avx2(float *out, size_t block, size_t group, const void *w, \
+                                                            const float *scale64, size_t k)                        \
+    {                                                                                                              \
+        (void)scale64;                                                                                             \
+        dsv3__k_row_avx2(out, block, group, w, k, dtype);                                                          \
     }
 DSV3__K_DTYPE_AVX2(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_AVX2(f16, DSV3_DTYPE_F16)
 DSV3__K_DTYPE_AVX2(bf16, DSV3_DTYPE_BF16)
 #undef DSV3__K_DTYPE_AVX2
 
-/* FP8: a code's 7 bits of exponent and mantissa, moved to bits 20 ... 26 of a word, are the f32 (a denormal one for denormal
-   codes) of its value * 2^-120. Times scale * 2^120, both exact, that is f32(value * scale). What this gets wrong is
-   watched for, and the row done again by the scalar code: NaN codes come out as 480, scales from 2^8 as infinity. */
-DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_fp8_even_avx2(__m256i v) /* halves: bytes 0, 2; their sign 5 times, 7 bits, junk */
+/* FP8: a code's 7 bits of exponent and mantissa, moved to bits 20 ... 26 of a word, are the f32 (a denormal one for
+   denormal codes) of its value * 2^-120. Times scale * 2^120, both exact, that is f32(value * scale). What this gets wrong
+   is watched for, and the row done again by the scalar code: NaN codes come out as 480, scales from 2^8 as infinity. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i
+dsv3__k_fp8_even_avx2(__m256i v) /* halves: bytes 0, 2; their sign 5 times, 7 bits, junk */
 {
     return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 4);
 }
@@ -2482,7 +2470,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_fp8_high_avx2(__m256i halves) /* b
     return _mm256_castsi256_ps(_mm256_and_si256(halves, _mm256_set1_epi32((int)0x87F00000)));
 }
 
-DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_fp8_worst_avx2(__m256i worst, __m256i v) /* bytes: the largest code & 0x7F */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_fp8_worst_avx2(__m256i worst,
+                                                              __m256i v) /* bytes: the largest code & 0x7F */
 {
     return _mm256_max_epu8(worst, _mm256_and_si256(v, _mm256_set1_epi8(0x7F)));
 }
@@ -2494,8 +2483,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE bool dsv3__k_fp8_nan_avx2(__m256i worst)
 
 /* Registers of 8 chains: 0, 2, 4, 6 are lanes 0 ... 7 of bytes 0, 1, 2, 3. Decoded one by one, since 8 chains leave few
    registers. */
-DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_block_avx2(__m256 *a, const uint8_t *w, const float *x, float scale,
-                                                                 __m256i worst)
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_block_avx2(__m256 *a, const uint8_t *w, const float *x,
+                                                                  float scale, __m256i worst)
 {
     const __m256 s = _mm256_set1_ps(scale * DSV3__TWO_120);
     __m256i v, t;
@@ -2550,7 +2539,7 @@ DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_avx2(const void *weights, const f
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_avx2(float *out, size_t block, size_t group, const void *weights,
-                                                  const float *scale64, size_t k)
+                                                   const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[64];
@@ -2582,7 +2571,7 @@ DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_avx2(float *out, size_t block, siz
 
 /* A code's 7 bits, moved to bits 7 ... 13 of a half, are the f16 of its value * 2^-8. */
 DSV3__TARGET_AVX2 static void dsv3__k_nat_fp8_avx2(float *out, size_t block, size_t group, const void *weights,
-                                                  const float *scale64, size_t k)
+                                                   const float *scale64, size_t k)
 {
     const __m256i keep = _mm256_set1_epi16((short)0xBF80);
     const uint8_t *w = (const uint8_t *)weights;
@@ -2606,7 +2595,8 @@ DSV3__TARGET_AVX2 static void dsv3__k_nat_fp8_avx2(float *out, size_t block, siz
                 __m128i c = _mm_loadu_si128((const __m128i *)(const void *)(p + i));
                 __m256i f16 = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(c), 7), keep);
                 _mm256_storeu_ps(out + b * 64 + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(f16)), s));
-                _mm256_storeu_ps(out + b * 64 + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(f16, 1)), s));
+                _mm256_storeu_ps(out + b * 64 + i + 8,
+                                 _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(f16, 1)), s));
             }
         }
     }
@@ -2615,11 +2605,12 @@ DSV3__TARGET_AVX2 static void dsv3__k_nat_fp8_avx2(float *out, size_t block, siz
 }
 
 /* 12 of the 16 registers accumulate 8 chains of 4 x 3 pairs, 7 loads for 12 multiply-adds. T is a constant. */
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_add_t_avx2(float *sum, const float *const *w, size_t w_step, size_t w_group,
-                                                           const float *const *x, size_t x_step, size_t x_group, size_t steps,
-                                                           bool first, const int T)
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_add_t_avx2(float *sum, const float *const *w, size_t w_step,
+                                                            size_t w_group, const float *const *x, size_t x_step,
+                                                            size_t x_group, size_t steps, bool first, const int T)
 {
-    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *x0 = x[0], *x1 = x[T > 1 ? 1 : 0], *x2 = x[T > 2 ? 2 : 0];
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *x0 = x[0], *x1 = x[T > 1 ? 1 : 0],
+                *x2 = x[T > 2 ? 2 : 0];
     for (size_t g = 0; g < 8; g++, sum += 96) {
         size_t wi = g * w_group, xi = g * x_group;
         __m256 a00, a01, a02, a10, a11, a12, a20, a21, a22, a30, a31, a32, v0, v1, v2, v;
@@ -2648,14 +2639,14 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_add_t_avx2(float *sum, const fl
                 v2 = _mm256_loadu_ps(x2 + xi);
                 DSV3__PIN(v2);
             }
-#define DSV3__STEP(row, a0, a1, a2)         \
-    v = _mm256_loadu_ps(row + wi);          \
-    DSV3__PIN(v);                           \
-    a0 = _mm256_fmadd_ps(v, v0, a0);        \
-    if (T > 1)                              \
-        a1 = _mm256_fmadd_ps(v, v1, a1);    \
-    if (T > 2)                              \
-        a2 = _mm256_fmadd_ps(v, v2, a2)
+#define DSV3__STEP(row, a0, a1, a2)      \
+    v = _mm256_loadu_ps(row + wi);       \
+    DSV3__PIN(v);                        \
+    a0 = _mm256_fmadd_ps(v, v0, a0);     \
+    if (T > 1)                           \
+        a1 = _mm256_fmadd_ps(v, v1, a1); \
+    if (T > 2)                           \
+    a2 = _mm256_fmadd_ps(v, v2, a2)
             DSV3__STEP(w0, a00, a01, a02);
             DSV3__STEP(w1, a10, a11, a12);
             DSV3__STEP(w2, a20, a21, a22);
@@ -2676,8 +2667,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tile_add_t_avx2(float *sum, const fl
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_tile_add_avx2(float *sum, const float *const *w, size_t w_step, size_t w_group,
-                                                   const float *const *x, size_t x_step, size_t x_group, size_t steps, size_t n_x,
-                                                   bool first)
+                                                    const float *const *x, size_t x_step, size_t x_group, size_t steps,
+                                                    size_t n_x, bool first)
 {
     if (n_x == 3)
         dsv3__k_tile_add_t_avx2(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3);
@@ -2688,7 +2679,8 @@ DSV3__TARGET_AVX2 static void dsv3__k_tile_add_avx2(float *sum, const float *con
 }
 
 /* 4 sums at once, from 4 registers that hold t[i] + t[i + 4] of one output each. */
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tree_store_avx2(float *out, __m128 s0, __m128 s1, __m128 s2, __m128 s3, size_t n_w)
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tree_store_avx2(float *out, __m128 s0, __m128 s1, __m128 s2, __m128 s3,
+                                                            size_t n_w)
 {
     float some[4];
     _MM_TRANSPOSE4_PS(s0, s1, s2, s3);
@@ -2708,27 +2700,30 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m128 dsv3__k_tree4_avx2(const float *sum)
     __m256 lo = _mm256_add_ps(_mm256_add_ps(DSV3__A(0), DSV3__A(2)), _mm256_add_ps(DSV3__A(4), DSV3__A(6)));
     __m256 hi = _mm256_add_ps(_mm256_add_ps(DSV3__A(1), DSV3__A(3)), _mm256_add_ps(DSV3__A(5), DSV3__A(7)));
 #undef DSV3__A
-    __m256 t = _mm256_add_ps(lo, hi);                                            /* t[i] + t[i + 8] */
+    __m256 t = _mm256_add_ps(lo, hi);                                          /* t[i] + t[i + 8] */
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)); /* + t[i + 4] */
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_tree_avx2(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
 {
     for (size_t j = 0; j < n_x; j++)
-        dsv3__k_tree_store_avx2(out + j * out_stride, dsv3__k_tree4_avx2(sum + j * 8), dsv3__k_tree4_avx2(sum + 24 + j * 8),
-                                dsv3__k_tree4_avx2(sum + 48 + j * 8), dsv3__k_tree4_avx2(sum + 72 + j * 8), n_w);
+        dsv3__k_tree_store_avx2(out + j * out_stride, dsv3__k_tree4_avx2(sum + j * 8),
+                                dsv3__k_tree4_avx2(sum + 24 + j * 8), dsv3__k_tree4_avx2(sum + 48 + j * 8),
+                                dsv3__k_tree4_avx2(sum + 72 + j * 8), n_w);
 }
 
-DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
-                                               const float *x, size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, const float *w, size_t w_stride,
+                                                size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
+                                                size_t n_x, size_t k)
 {
-    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx2, dsv3__k_tree_avx2, 8, 3, out, out_stride, w, w_stride, n_w, x, x_stride,
-                               index, n_x, k);
+    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx2, dsv3__k_tree_avx2, 8, 3, out, out_stride, w, w_stride, n_w, x,
+                               x_stride, index, n_x, k);
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_stride, const float *a, size_t a_stride,
-                                                         const float *b, size_t b_stride, size_t n_t, const size_t H, const size_t C)
+                                                          const float *b, size_t b_stride, size_t n_t, const size_t H,
+                                                          const size_t C)
 {
     __m256 acc[12], v[8], s;
     DSV3__UNROLL
@@ -2758,7 +2753,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_str
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_outer_avx2(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
-                                                const float *b, size_t b_stride, size_t n_t, size_t n_c)
+                                                 const float *b, size_t b_stride, size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 8 * 8;
     size_t h = 0;
@@ -2839,11 +2834,11 @@ DSV3__TARGET_AVX2 static void dsv3__k_swiglu_avx2(float *out, const float *gate,
 #endif // DSV3__AVX2
 
 #if DSV3__AVX512
-    #if defined(__GNUC__) && !defined(__clang__) /* gcc 12's intrinsics (its bug 105593) */
-        #pragma GCC diagnostic push
-        #pragma GCC diagnostic ignored "-Wuninitialized"
-        #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-    #endif
+#if defined(__GNUC__) && !defined(__clang__) /* gcc 12's intrinsics (its bug 105593) */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 // ---- AVX-512: chain 16g + l is lane l of register g ----------------------------------------------------------
 
 /* The sum of 64 chains in 4 registers. */
@@ -2851,7 +2846,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree4_avx512(__m512 a0, __m512 a
 {
     __m512 t = _mm512_add_ps(_mm512_add_ps(a0, a1), _mm512_add_ps(a2, a3)); /* t[i], i < 16 */
     __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(t), 1));
-    __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), hi);                     /* + t[i + 8] */
+    __m256 u = _mm256_add_ps(_mm512_castps512_ps256(t), hi);                   /* + t[i + 8] */
     return _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)); /* + t[i + 4] */
 }
 
@@ -2875,7 +2870,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_load16_avx512(const uint8_t *w, 
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); /* bits << 16 */
 }
 
-DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, const float *x, size_t k, dsv3_dtype dtype)
+DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, const float *x, size_t k,
+                                                          dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t block = dsv3__k_block_size(dtype), part = block / 4;
@@ -2899,8 +2895,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, c
     return dsv3__k_tree64_avx512(a0, a1, a2, a3);
 }
 
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t block, size_t group, const void *weights, size_t k,
-                                                        dsv3_dtype dtype)
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t block, size_t group, const void *weights,
+                                                         size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t size = dsv3__k_block_size(dtype);
@@ -2916,17 +2912,18 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t bloc
     }
 }
 
-#define DSV3__K_DTYPE_AVX512(name, dtype)                                                                                  \
-    DSV3__TARGET_AVX512 static float dsv3__k_dot_##name##_avx512(const void *w, const float *x, const float *scale64, size_t k) \
-    {                                                                                                                      \
-        (void)scale64;                                                                                                     \
-        return dsv3__k_dot_avx512(w, x, k, dtype);                                                                         \
-    }                                                                                                                      \
-    DSV3__TARGET_AVX512 static void dsv3__k_row_##name##_avx512(float *out, size_t block, size_t group, const void *w,     \
-                                                                const float *scale64, size_t k)                            \
-    {                                                                                                                      \
-        (void)scale64;                                                                                                     \
-        dsv3__k_row_avx512(out, block, group, w, k, dtype);                                                                \
+#define DSV3__K_DTYPE_AVX512(name, dtype)                                                                              \
+    DSV3__TARGET_AVX512 static float dsv3__k_dot_##name##_avx512(const void *w, const float *x, const float *scale64,  \
+                                                                 size_t k)                                             \
+    {                                                                                                                  \
+        (void)scale64;                                                                                                 \
+        return dsv3__k_dot_avx512(w, x, k, dtype);                                                                     \
+    }                                                                                                                  \
+    DSV3__TARGET_AVX512 static void dsv3__k_row_##name##_avx512(float *out, size_t block, size_t group, const void *w, \
+                                                                const float *scale64, size_t k)                        \
+    {                                                                                                                  \
+        (void)scale64;                                                                                                 \
+        dsv3__k_row_avx512(out, block, group, w, k, dtype);                                                            \
     }
 DSV3__K_DTYPE_AVX512(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_AVX512(f16, DSV3_DTYPE_F16)
@@ -2956,7 +2953,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_fp8x64_avx512(__m512 *o, __m512i v
 }
 
 DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_dot_fp8_block_avx512(__m512 *a, __m512i v, const float *x, float scale,
-                                                                     __m512i worst)
+                                                                      __m512i worst)
 {
     __m512 s = _mm512_set1_ps(scale * DSV3__TWO_120), o[4];
     dsv3__k_fp8x64_avx512(o, v);
@@ -2969,7 +2966,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_dot_fp8_block_avx512(__m512 *a,
 
 /* PERF: 8 lines of weights are loaded before the first is decoded: between them, the 4 loads of x a line would crowd the
    weights out of the prefetcher (10 against 25 GB/s on a Zen 4). */
-DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, const float *x, const float *scale64, size_t k)
+DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, const float *x, const float *scale64,
+                                                        size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t blocks = k / 64;
@@ -2978,9 +2976,9 @@ DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, con
     __m512i worst = _mm512_setzero_si512(), v0, v1, v2, v3, v4, v5, v6, v7;
     __m512 a[4];
     a[0] = a[1] = a[2] = a[3] = _mm512_setzero_ps();
-#define DSV3__LOAD(i)                                  \
-    v##i = _mm512_loadu_si512(w + (b + i) * 64);       \
-    DSV3__PREFETCH(w + (b + i) * 64);                  \
+#define DSV3__LOAD(i)                            \
+    v##i = _mm512_loadu_si512(w + (b + i) * 64); \
+    DSV3__PREFETCH(w + (b + i) * 64);            \
     DSV3__PIN512(v##i)
 #define DSV3__STEP(i) worst = dsv3__k_dot_fp8_block_avx512(a, v##i, x + (b + i) * 64, scale64[b + i], worst)
     for (; b + 8 <= blocks; b += 8) {
@@ -3020,7 +3018,7 @@ DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, con
 }
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_avx512(float *out, size_t block, size_t group, const void *weights,
-                                                      const float *scale64, size_t k)
+                                                       const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[64];
@@ -3050,7 +3048,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_avx512(float *out, size_t block,
 
 /* As dsv3__k_nat_fp8_avx2. */
 DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block, size_t group, const void *weights,
-                                                      const float *scale64, size_t k)
+                                                       const float *scale64, size_t k)
 {
     const __m512i keep = _mm512_set1_epi16((short)0xBF80);
     const uint8_t *w = (const uint8_t *)weights;
@@ -3072,7 +3070,8 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
             __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(p + i));
             __m512i f16 = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(c), 7), keep);
             _mm512_storeu_ps(out + b * 64 + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(f16)), s));
-            _mm512_storeu_ps(out + b * 64 + i + 16, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(f16, 1)), s));
+            _mm512_storeu_ps(out + b * 64 + i + 16,
+                             _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(f16, 1)), s));
         }
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst) || scales != scales))
@@ -3080,49 +3079,51 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
 }
 
 /* 24 of the 32 registers accumulate 16 chains of 4 x 6 pairs, 10 loads for 24 multiply-adds. T is a constant. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, const float *const *w, size_t w_step, size_t w_group,
-                                                               const float *const *x, size_t x_step, size_t x_group, size_t steps,
-                                                               bool first, const int T)
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, const float *const *w, size_t w_step,
+                                                                size_t w_group, const float *const *x, size_t x_step,
+                                                                size_t x_group, size_t steps, bool first, const int T)
 {
-    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *x0 = x[0], *x1 = x[T > 1 ? 1 : 0], *x2 = x[T > 2 ? 2 : 0];
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *x0 = x[0], *x1 = x[T > 1 ? 1 : 0],
+                *x2 = x[T > 2 ? 2 : 0];
     const float *x3 = x[T > 3 ? 3 : 0], *x4 = x[T > 4 ? 4 : 0], *x5 = x[T > 5 ? 5 : 0];
     for (size_t g = 0; g < 4; g++, sum += 384) {
         size_t wi = g * w_group, xi = g * x_group;
-        __m512 a00, a01, a02, a03, a04, a05, a10, a11, a12, a13, a14, a15, a20, a21, a22, a23, a24, a25, a30, a31, a32, a33, a34, a35;
+        __m512 a00, a01, a02, a03, a04, a05, a10, a11, a12, a13, a14, a15, a20, a21, a22, a23, a24, a25, a30, a31, a32,
+            a33, a34, a35;
         __m512 v0, v1, v2, v3, v4, v5, v;
         a00 = a01 = a02 = a03 = a04 = a05 = a10 = a11 = a12 = a13 = a14 = a15 = _mm512_setzero_ps();
         a20 = a21 = a22 = a23 = a24 = a25 = a30 = a31 = a32 = a33 = a34 = a35 = _mm512_setzero_ps();
         v1 = v2 = v3 = v4 = v5 = a00;
-#define DSV3__LOAD(j, a0, a1, a2, a3)              \
-    if (T > j) {                                   \
-        a0 = _mm512_loadu_ps(sum + 16 * j);        \
-        a1 = _mm512_loadu_ps(sum + 96 + 16 * j);   \
-        a2 = _mm512_loadu_ps(sum + 192 + 16 * j);  \
-        a3 = _mm512_loadu_ps(sum + 288 + 16 * j);  \
+#define DSV3__LOAD(j, a0, a1, a2, a3)             \
+    if (T > j) {                                  \
+        a0 = _mm512_loadu_ps(sum + 16 * j);       \
+        a1 = _mm512_loadu_ps(sum + 96 + 16 * j);  \
+        a2 = _mm512_loadu_ps(sum + 192 + 16 * j); \
+        a3 = _mm512_loadu_ps(sum + 288 + 16 * j); \
     }
-#define DSV3__STORE(j, a0, a1, a2, a3)             \
-    if (T > j) {                                   \
-        _mm512_storeu_ps(sum + 16 * j, a0);        \
-        _mm512_storeu_ps(sum + 96 + 16 * j, a1);   \
-        _mm512_storeu_ps(sum + 192 + 16 * j, a2);  \
-        _mm512_storeu_ps(sum + 288 + 16 * j, a3);  \
+#define DSV3__STORE(j, a0, a1, a2, a3)            \
+    if (T > j) {                                  \
+        _mm512_storeu_ps(sum + 16 * j, a0);       \
+        _mm512_storeu_ps(sum + 96 + 16 * j, a1);  \
+        _mm512_storeu_ps(sum + 192 + 16 * j, a2); \
+        _mm512_storeu_ps(sum + 288 + 16 * j, a3); \
     }
-#define DSV3__LOAD_X(j, to, from)                  \
-    if (T > j) {                                   \
-        to = _mm512_loadu_ps(from + xi);           \
-        DSV3__PIN512(to);                          \
+#define DSV3__LOAD_X(j, to, from)        \
+    if (T > j) {                         \
+        to = _mm512_loadu_ps(from + xi); \
+        DSV3__PIN512(to);                \
     }
-#define DSV3__FMA(j, acc, with)                    \
-    if (T > j)                                     \
+#define DSV3__FMA(j, acc, with) \
+    if (T > j)                  \
     acc = _mm512_fmadd_ps(v, with, acc)
-#define DSV3__STEP(row, a0, a1, a2, a3, a4, a5)    \
-    v = _mm512_loadu_ps(row + wi);                 \
-    DSV3__PIN512(v);                               \
-    DSV3__FMA(0, a0, v0);                          \
-    DSV3__FMA(1, a1, v1);                          \
-    DSV3__FMA(2, a2, v2);                          \
-    DSV3__FMA(3, a3, v3);                          \
-    DSV3__FMA(4, a4, v4);                          \
+#define DSV3__STEP(row, a0, a1, a2, a3, a4, a5) \
+    v = _mm512_loadu_ps(row + wi);              \
+    DSV3__PIN512(v);                            \
+    DSV3__FMA(0, a0, v0);                       \
+    DSV3__FMA(1, a1, v1);                       \
+    DSV3__FMA(2, a2, v2);                       \
+    DSV3__FMA(3, a3, v3);                       \
+    DSV3__FMA(4, a4, v4);                       \
     DSV3__FMA(5, a5, v5)
         if (!first) {
             DSV3__LOAD(0, a00, a10, a20, a30)
@@ -3158,36 +3159,27 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, cons
     }
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_tile_add_avx512(float *sum, const float *const *w, size_t w_step, size_t w_group,
-                                                       const float *const *x, size_t x_step, size_t x_group, size_t steps,
-                                                       size_t n_x, bool first)
+DSV3__TARGET_AVX512 static void dsv3__k_tile_add_avx512(float *sum, const float *const *w, size_t w_step,
+                                                        size_t w_group, const float *const *x, size_t x_step,
+                                                        size_t x_group, size_t steps, size_t n_x, bool first)
 {
     switch (n_x) {
-    case 6:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 6);
-        break;
-    case 5:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 5);
-        break;
-    case 4:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 4);
-        break;
-    case 3:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3);
-        break;
-    case 2:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 2);
-        break;
-    default:
-        dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 1);
+    case 6: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 6); break;
+    case 5: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 5); break;
+    case 4: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 4); break;
+    case 3: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3); break;
+    case 2: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 2); break;
+    default: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 1);
     }
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_tree_avx512(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+DSV3__TARGET_AVX512 static void dsv3__k_tree_avx512(float *out, size_t out_stride, const float *sum, size_t n_w,
+                                                    size_t n_x)
 {
     for (size_t j = 0; j < n_x; j++, sum += 16) {
 #define DSV3__A(i, g) _mm512_loadu_ps(sum + g * 384 + i * 96)
-        dsv3__k_tree_store_avx2(out + j * out_stride, dsv3__k_tree4_avx512(DSV3__A(0, 0), DSV3__A(0, 1), DSV3__A(0, 2), DSV3__A(0, 3)),
+        dsv3__k_tree_store_avx2(out + j * out_stride,
+                                dsv3__k_tree4_avx512(DSV3__A(0, 0), DSV3__A(0, 1), DSV3__A(0, 2), DSV3__A(0, 3)),
                                 dsv3__k_tree4_avx512(DSV3__A(1, 0), DSV3__A(1, 1), DSV3__A(1, 2), DSV3__A(1, 3)),
                                 dsv3__k_tree4_avx512(DSV3__A(2, 0), DSV3__A(2, 1), DSV3__A(2, 2), DSV3__A(2, 3)),
                                 dsv3__k_tree4_avx512(DSV3__A(3, 0), DSV3__A(3, 1), DSV3__A(3, 2), DSV3__A(3, 3)), n_w);
@@ -3195,17 +3187,18 @@ DSV3__TARGET_AVX512 static void dsv3__k_tree_avx512(float *out, size_t out_strid
     }
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
-                                                   const float *x, size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_stride, const float *w, size_t w_stride,
+                                                    size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
+                                                    size_t n_x, size_t k)
 {
-    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out, out_stride, w, w_stride, n_w, x, x_stride,
-                               index, n_x, k);
+    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out, out_stride, w, w_stride, n_w,
+                               x, x_stride, index, n_x, k);
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u_stride, const float *a, size_t a_stride,
-                                                             const float *b, size_t b_stride, size_t n_t, const size_t H,
-                                                             const size_t C)
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u_stride, const float *a,
+                                                              size_t a_stride, const float *b, size_t b_stride,
+                                                              size_t n_t, const size_t H, const size_t C)
 {
     __m512 acc[16], v[8], s;
     DSV3__UNROLL
@@ -3234,8 +3227,9 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u
     }
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
-                                                    const float *b, size_t b_stride, size_t n_t, size_t n_c)
+DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, size_t n_h, const float *a,
+                                                     size_t a_stride, const float *b, size_t b_stride, size_t n_t,
+                                                     size_t n_c)
 {
     const size_t full = n_c / 16 * 16;
     size_t h = 0;
@@ -3306,14 +3300,15 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
         __m512 g = _mm512_loadu_ps(gate + i);
-        __m512 e = dsv3__k_exp16_avx512(_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(g), minus))); /* e^-g */
+        __m512 e =
+            dsv3__k_exp16_avx512(_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(g), minus))); /* e^-g */
         _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), _mm512_loadu_ps(up + i)));
     }
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
-    #if defined(__GNUC__) && !defined(__clang__)
-        #pragma GCC diagnostic pop
-    #endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif // DSV3__AVX512
 
 // ---- The tables ------------------------------------------------------------------------------------------
@@ -3322,14 +3317,14 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
 static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
 #if DSV3__AVX2
-    #define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
+#define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
 static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, 8, 3, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
-    #undef DSV3__KERN_AVX2
+#undef DSV3__KERN_AVX2
 #endif
 #if DSV3__AVX512
-    #define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
+#define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
 static const dsv3__kern dsv3__kern_avx512 = {DSV3_ISA_AVX512, 16, 6, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
-    #undef DSV3__KERN_AVX512
+#undef DSV3__KERN_AVX512
 #endif
 
 /* isa: what dsv3__cpu_resolve gave, never AUTO. */
@@ -3403,8 +3398,8 @@ static void dsv3__mm_pack(float *dst, size_t dst_stride, const float *in, size_t
 /* With several rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of them (256 KB: half
    of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile at a time. Where
    that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
-#define DSV3__MM_ROWS 32
-#define DSV3__MM_CHUNK 2048
+#define DSV3__MM_ROWS   32
+#define DSV3__MM_CHUNK  2048
 #define DSV3__MM_TOKENS 48
 
 /* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. */
@@ -3420,7 +3415,8 @@ static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
 {
     if (n > 1)
         return 2 * DSV3__MM_ROWS;
-    size_t rows = (size_t)(131072 / (dsv3__ten_n_cols(w) * dsv3_dtype_size(w->dtype))); /* microseconds of memory traffic */
+    size_t rows =
+        (size_t)(131072 / (dsv3__ten_n_cols(w) * dsv3_dtype_size(w->dtype))); /* microseconds of memory traffic */
     return rows < 4 ? 4 : rows;
 }
 
@@ -3435,17 +3431,20 @@ DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t
 
 /* dsv3__mm_strip for n > 1 and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS (any number, if cols <= DSV3__MM_CHUNK) rows
    of x. */
-static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, size_t rows, const float *x,
-                           size_t x_stride, const uint32_t *index, size_t n, float *out, size_t out_stride)
+static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, size_t rows,
+                           const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+                           size_t out_stride)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 63) / 64, size = dsv3_dtype_size(w->dtype);
-    const size_t n_chunks = (blocks + DSV3__MM_CHUNK / 64 - 1) / (DSV3__MM_CHUNK / 64), chunk = (blocks + n_chunks - 1) / n_chunks;
-    const size_t lanes = k->lanes, groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W, one = DSV3__TILE_W * k->tile_x * 64;
+    const size_t n_chunks = (blocks + DSV3__MM_CHUNK / 64 - 1) / (DSV3__MM_CHUNK / 64),
+                 chunk = (blocks + n_chunks - 1) / n_chunks;
+    const size_t lanes = k->lanes, groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W,
+                 one = DSV3__TILE_W * k->tile_x * 64;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, false);
-    float *scale64 = panel;                                  /* [blocks] */
-    float *wp = scale64 + dsv3__mm_pad(blocks);              /* [groups][64 / lanes][steps][4][lanes] */
-    float *xp = wp + DSV3__MM_ROWS * chunk * 64;             /* [64 / lanes][steps][rows of the tile][lanes] */
-    float *sums = xp + 6 * chunk * 64;                       /* [tiles, groups][one], or [one] if there is one chunk */
+    float *scale64 = panel;                      /* [blocks] */
+    float *wp = scale64 + dsv3__mm_pad(blocks);  /* [groups][64 / lanes][steps][4][lanes] */
+    float *xp = wp + DSV3__MM_ROWS * chunk * 64; /* [64 / lanes][steps][rows of the tile][lanes] */
+    float *sums = xp + 6 * chunk * 64;           /* [tiles, groups][one], or [one] if there is one chunk */
     uint64_t have = UINT64_MAX;
 
     for (size_t b0 = 0; b0 < blocks; b0 += chunk) {
@@ -3471,7 +3470,8 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
                     wr[i] = wp + g * DSV3__TILE_W * steps * 64 + i * lanes;
                 k->tile_add(sum, wr, w_step, steps * w_step, xr, t * lanes, steps * t * lanes, steps, t, b0 == 0);
                 if (b0 + steps == blocks)
-                    k->tree(out + j * out_stride + g * DSV3__TILE_W, out_stride, sum, dsv3__min(rows - g * DSV3__TILE_W, DSV3__TILE_W), t);
+                    k->tree(out + j * out_stride + g * DSV3__TILE_W, out_stride, sum,
+                            dsv3__min(rows - g * DSV3__TILE_W, DSV3__TILE_W), t);
                 if (n_chunks > 1)
                     sum += one;
             }
@@ -3484,8 +3484,9 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
    panel      [dsv3__mm_panel_floats(k)] scratch
    x          row j: x + j * x_stride, or, with index [n], x + index[j] * x_stride; packed for w's dtype
    out        out[j * out_stride + (r - r0)] = row r of w times row j of x */
-static void dsv3__mm_strip(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1, const float *x,
-                           size_t x_stride, const uint32_t *index, size_t n, float *out, size_t out_stride)
+static void dsv3__mm_strip(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
+                           const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+                           size_t out_stride)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w);
     if (n == 1) { /* one row of weights after the other, front to back: the one pattern that runs at memory speed */
@@ -3530,8 +3531,9 @@ static void dsv3__ten_row_values(const dsv3__kern *k, float *out, const dsv3_ten
 
 // ---- Public calls on tensors -----------------------------------------------------------------------------
 
-static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
-                                      dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols, dsv3_error *err)
+static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale,
+                                      size_t scale_count, dsv3_dtype dtype, const float *values, uint64_t n_rows,
+                                      uint64_t n_cols, dsv3_error *err)
 {
     const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
     uint8_t *bytes = (uint8_t *)data;
@@ -3540,13 +3542,18 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: dtype %s, expected F32, F16, BF16 or F8_E4M3",
                           dsv3_dtype_name(dtype));
     if (!data || !values || n_rows == 0 || n_cols == 0)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %s", !data ? "data is NULL" : !values ? "values is NULL"
-                          : n_rows == 0 ? "n_rows is 0" : "n_cols is 0");
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %s",
+                          !data         ? "data is NULL"
+                          : !values     ? "values is NULL"
+                          : n_rows == 0 ? "n_rows is 0"
+                                        : "n_cols is 0");
     if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %u rows of %u columns are too many", n_rows, n_cols);
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %u rows of %u columns are too many", n_rows,
+                          n_cols);
     need = count * dsv3_dtype_size(dtype);
     if (data_size < need)
-        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: data_size %u, needed %u", (uint64_t)data_size, need);
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: data_size %u, needed %u", (uint64_t)data_size,
+                          need);
 
     tensor->data = data;
     tensor->dtype = dtype;
@@ -3576,13 +3583,15 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
     tensor->scale_stride = scale_cols;
     for (uint64_t br = 0; br < scale_rows; br++)
         for (uint64_t bc = 0; bc < scale_cols; bc++) {
-            uint64_t r1 = n_rows - br * 128 < 128 ? n_rows : (br + 1) * 128, c1 = n_cols - bc * 128 < 128 ? n_cols : (bc + 1) * 128;
+            uint64_t r1 = n_rows - br * 128 < 128 ? n_rows : (br + 1) * 128,
+                     c1 = n_cols - bc * 128 < 128 ? n_cols : (bc + 1) * 128;
             float max = 0, s;
             for (uint64_t r = br * 128; r < r1; r++)
                 for (uint64_t c = bc * 128; c < c1; c++) {
                     float magnitude = fabsf(values[r * n_cols + c]);
                     if (!(magnitude < INFINITY))
-                        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r, c);
+                        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r,
+                                          c);
                     max = magnitude > max ? magnitude : max;
                 }
             s = max / 448.0f;
@@ -3597,7 +3606,8 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
 }
 
 DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
-                                   dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols, dsv3_error *error)
+                                   dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols,
+                                   dsv3_error *error)
 {
     dsv3_error local;
     dsv3_error *err = error ? error : &local;
@@ -3606,7 +3616,8 @@ DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: tensor is NULL");
     memset(tensor, 0, sizeof *tensor);
     uint32_t saved = dsv3__fp_enter();
-    dsv3_result result = dsv3__ten_quantize(tensor, data, data_size, scale, scale_count, dtype, values, n_rows, n_cols, err);
+    dsv3_result result =
+        dsv3__ten_quantize(tensor, data, data_size, scale, scale_count, dtype, values, n_rows, n_cols, err);
     dsv3__fp_leave(saved);
     if (result)
         memset(tensor, 0, sizeof *tensor);
@@ -3622,7 +3633,8 @@ DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint
     DSV3__TRY(dsv3__ten_check(tensor, "tensor", true, err));
     uint64_t rows = dsv3__ten_n_rows(tensor), cols = dsv3__ten_n_cols(tensor);
     if (first_row > rows || n_rows > rows - first_row)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dequantize: rows %u + %u of a tensor of %u", first_row, n_rows, rows);
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dequantize: rows %u + %u of a tensor of %u", first_row,
+                          n_rows, rows);
     if (!out && n_rows)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dequantize: out is NULL");
     const dsv3__kern *k = dsv3__kern_get(dsv3__cpu_best());
@@ -3639,24 +3651,24 @@ DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint
 typedef struct dsv3__mm_call {
     const dsv3__kern *k;
     const dsv3_tensor *w;
-    float *panel;       /* [n_threads, panel_floats] */
+    float *panel; /* [n_threads, panel_floats] */
     size_t panel_floats;
-    const float *x;     /* [n, x_stride] packed */
+    const float *x; /* [n, x_stride] packed */
     size_t x_stride, n;
-    float *out;         /* [n, rows] */
-    uint64_t strip;     /* rows of a task */
+    float *out;     /* [n, rows] */
+    uint64_t strip; /* rows of a task */
 } dsv3__mm_call;
 
 static void dsv3__mm_task(void *ctx, uint32_t task, uint32_t worker)
 {
     const dsv3__mm_call *c = (const dsv3__mm_call *)ctx;
     uint64_t rows = dsv3__ten_n_rows(c->w), r0 = task * c->strip, r1 = rows - r0 < c->strip ? rows : r0 + c->strip;
-    dsv3__mm_strip(c->k, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n, c->out + (size_t)r0,
-                   (size_t)rows);
+    dsv3__mm_strip(c->k, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n,
+                   c->out + (size_t)r0, (size_t)rows);
 }
 
-static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const dsv3_tensor *w, const dsv3_matmul_opts *opts,
-                                   dsv3__pool *pool, dsv3__mem *mem, dsv3_error *err)
+static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const dsv3_tensor *w,
+                                   const dsv3_matmul_opts *opts, dsv3__pool *pool, dsv3__mem *mem, dsv3_error *err)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w);
     const uint64_t rows = dsv3__ten_n_rows(w);
@@ -3675,7 +3687,8 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %u rows are too many", (uint64_t)n);
     if (!dsv3__mul(c.n, c.x_stride, &x_floats) || !dsv3__mul(pool->n_threads, c.panel_floats, &panel_floats) ||
         !dsv3__add(x_floats, panel_floats, &floats) || !dsv3__mul(floats, sizeof(float), &bytes))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %u threads are too many", (uint64_t)pool->n_threads);
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "matmul: %u threads are too many",
+                          (uint64_t)pool->n_threads);
     DSV3__TRY(dsv3__mem_alloc(mem, &scratch, bytes, "matmul scratch", err));
     c.panel = (float *)scratch;
     c.x = c.panel + (size_t)panel_floats;
@@ -3692,8 +3705,8 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight, const dsv3_matmul_opts *opts,
-                                 dsv3_error *error)
+DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight,
+                                 const dsv3_matmul_opts *opts, dsv3_error *error)
 {
     dsv3_error local;
     dsv3_error *err = error ? error : &local;
@@ -3741,10 +3754,10 @@ typedef struct dsv3__json {
     const char *file; /* for messages */
     uint64_t at;      /* where the text begins in it */
     dsv3_error *err;
-    dsv3_result result;             /* the first error */
+    dsv3_result result; /* the first error */
     int depth;
-    char close[DSV3__JSON_DEPTH];   /* what ends each open object or array */
-    bool first[DSV3__JSON_DEPTH];   /* nothing read in it yet */
+    char close[DSV3__JSON_DEPTH]; /* what ends each open object or array */
+    bool first[DSV3__JSON_DEPTH]; /* nothing read in it yet */
 } dsv3__json;
 
 /* A string between its quotes, escapes still in it. */
@@ -3769,8 +3782,8 @@ static void dsv3__json_init(dsv3__json *j, const char *text, size_t len, const c
 static bool dsv3__json_fail(dsv3__json *j, const char *what)
 {
     if (j->result == DSV3_OK)
-        j->result = DSV3__FAIL_AT(j->err, DSV3_ERROR_JSON, j->at + (uint64_t)(j->p - j->begin), "%s: byte %u: %s", j->file,
-                                  j->at + (uint64_t)(j->p - j->begin), what);
+        j->result = DSV3__FAIL_AT(j->err, DSV3_ERROR_JSON, j->at + (uint64_t)(j->p - j->begin), "%s: byte %u: %s",
+                                  j->file, j->at + (uint64_t)(j->p - j->begin), what);
     j->p = j->end;
     return false;
 }
@@ -3912,9 +3925,10 @@ static size_t dsv3__utf8_put(char *out, uint32_t c)
     if (c < 0x800)
         return out[0] = (char)(0xC0 | c >> 6), out[1] = (char)(0x80 | (c & 63)), 2;
     if (c < 0x10000)
-        return out[0] = (char)(0xE0 | c >> 12), out[1] = (char)(0x80 | (c >> 6 & 63)), out[2] = (char)(0x80 | (c & 63)), 3;
-    return out[0] = (char)(0xF0 | c >> 18), out[1] = (char)(0x80 | (c >> 12 & 63)), out[2] = (char)(0x80 | (c >> 6 & 63)),
-           out[3] = (char)(0x80 | (c & 63)), 4;
+        return out[0] = (char)(0xE0 | c >> 12), out[1] = (char)(0x80 | (c >> 6 & 63)), out[2] = (char)(0x80 | (c & 63)),
+               3;
+    return out[0] = (char)(0xF0 | c >> 18), out[1] = (char)(0x80 | (c >> 12 & 63)),
+           out[2] = (char)(0x80 | (c >> 6 & 63)), out[3] = (char)(0x80 | (c & 63)), 4;
 }
 
 /* Decodes the escapes of s into out [s.n] (never longer than the source). False: half a surrogate pair. */
@@ -4125,28 +4139,14 @@ static bool dsv3__json_skip(dsv3__json *j)
             }
         }
         switch (dsv3__json_peek(j)) {
-        case '{':
-            dsv3__json_open(j, '{');
-            break;
-        case '[':
-            dsv3__json_open(j, '[');
-            break;
-        case '"':
-            dsv3__json_string(j, &s);
-            break;
+        case '{': dsv3__json_open(j, '{'); break;
+        case '[': dsv3__json_open(j, '['); break;
+        case '"': dsv3__json_string(j, &s); break;
         case 't':
-        case 'f':
-            dsv3__json_bool(j, &b);
-            break;
-        case 'n':
-            dsv3__json_null(j);
-            break;
-        case 'N':
-            dsv3__json_word(j, "NaN");
-            break;
-        case 'I':
-            dsv3__json_word(j, "Infinity");
-            break;
+        case 'f': dsv3__json_bool(j, &b); break;
+        case 'n': dsv3__json_null(j); break;
+        case 'N': dsv3__json_word(j, "NaN"); break;
+        case 'I': dsv3__json_word(j, "Infinity"); break;
         case '-':
             if (j->end - j->p > 1 && j->p[1] == 'I') {
                 dsv3__json_word(j, "-Infinity");
@@ -4154,8 +4154,7 @@ static bool dsv3__json_skip(dsv3__json *j)
             }
             dsv3__json_number(j, &v, &i, &b);
             break;
-        default:
-            dsv3__json_number(j, &v, &i, &b);
+        default: dsv3__json_number(j, &v, &i, &b);
         }
         in = j->depth > depth;
     } while (in && !j->result);
@@ -4175,12 +4174,12 @@ static dsv3_result dsv3__json_end(dsv3__json *j)
 //        checked here, once; nothing below looks at a length again.
 // =============================================================================
 
-#define DSV3__ST_HEADER_MAX 100000000u /* the format's own limit */
-#define DSV3__ST_INDEX_MAX (256u << 20)
-#define DSV3__ST_CONFIG_MAX (16u << 20)
+#define DSV3__ST_HEADER_MAX    100000000u /* the format's own limit */
+#define DSV3__ST_INDEX_MAX     (256u << 20)
+#define DSV3__ST_CONFIG_MAX    (16u << 20)
 #define DSV3__ST_TOKENIZER_MAX (64u << 20)
-#define DSV3__ST_SHARDS_MAX 4096u
-#define DSV3__ST_NAME_MAX 512u
+#define DSV3__ST_SHARDS_MAX    4096u
+#define DSV3__ST_NAME_MAX      512u
 
 /* A whole small file in memory. */
 typedef struct dsv3__blob {
@@ -4197,14 +4196,14 @@ typedef struct dsv3__st_shard {
 } dsv3__st_shard;
 
 typedef struct dsv3__st_tensor {
-    const char *name;     /* terminated */
-    const uint8_t *data;  /* NULL until read, where the reader does not map */
-    uint64_t offset;      /* in the file */
-    uint64_t size;        /* bytes */
+    const char *name;      /* terminated */
+    const uint8_t *data;   /* NULL until read, where the reader does not map */
+    uint64_t offset;       /* in the file */
+    uint64_t size;         /* bytes */
     const uint64_t *shape; /* [rank] */
     uint32_t shard;
     uint16_t rank;
-    uint16_t dtype;       /* dsv3_dtype */
+    uint16_t dtype; /* dsv3_dtype */
 } dsv3__st_tensor;
 
 /* Growing storage for names and shapes: chunks, so that pointers stay good. */
@@ -4221,8 +4220,8 @@ typedef struct dsv3__st {
     dsv3__st_shard *shards; /* [n_shards] */
     uint64_t n_shards, cap_shards;
     uint16_t shard_slots[2 * DSV3__ST_SHARDS_MAX]; /* open addressing by name: shard + 1 */
-    uint64_t seed;             /* of the name tables */
-    dsv3__st_tensor *tensors; /* [n_tensors], in the order of the files */
+    uint64_t seed;                                 /* of the name tables */
+    dsv3__st_tensor *tensors;                      /* [n_tensors], in the order of the files */
     uint64_t n_tensors, cap_tensors;
     uint32_t *slots; /* [n_slots] open addressing: tensor + 1, or 0 */
     uint64_t n_slots;
@@ -4231,8 +4230,8 @@ typedef struct dsv3__st {
     uint64_t data_bytes;
 } dsv3__st;
 
-static dsv3_result dsv3__blob_open(dsv3__blob *blob, const dsv3_reader *reader, dsv3__mem *mem, const char *name, uint64_t limit,
-                                   dsv3_error *err)
+static dsv3_result dsv3__blob_open(dsv3__blob *blob, const dsv3_reader *reader, dsv3__mem *mem, const char *name,
+                                   uint64_t limit, dsv3_error *err)
 {
     memset(blob, 0, sizeof *blob);
     blob->text.p = "";
@@ -4243,7 +4242,8 @@ static dsv3_result dsv3__blob_open(dsv3__blob *blob, const dsv3_reader *reader, 
         return DSV3__FAIL(err, r < 0 ? r : DSV3_ERROR_IO, "%s: cannot be opened as a regular file", name);
     blob->open = true;
     if (blob->file.size > limit || blob->file.size > SIZE_MAX)
-        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %u bytes, more than the %u expected at most", name, blob->file.size, limit);
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %u bytes, more than the %u expected at most", name, blob->file.size,
+                          limit);
     blob->text.n = (size_t)blob->file.size;
     if (blob->file.data) {
         blob->text.p = (const char *)blob->file.data;
@@ -4288,7 +4288,8 @@ static dsv3_result dsv3__st_keep(dsv3__st *st, void **out, uint64_t size, dsv3_e
 }
 
 /* Decodes and terminates a name. NUL inside, a bad escape or too many bytes: an error. */
-static dsv3_result dsv3__st_name(char *out /* [DSV3__ST_NAME_MAX + 1] */, dsv3__json_str s, const char *file, dsv3_error *err)
+static dsv3_result dsv3__st_name(char *out /* [DSV3__ST_NAME_MAX + 1] */, dsv3__json_str s, const char *file,
+                                 dsv3_error *err)
 {
     size_t n;
     if (s.n > DSV3__ST_NAME_MAX)
@@ -4435,8 +4436,8 @@ static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_ten
                 if (rank == DSV3_MAX_RANK)
                     return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: more than 8 dimensions", file, t->name);
                 if (dsv3__json_number(j, &v, &dim, &is_integer) && (!is_integer || dim < 0))
-                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape holds %f, expected a non-negative integer",
-                                           file, t->name, v);
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS,
+                                           "%s: %s: shape holds %f, expected a non-negative integer", file, t->name, v);
                 shape[rank++] = (uint64_t)dim;
             }
         } else if (dsv3__json_is(key, "data_offsets") && !has_offsets) {
@@ -4446,11 +4447,12 @@ static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_ten
                 int64_t at;
                 bool is_integer;
                 if (n_offsets == 2)
-                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: data_offsets: expected 2 numbers, found more", file,
-                                           t->name);
+                    return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS,
+                                           "%s: %s: data_offsets: expected 2 numbers, found more", file, t->name);
                 if (dsv3__json_number(j, &v, &at, &is_integer) && (!is_integer || at < 0))
                     return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS,
-                                           "%s: %s: data_offsets hold %f, expected a non-negative integer", file, t->name, v);
+                                           "%s: %s: data_offsets hold %f, expected a non-negative integer", file,
+                                           t->name, v);
                 offsets[n_offsets++] = (uint64_t)at;
             }
         } else if (dsv3__json_is(key, "dtype") || dsv3__json_is(key, "shape") || dsv3__json_is(key, "data_offsets")) {
@@ -4462,22 +4464,25 @@ static dsv3_result dsv3__st_read_entry(dsv3__st *st, dsv3__json *j, dsv3__st_ten
     if (j->result)
         return j->result;
     if (!has_dtype || !has_shape || n_offsets != 2)
-        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: expected dtype, shape and two data_offsets", file, t->name);
+        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: expected dtype, shape and two data_offsets", file,
+                               t->name);
     t->dtype = DSV3_DTYPE_UNKNOWN;
     for (size_t i = 0; i < DSV3__COUNT(dsv3__st_dtypes); i++)
         if (dsv3__json_is(dtype, dsv3__st_dtypes[i].name))
             t->dtype = (uint16_t)dsv3__st_dtypes[i].dtype;
     for (uint32_t i = 0; i < rank; i++) /* a 0 among them must not hide an overflow of the others */
-        if (!dsv3__mul(count, shape[i], &count) || !dsv3__mul(extent, shape[i] ? shape[i] : 1, &extent) || extent > UINT64_MAX / 8)
-            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape %D is larger than any file", file, t->name, shape,
-                                   rank);
+        if (!dsv3__mul(count, shape[i], &count) || !dsv3__mul(extent, shape[i] ? shape[i] : 1, &extent) ||
+            extent > UINT64_MAX / 8)
+            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: shape %D is larger than any file", file, t->name,
+                                   shape, rank);
     if (offsets[0] > offsets[1])
-        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: data_offsets end at %u before they begin at %u", file, t->name,
-                               offsets[1], offsets[0]);
+        return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: data_offsets end at %u before they begin at %u",
+                               file, t->name, offsets[1], offsets[0]);
     if (t->dtype != DSV3_DTYPE_UNKNOWN) { /* of a type we do not know only the place can be checked */
         if (!dsv3__mul(count, dsv3_dtype_size((dsv3_dtype)t->dtype), &bytes) || bytes != offsets[1] - offsets[0])
-            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: %s %D takes %u bytes, data_offsets give %u", file, t->name,
-                                   dsv3_dtype_name((dsv3_dtype)t->dtype), shape, rank, bytes, offsets[1] - offsets[0]);
+            return DSV3__JSON_FAIL(j, DSV3_ERROR_SAFETENSORS, "%s: %s: %s %D takes %u bytes, data_offsets give %u",
+                                   file, t->name, dsv3_dtype_name((dsv3_dtype)t->dtype), shape, rank, bytes,
+                                   offsets[1] - offsets[0]);
     }
     DSV3__TRY(dsv3__st_keep(st, &kept, rank * sizeof(uint64_t), err));
     if (rank)
@@ -4525,8 +4530,8 @@ static dsv3__st_place *dsv3__st_map_find(const dsv3__st_map *map, const char *na
 }
 
 /* The header of one shard: its tensors that `map` (NULL: no index) places there enter the table. */
-static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json *j, uint64_t data_at, dsv3__st_span **spans,
-                                        uint64_t *cap_spans, dsv3__st_map *map, dsv3_error *err)
+static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json *j, uint64_t data_at,
+                                        dsv3__st_span **spans, uint64_t *cap_spans, dsv3__st_map *map, dsv3_error *err)
 {
     const char *file = st->shards[shard].name;
     uint64_t n_spans = 0, data_size = st->shards[shard].file.size - data_at;
@@ -4549,15 +4554,16 @@ static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json
         DSV3__TRY(dsv3__st_name(name, key, file, err));
         t.name = name; /* until it is kept */
         array = *spans;
-        dsv3_result grown = dsv3__mem_grow(st->mem, &array, cap_spans, n_spans, n_spans + 1, sizeof(dsv3__st_span), "offsets", err);
+        dsv3_result grown =
+            dsv3__mem_grow(st->mem, &array, cap_spans, n_spans, n_spans + 1, sizeof(dsv3__st_span), "offsets", err);
         *spans = (dsv3__st_span *)array;
         DSV3__TRY(grown);
         dsv3__st_span *span = *spans + n_spans++;
         DSV3__TRY(dsv3__st_read_entry(st, j, &t, span, file, err));
         ordered = ordered && (n_spans == 1 || !dsv3__st_span_less(*span, span[-1]));
         if (span->end > data_size)
-            return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %s ends at byte %u of the data, the file holds %u", file, t.name,
-                              span->end, data_size);
+            return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %s ends at byte %u of the data, the file holds %u", file,
+                              t.name, span->end, data_size);
         if (map) {
             uint64_t slot;
             dsv3__st_place *place = dsv3__st_map_find(map, t.name, &slot);
@@ -4579,7 +4585,8 @@ static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json
         if (st->n_tensors >= 0x7fffffffu)
             return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: too many tensors", file);
         array = st->tensors;
-        grown = dsv3__mem_grow(st->mem, &array, &st->cap_tensors, st->n_tensors, st->n_tensors + 1, sizeof t, "tensors", err);
+        grown = dsv3__mem_grow(st->mem, &array, &st->cap_tensors, st->n_tensors, st->n_tensors + 1, sizeof t, "tensors",
+                               err);
         st->tensors = (dsv3__st_tensor *)array;
         DSV3__TRY(grown);
         st->tensors[st->n_tensors] = t;
@@ -4596,10 +4603,12 @@ static dsv3_result dsv3__st_read_header(dsv3__st *st, uint32_t shard, dsv3__json
     uint64_t at = 0; /* the tensors must tile the data: no hole, no overlap, nothing behind them */
     for (uint64_t i = 0; i < n_spans; at = (*spans)[i++].end)
         if ((*spans)[i].begin != at)
-            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: a tensor begins at byte %u of the data, expected %u: they %s", file,
+            return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS,
+                              "%s: a tensor begins at byte %u of the data, expected %u: they %s", file,
                               (*spans)[i].begin, at, (*spans)[i].begin < at ? "overlap" : "leave a hole");
     if (at != data_size)
-        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the tensors take %u bytes, the file holds %u", file, at, data_size);
+        return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the tensors take %u bytes, the file holds %u", file, at,
+                          data_size);
     return DSV3_OK;
 }
 
@@ -4623,7 +4632,8 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
     s->open = true;
     uint8_t first[8];
     if (s->file.size < 8)
-        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %u bytes, expected 8 of header length at least", s->name, s->file.size);
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: %u bytes, expected 8 of header length at least", s->name,
+                          s->file.size);
     if (s->file.data)
         memcpy(first, s->file.data, 8);
     else if (!st->reader.read_fn)
@@ -4635,8 +4645,8 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
         return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: header of %u bytes, the format allows %u", s->name, n,
                           (uint64_t)DSV3__ST_HEADER_MAX);
     if (n > s->file.size - 8)
-        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: header of %u bytes, the file holds %u behind its length", s->name, n,
-                          s->file.size - 8);
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "%s: header of %u bytes, the file holds %u behind its length",
+                          s->name, n, s->file.size - 8);
     void *owned = NULL;
     const char *header = NULL;
     if (s->file.data) {
@@ -4654,8 +4664,9 @@ static dsv3_result dsv3__st_open_shard(dsv3__st *st, uint32_t shard, dsv3__st_ma
     uint64_t cap_spans = 0;
     dsv3__json_init(&j, header, (size_t)n, s->name, err);
     j.at = 8;
-    r = n && header[0] == '{' ? dsv3__st_read_header(st, shard, &j, 8 + n, &spans, &cap_spans, map, err)
-                              : DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the header does not begin with {", s->name);
+    r = n && header[0] == '{'
+            ? dsv3__st_read_header(st, shard, &j, 8 + n, &spans, &cap_spans, map, err)
+            : DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: the header does not begin with {", s->name);
     dsv3__mem_free(st->mem, spans);
     dsv3__mem_free(st->mem, owned);
     return r ? r : dsv3__st_report(st, n, err);
@@ -4674,8 +4685,8 @@ static dsv3_result dsv3__st_add_shard(dsv3__st *st, const char *name, uint32_t *
         return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "model.safetensors.index.json: more than %u shards",
                           (uint64_t)DSV3__ST_SHARDS_MAX);
     void *array = st->shards;
-    dsv3_result grown =
-        dsv3__mem_grow(st->mem, &array, &st->cap_shards, st->n_shards, st->n_shards + 1, sizeof(dsv3__st_shard), "shards", err);
+    dsv3_result grown = dsv3__mem_grow(st->mem, &array, &st->cap_shards, st->n_shards, st->n_shards + 1,
+                                       sizeof(dsv3__st_shard), "shards", err);
     st->shards = (dsv3__st_shard *)array;
     DSV3__TRY(grown);
     *shard = (uint32_t)st->n_shards;
@@ -4719,8 +4730,8 @@ static dsv3_result dsv3__st_read_index(dsv3__st *st, dsv3__str text, dsv3__st_ma
                 DSV3__TRY(dsv3__st_name(name, value, file, err));
                 if (!dsv3__st_name_is_safe(name))
                     return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS,
-                                      "%s: %s: shard \"%s\", expected the plain name of a .safetensors file", file, place.name,
-                                      name);
+                                      "%s: %s: shard \"%s\", expected the plain name of a .safetensors file", file,
+                                      place.name, name);
                 DSV3__TRY(dsv3__st_add_shard(st, name, &last_shard, err));
                 last = st->shards[last_shard].name;
             }
@@ -4728,7 +4739,8 @@ static dsv3_result dsv3__st_read_index(dsv3__st *st, dsv3__str text, dsv3__st_ma
             place.found = false;
             if (map->n >= 0x7fffffffu)
                 return DSV3__FAIL(err, DSV3_ERROR_SAFETENSORS, "%s: too many tensors", file);
-            dsv3_result grown = dsv3__mem_grow(st->mem, &array, &map->cap, map->n, map->n + 1, sizeof place, "index", err);
+            dsv3_result grown =
+                dsv3__mem_grow(st->mem, &array, &map->cap, map->n, map->n + 1, sizeof place, "index", err);
             map->places = (dsv3__st_place *)array;
             DSV3__TRY(grown);
             if (map->n * 2 >= map->n_slots) {
@@ -4758,7 +4770,8 @@ static dsv3_result dsv3__st_read_index(dsv3__st *st, dsv3__str text, dsv3__st_ma
 
 static dsv3_result dsv3__st_open_shards(dsv3__st *st, dsv3__blob *index, dsv3__st_map *map, dsv3_error *err)
 {
-    dsv3_result r = dsv3__blob_open(index, &st->reader, st->mem, "model.safetensors.index.json", DSV3__ST_INDEX_MAX, err);
+    dsv3_result r =
+        dsv3__blob_open(index, &st->reader, st->mem, "model.safetensors.index.json", DSV3__ST_INDEX_MAX, err);
     if (r == DSV3_ERROR_FILE_NOT_FOUND) {
         uint32_t shard;
         DSV3__TRY(dsv3__st_add_shard(st, "model.safetensors", &shard, err));
@@ -4774,8 +4787,8 @@ static dsv3_result dsv3__st_open_shards(dsv3__st *st, dsv3__blob *index, dsv3__s
         DSV3__TRY(dsv3__st_open_shard(st, i, map, err));
     for (uint64_t i = 0; i < map->n; i++)
         if (!map->places[i].found)
-            return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: not in %s, where the index places it", map->places[i].name,
-                              st->shards[map->places[i].shard].name);
+            return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: not in %s, where the index places it",
+                              map->places[i].name, st->shards[map->places[i].shard].name);
     return DSV3_OK;
 }
 
@@ -4835,8 +4848,8 @@ static void dsv3__st_view(const dsv3__st_tensor *t, dsv3_tensor *view)
 }
 
 /* The view, with the scales of the sibling `<name>_scale_inv` attached if there is one: F8_E4M3 needs one. */
-static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t, dsv3_tensor *view, const dsv3__st_tensor **scale,
-                                   dsv3_error *err)
+static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t, dsv3_tensor *view,
+                                   const dsv3__st_tensor **scale, dsv3_error *err)
 {
     char name[DSV3__ST_NAME_MAX + 16];
     const char *file = st->shards[t->shard].name;
@@ -4859,8 +4872,8 @@ static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t,
         uint64_t want[2];
         want[0] = dsv3__ceil_div(view->shape[0], 128);
         want[1] = dsv3__ceil_div(view->shape[1], 128);
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of 128 x 128 of %D, found %D", file, name, want,
-                          (uint32_t)2, view->shape, view->rank, s.shape, s.rank);
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of 128 x 128 of %D, found %D",
+                          file, name, want, (uint32_t)2, view->shape, view->rank, s.shape, s.rank);
     }
     if (s.dtype != DSV3_DTYPE_F32 && s.dtype != DSV3_DTYPE_BF16 && s.dtype != DSV3_DTYPE_F8_E8M0)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, BF16 or F8_E8M0", file, name,
@@ -4880,8 +4893,8 @@ static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t,
 /* The public configuration, and what is read only to be checked. */
 typedef struct dsv3__cfg {
     dsv3_config c;
-    bool v2;                /* model_type deepseek_v2 */
-    bool has_q_lora;        /* false: the key is absent and the tensors decide */
+    bool v2;         /* model_type deepseek_v2 */
+    bool has_q_lora; /* false: the key is absent and the tensors decide */
     bool has_kv_heads;
     char hidden_act[32];
     char scoring[32];
@@ -4895,7 +4908,13 @@ typedef struct dsv3__cfg {
     dsv3_sample_opts sampling; /* generation_config.json */
 } dsv3__cfg;
 
-typedef enum dsv3__cfg_kind { DSV3__CFG_U32, DSV3__CFG_F32, DSV3__CFG_F64, DSV3__CFG_BOOL, DSV3__CFG_TEXT } dsv3__cfg_kind;
+typedef enum dsv3__cfg_kind {
+    DSV3__CFG_U32,
+    DSV3__CFG_F32,
+    DSV3__CFG_F64,
+    DSV3__CFG_BOOL,
+    DSV3__CFG_TEXT
+} dsv3__cfg_kind;
 
 typedef struct dsv3__cfg_key {
     const char *name;
@@ -4904,7 +4923,10 @@ typedef struct dsv3__cfg_key {
     size_t size;   /* of a text */
 } dsv3__cfg_key;
 
-#define DSV3__CFG(kind, name, field) {name, DSV3__CFG_##kind, offsetof(dsv3__cfg, field), sizeof(((dsv3__cfg *)0)->field)}
+#define DSV3__CFG(kind, name, field)                                                        \
+    {                                                                                       \
+        name, DSV3__CFG_##kind, offsetof(dsv3__cfg, field), sizeof(((dsv3__cfg *)0)->field) \
+    }
 
 static const dsv3__cfg_key dsv3__cfg_keys[] = {
     DSV3__CFG(TEXT, "model_type", c.model_type),
@@ -4999,7 +5021,8 @@ static bool dsv3__cfg_take(dsv3__cfg *cfg, dsv3__json *j, dsv3__json_str key, co
     switch (keys[i].kind) {
     case DSV3__CFG_U32:
         if (dsv3__json_uint(j, &u) && u > 0x7fffffff)
-            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: %s is %u, more than 2^31 - 1", j->file, keys[i].name, u);
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: %s is %u, more than 2^31 - 1", j->file, keys[i].name,
+                            u);
         else
             *(uint32_t *)field = (uint32_t)u;
         break;
@@ -5015,9 +5038,7 @@ static bool dsv3__cfg_take(dsv3__cfg *cfg, dsv3__json *j, dsv3__json_str key, co
         dsv3__json_bool(j, &b);
         *(bool *)field = b;
         break;
-    case DSV3__CFG_TEXT:
-        dsv3__json_copy(j, (char *)field, keys[i].size);
-        break;
+    case DSV3__CFG_TEXT: dsv3__json_copy(j, (char *)field, keys[i].size); break;
     }
     return true;
 }
@@ -5037,7 +5058,8 @@ static void dsv3__cfg_eos(dsv3__cfg *cfg, dsv3__json *j)
             i++;
         if (i == cfg->c.n_eos && id <= 0x7fffffff) {
             if (i == DSV3__COUNT(cfg->c.eos_token_id)) {
-                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: eos_token_id: more than %u ids", j->file, (uint64_t)i);
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: eos_token_id: more than %u ids", j->file,
+                                (uint64_t)i);
                 return;
             }
             cfg->c.eos_token_id[cfg->c.n_eos++] = (int32_t)id;
@@ -5071,8 +5093,9 @@ static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
                 n++;
             }
             if (!j->result && (n != 2 || block[0] != 128 || block[1] != 128))
-                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.weight_block_size is %D, expected [128, 128]",
-                                j->file, block, (uint32_t)(n < 2 ? n : 2));
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config.weight_block_size is %D, expected [128, 128]", j->file, block,
+                                (uint32_t)(n < 2 ? n : 2));
         } else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_quant_keys, DSV3__COUNT(dsv3__cfg_quant_keys), &seen)) {
             dsv3__json_skip(j);
         }
@@ -5080,20 +5103,23 @@ static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
     if (j->result)
         return;
     if (strcmp(cfg->c.quant_method, "fp8") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.quant_method is \"%s\", expected \"fp8\"", j->file,
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.quant_method is \"%s\", expected \"fp8\"", j->file,
                         cfg->c.quant_method);
     else if (cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"", j->file, cfg->fmt);
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"",
+                        j->file, cfg->fmt);
     else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"",
-                        j->file, cfg->activation_scheme);
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"", j->file,
+                        cfg->activation_scheme);
 }
 
 /* Keys whose mere presence means another network. */
 static const char *const dsv3__cfg_foreign[] = {
-    "index_topk",   "index_n_heads",   "index_head_dim", /* DeepSeek-V3.2's sparse attention */
-    "text_config",                                       /* multimodal wrappers */
-    "compression_config", "qk_layernorm", "llama_4_scaling",
+    "index_topk",         "index_n_heads", "index_head_dim", /* DeepSeek-V3.2's sparse attention */
+    "text_config",                                           /* multimodal wrappers */
+    "compression_config", "qk_layernorm",  "llama_4_scaling",
 };
 
 static dsv3_result dsv3__cfg_read(dsv3__cfg *cfg, dsv3__str text, dsv3_error *err)
@@ -5107,13 +5133,14 @@ static dsv3_result dsv3__cfg_read(dsv3__cfg *cfg, dsv3__str text, dsv3_error *er
     while (dsv3__json_key(&j, &key)) {
         for (size_t i = 0; i < DSV3__COUNT(dsv3__cfg_foreign); i++)
             if (dsv3__json_is(key, dsv3__cfg_foreign[i]) && dsv3__json_peek(&j) != 'n' && dsv3__json_peek(&j) != 'f')
-                return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: %s: this kind of model is not supported",
-                                  dsv3__cfg_foreign[i]);
+                return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                  "config.json: %s: this kind of model is not supported", dsv3__cfg_foreign[i]);
         if (dsv3__json_is(key, "q_lora_rank")) {
             cfg->has_q_lora = true;
             q_lora_null = dsv3__json_peek(&j) == 'n';
         }
-        cfg->has_kv_heads = cfg->has_kv_heads || (dsv3__json_is(key, "num_key_value_heads") && dsv3__json_peek(&j) != 'n');
+        cfg->has_kv_heads =
+            cfg->has_kv_heads || (dsv3__json_is(key, "num_key_value_heads") && dsv3__json_peek(&j) != 'n');
         if (dsv3__json_is(key, "n_shared_experts") && dsv3__json_peek(&j) == 'n')
             cfg->c.n_shared_experts = 0;
         if (dsv3__json_is(key, "rope_scaling") || dsv3__json_is(key, "rope_parameters")) {
@@ -5164,23 +5191,28 @@ static dsv3_result dsv3__cfg_check_router(dsv3__cfg *cfg, dsv3_error *err)
         c->topk_method = DSV3_TOPK_GROUP_LIMITED_GREEDY;
     else if (cfg->topk[0])
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
-                          "config.json: topk_method is \"%s\", expected noaux_tc, greedy or group_limited_greedy", cfg->topk);
+                          "config.json: topk_method is \"%s\", expected noaux_tc, greedy or group_limited_greedy",
+                          cfg->topk);
     if ((c->scoring_func == DSV3_SCORING_SIGMOID) != (c->topk_method == DSV3_TOPK_NOAUX_TC))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: scoring_func \"%s\" does not go with topk_method \"%s\"",
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: scoring_func \"%s\" does not go with topk_method \"%s\"",
                           c->scoring_func == DSV3_SCORING_SIGMOID ? "sigmoid" : "softmax", cfg->topk);
     if (c->scoring_func == DSV3_SCORING_SOFTMAX && c->norm_topk_prob)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
-                          "config.json: norm_topk_prob is true with softmax scores: the published codes disagree on it");
+        return DSV3__FAIL(
+            err, DSV3_ERROR_UNSUPPORTED_MODEL,
+            "config.json: norm_topk_prob is true with softmax scores: the published codes disagree on it");
     if (c->topk_method == DSV3_TOPK_GREEDY)
         c->n_group = c->topk_group = 1;
     DSV3__TRY(dsv3__cfg_range("n_routed_experts", c->n_routed_experts, 1, 65536, err));
     DSV3__TRY(dsv3__cfg_range("n_group", c->n_group, 1, c->n_routed_experts, err));
     DSV3__TRY(dsv3__cfg_range("topk_group", c->topk_group, 1, c->n_group, err));
     if (c->n_routed_experts % c->n_group)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: n_routed_experts %u is no multiple of n_group %u",
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: n_routed_experts %u is no multiple of n_group %u",
                           (uint64_t)c->n_routed_experts, (uint64_t)c->n_group);
     if (c->topk_method == DSV3_TOPK_NOAUX_TC && c->n_routed_experts / c->n_group < 2 && c->n_group > 1)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: groups of one expert: noaux_tc scores a group by two");
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: groups of one expert: noaux_tc scores a group by two");
     DSV3__TRY(dsv3__cfg_range("num_experts_per_tok", c->num_experts_per_tok, 1,
                               (uint64_t)c->topk_group * (c->n_routed_experts / c->n_group), err));
     DSV3__TRY(dsv3__cfg_range("num_experts_per_tok", c->num_experts_per_tok, 1, 4096, err)); /* n * top_k < 2^32 */
@@ -5189,15 +5221,16 @@ static dsv3_result dsv3__cfg_check_router(dsv3__cfg *cfg, dsv3_error *err)
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: routed_scaling_factor is %f: out of range",
                           (double)c->routed_scaling_factor);
     DSV3__TRY(dsv3__cfg_range("n_shared_experts", c->n_shared_experts, 0, 4096, err));
-    return dsv3__cfg_range("n_shared_experts * moe_intermediate_size", (uint64_t)c->n_shared_experts * c->moe_intermediate_size, 0,
-                           1u << 24, err);
+    return dsv3__cfg_range("n_shared_experts * moe_intermediate_size",
+                           (uint64_t)c->n_shared_experts * c->moe_intermediate_size, 0, 1u << 24, err);
 }
 
 static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
 {
     dsv3_config *c = &cfg->c;
     if (!(c->rope_theta > 1 && c->rope_theta < 1e30))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope_theta is %f, expected more than 1", c->rope_theta);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope_theta is %f, expected more than 1",
+                          c->rope_theta);
     if (cfg->partial_rotary_factor != 1)
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: partial_rotary_factor is %f, expected 1",
                           cfg->partial_rotary_factor);
@@ -5206,12 +5239,14 @@ static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
         return DSV3_OK;
     }
     if (strcmp(cfg->rope_type, "yarn") != 0)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope type is \"%s\", expected \"default\" or \"yarn\"",
-                          cfg->rope_type);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: rope type is \"%s\", expected \"default\" or \"yarn\"", cfg->rope_type);
     if (!cfg->truncate)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rope truncate is false, which is not supported");
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: rope truncate is false, which is not supported");
     c->rope_yarn = true;
-    DSV3__TRY(dsv3__cfg_range("original_max_position_embeddings", c->rope_original_max_position_embeddings, 1, 1u << 30, err));
+    DSV3__TRY(dsv3__cfg_range("original_max_position_embeddings", c->rope_original_max_position_embeddings, 1, 1u << 30,
+                              err));
     if (c->rope_factor == 0)
         c->rope_factor = (double)c->max_position_embeddings / c->rope_original_max_position_embeddings;
     if (c->rope_beta_fast == 0)
@@ -5219,11 +5254,12 @@ static dsv3_result dsv3__cfg_check_rope(dsv3__cfg *cfg, dsv3_error *err)
     if (c->rope_beta_slow == 0)
         c->rope_beta_slow = 1;
     if (!(c->rope_factor > 0 && c->rope_factor < 1e9 && c->rope_beta_fast > 0 && c->rope_beta_slow > 0 &&
-          c->rope_beta_fast < 1e9 && c->rope_beta_slow < 1e9 && fabs(c->rope_mscale) < 1e9 && fabs(c->rope_mscale_all_dim) < 1e9 &&
-          fabs(c->rope_attention_factor) < 1e9))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
-                          "config.json: yarn factor %f, beta_fast %f, beta_slow %f, mscale %f, mscale_all_dim %f: out of range",
-                          c->rope_factor, c->rope_beta_fast, c->rope_beta_slow, c->rope_mscale, c->rope_mscale_all_dim);
+          c->rope_beta_fast < 1e9 && c->rope_beta_slow < 1e9 && fabs(c->rope_mscale) < 1e9 &&
+          fabs(c->rope_mscale_all_dim) < 1e9 && fabs(c->rope_attention_factor) < 1e9))
+        return DSV3__FAIL(
+            err, DSV3_ERROR_UNSUPPORTED_MODEL,
+            "config.json: yarn factor %f, beta_fast %f, beta_slow %f, mscale %f, mscale_all_dim %f: out of range",
+            c->rope_factor, c->rope_beta_fast, c->rope_beta_slow, c->rope_mscale, c->rope_mscale_all_dim);
     return DSV3_OK;
 }
 
@@ -5235,22 +5271,25 @@ static dsv3_result dsv3__cfg_check(dsv3__cfg *cfg, dsv3_error *err)
     while (type < DSV3__COUNT(types) && strcmp(types[type], c->model_type) != 0)
         type++;
     if (type == DSV3__COUNT(types))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
-                          "config.json: model_type is \"%s\", expected deepseek_v3, deepseek_v2, kimi_k2 or joyai_llm_flash",
-                          c->model_type);
+        return DSV3__FAIL(
+            err, DSV3_ERROR_UNSUPPORTED_MODEL,
+            "config.json: model_type is \"%s\", expected deepseek_v3, deepseek_v2, kimi_k2 or joyai_llm_flash",
+            c->model_type);
     if (strcmp(cfg->scoring, "sigmoid") == 0)
         c->scoring_func = DSV3_SCORING_SIGMOID;
     else if (strcmp(cfg->scoring, "softmax") == 0)
         c->scoring_func = DSV3_SCORING_SOFTMAX;
     else if (cfg->scoring[0])
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: scoring_func is \"%s\", expected sigmoid or softmax",
-                          cfg->scoring);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: scoring_func is \"%s\", expected sigmoid or softmax", cfg->scoring);
     else
         c->scoring_func = cfg->v2 && strcmp(cfg->topk, "noaux_tc") != 0 ? DSV3_SCORING_SOFTMAX : DSV3_SCORING_SIGMOID;
     if (strcmp(cfg->hidden_act, "silu") != 0)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: hidden_act is \"%s\", expected \"silu\"", cfg->hidden_act);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: hidden_act is \"%s\", expected \"silu\"",
+                          cfg->hidden_act);
     if (cfg->attention_bias)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: attention_bias is true, which is not supported");
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: attention_bias is true, which is not supported");
     if (cfg->mlp_bias)
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: mlp_bias is true, which is not supported");
     if (cfg->moe_layer_freq != 1)
@@ -5267,10 +5306,12 @@ static dsv3_result dsv3__cfg_check(dsv3__cfg *cfg, dsv3_error *err)
     DSV3__TRY(dsv3__cfg_range("q_lora_rank", c->q_lora_rank, 0, 1u << 20, err));
     DSV3__TRY(dsv3__cfg_range("max_position_embeddings", c->max_position_embeddings, 1, 1u << 30, err));
     if (c->qk_rope_head_dim % 2)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: qk_rope_head_dim is %u, expected an even number",
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: qk_rope_head_dim is %u, expected an even number",
                           (uint64_t)c->qk_rope_head_dim);
     if (cfg->has_kv_heads && cfg->num_key_value_heads != c->num_attention_heads)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: num_key_value_heads is %u, expected num_attention_heads %u",
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: num_key_value_heads is %u, expected num_attention_heads %u",
                           (uint64_t)cfg->num_key_value_heads, (uint64_t)c->num_attention_heads);
     if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps < 1))
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: rms_norm_eps is %f, expected 0 to 1",
@@ -5351,7 +5392,8 @@ static dsv3_result dsv3__cfg_generation(dsv3__cfg *cfg, dsv3__str text, dsv3_err
             dsv3__cfg_bos(cfg, &j);
         else if (dsv3__json_is(key, "do_sample") && dsv3__json_peek(&j) != 'n')
             dsv3__json_bool(&j, &do_sample);
-        else if (!dsv3__cfg_take(cfg, &j, key, dsv3__cfg_generation_keys, DSV3__COUNT(dsv3__cfg_generation_keys), &seen))
+        else if (!dsv3__cfg_take(cfg, &j, key, dsv3__cfg_generation_keys, DSV3__COUNT(dsv3__cfg_generation_keys),
+                                 &seen))
             dsv3__json_skip(&j);
     }
     DSV3__TRY(dsv3__json_end(&j));
@@ -5382,26 +5424,26 @@ typedef struct dsv3__layer {
     dsv3_tensor kv_b;       /* [n_heads * (nope + v), kv_lora_rank]: of head h first W_UK, then W_UV */
     dsv3_tensor o;          /* [hidden_size, n_heads * v] */
     bool moe;
-    bool has_mlp;           /* dense layers; MoE layers with a shared expert */
-    dsv3__mlp mlp;          /* inter = intermediate_size, or n_shared_experts * moe_intermediate_size */
-    dsv3_tensor router;     /* [n_routed_experts, hidden_size] */
+    bool has_mlp;            /* dense layers; MoE layers with a shared expert */
+    dsv3__mlp mlp;           /* inter = intermediate_size, or n_shared_experts * moe_intermediate_size */
+    dsv3_tensor router;      /* [n_routed_experts, hidden_size] */
     dsv3_tensor router_bias; /* [n_routed_experts]; noaux_tc only */
-    dsv3__mlp *experts;     /* [n_routed_experts], inter = moe_intermediate_size */
+    dsv3__mlp *experts;      /* [n_routed_experts], inter = moe_intermediate_size */
 } dsv3__layer;
 
 struct dsv3_model {
     dsv3__mem mem;
     dsv3_logger logger;
     dsv3__cfg cfg;
-    dsv3_config config;      /* = cfg.c, as handed out */
+    dsv3_config config; /* = cfg.c, as handed out */
     const dsv3__kern *k;
     dsv3__st st;
-    dsv3__layer *layers;     /* [num_hidden_layers] */
-    dsv3_tensor embed;       /* [vocab_size, hidden_size] */
-    dsv3_tensor norm;        /* [hidden_size] */
-    dsv3_tensor head;        /* [vocab_size, hidden_size] */
-    float *inv_freq;         /* [rope / 2] */
-    float rope_amplitude;    /* multiplies cos and sin */
+    dsv3__layer *layers;  /* [num_hidden_layers] */
+    dsv3_tensor embed;    /* [vocab_size, hidden_size] */
+    dsv3_tensor norm;     /* [hidden_size] */
+    dsv3_tensor head;     /* [vocab_size, hidden_size] */
+    float *inv_freq;      /* [rope / 2] */
+    float rope_amplitude; /* multiplies cos and sin */
     float softmax_scale;
     dsv3_tokenizer *tokenizer; /* NULL: none that is known, and `tokenizer_error` says why */
     dsv3_error tokenizer_error;
@@ -5419,13 +5461,15 @@ static dsv3_result dsv3__wt_load(dsv3_model *m, const dsv3__st_tensor *tensor, d
     DSV3__TRY(dsv3__mem_alloc(&m->mem, &data, t->size, t->name, err));
     t->data = (const uint8_t *)data;
     if (t->size && m->st.reader.read_fn(m->st.reader.user, &shard->file, t->offset, data, (size_t)t->size))
-        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %s: reading %u bytes at %u failed", shard->name, t->name, t->size, t->offset);
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "%s: %s: reading %u bytes at %u failed", shard->name, t->name, t->size,
+                          t->offset);
     m->st.progress_total = m->st.progress_total ? m->st.progress_total : m->st.progress_done + m->st.data_bytes;
     return dsv3__st_report(&m->st, t->size, err);
 }
 
 /* A weight by name with the shape it must have; cols 0: a vector [rows]. */
-static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *name, uint64_t rows, uint64_t cols, dsv3_error *err)
+static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *name, uint64_t rows, uint64_t cols,
+                                dsv3_error *err)
 {
     const dsv3__st_tensor *t = dsv3__st_find(&m->st, name), *scale;
     uint64_t want[2];
@@ -5435,8 +5479,8 @@ static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *na
     want[1] = cols;
     uint32_t rank = cols ? 2 : 1;
     if (t->rank != rank || memcmp(t->shape, want, rank * sizeof(uint64_t)) != 0)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D, found %D", m->st.shards[t->shard].name, name, want, rank,
-                          t->shape, (uint32_t)t->rank);
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D, found %D", m->st.shards[t->shard].name,
+                          name, want, rank, t->shape, (uint32_t)t->rank);
     DSV3__TRY(dsv3__wt_load(m, t, err));
     DSV3__TRY(dsv3__st_weight(&m->st, t, view, &scale, err));
     if (scale) {
@@ -5451,15 +5495,16 @@ typedef struct dsv3__wt_name {
     char text[128];
 } dsv3__wt_name;
 
-static dsv3_result dsv3__wt_layer_tensor(dsv3_model *m, dsv3_tensor *view, uint32_t layer, const char *part, uint64_t rows,
-                                         uint64_t cols, dsv3_error *err)
+static dsv3_result dsv3__wt_layer_tensor(dsv3_model *m, dsv3_tensor *view, uint32_t layer, const char *part,
+                                         uint64_t rows, uint64_t cols, dsv3_error *err)
 {
     dsv3__wt_name name;
     dsv3__format(name.text, sizeof name.text, "model.layers.%u.%s.weight", (uint64_t)layer, part);
     return dsv3__wt_get(m, view, name.text, rows, cols, err);
 }
 
-static dsv3_result dsv3__wt_mlp(dsv3_model *m, dsv3__mlp *mlp, uint32_t layer, const char *part, uint64_t inter, dsv3_error *err)
+static dsv3_result dsv3__wt_mlp(dsv3_model *m, dsv3__mlp *mlp, uint32_t layer, const char *part, uint64_t inter,
+                                dsv3_error *err)
 {
     dsv3__wt_name name;
     uint64_t dim = m->config.hidden_size;
@@ -5487,7 +5532,8 @@ static dsv3_result dsv3__wt_attention(dsv3_model *m, dsv3__layer *l, uint32_t la
                                     (uint64_t)c->kv_lora_rank + c->qk_rope_head_dim, c->hidden_size, err));
     DSV3__TRY(dsv3__wt_layer_tensor(m, &l->kv_a_norm, layer, "self_attn.kv_a_layernorm", c->kv_lora_rank, 0, err));
     DSV3__TRY(dsv3__wt_layer_tensor(m, &l->kv_b, layer, "self_attn.kv_b_proj",
-                                    (uint64_t)c->num_attention_heads * (c->qk_nope_head_dim + c->v_head_dim), c->kv_lora_rank, err));
+                                    (uint64_t)c->num_attention_heads * (c->qk_nope_head_dim + c->v_head_dim),
+                                    c->kv_lora_rank, err));
     return dsv3__wt_layer_tensor(m, &l->o, layer, "self_attn.o_proj", c->hidden_size, v_rows, err);
 }
 
@@ -5501,7 +5547,8 @@ static dsv3_result dsv3__wt_moe(dsv3_model *m, dsv3__layer *l, uint32_t layer, d
     if (c->topk_method == DSV3_TOPK_NOAUX_TC)
         DSV3__TRY(dsv3__wt_get(m, &l->router_bias, name.text, c->n_routed_experts, 0, err));
     else if (dsv3__st_find(&m->st, name.text))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json does not say noaux_tc", name.text);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json does not say noaux_tc",
+                          name.text);
     DSV3__TRY(dsv3__mem_alloc(&m->mem, &experts, c->n_routed_experts * sizeof(dsv3__mlp), "experts", err));
     l->experts = (dsv3__mlp *)experts;
     for (uint32_t e = 0; e < c->n_routed_experts; e++) {
@@ -5511,9 +5558,11 @@ static dsv3_result dsv3__wt_moe(dsv3_model *m, dsv3__layer *l, uint32_t layer, d
     l->has_mlp = c->n_shared_experts > 0;
     dsv3__format(name.text, sizeof name.text, "model.layers.%u.mlp.shared_experts.gate_proj.weight", (uint64_t)layer);
     if (!l->has_mlp && dsv3__st_find(&m->st, name.text))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json has no n_shared_experts", name.text);
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s exists, but config.json has no n_shared_experts",
+                          name.text);
     if (l->has_mlp)
-        DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, layer, "mlp.shared_experts", (uint64_t)c->n_shared_experts * c->moe_intermediate_size, err));
+        DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, layer, "mlp.shared_experts",
+                               (uint64_t)c->n_shared_experts * c->moe_intermediate_size, err));
     return DSV3_OK;
 }
 
@@ -5524,10 +5573,12 @@ static dsv3_result dsv3__wt_q_lora(dsv3_model *m, dsv3_error *err)
     if (!m->cfg.has_q_lora)
         m->config.q_lora_rank = q_a && q_a->rank == 2 && q_a->shape[0] <= 1u << 20 ? (uint32_t)q_a->shape[0] : 0;
     if (m->config.q_lora_rank && !q_a && dsv3__st_find(&m->st, "model.layers.0.self_attn.q_proj.weight"))
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: q_lora_rank is %u, but the checkpoint has q_proj, no q_a_proj",
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: q_lora_rank is %u, but the checkpoint has q_proj, no q_a_proj",
                           (uint64_t)m->config.q_lora_rank);
     if (!m->config.q_lora_rank && q_a)
-        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "config.json: q_lora_rank is null, but the checkpoint has q_a_proj");
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                          "config.json: q_lora_rank is null, but the checkpoint has q_a_proj");
     return DSV3_OK;
 }
 
@@ -5612,15 +5663,18 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
         dsv3_tensor view;
         dsv3_error ignored;
         if (dsv3__atomic_load(cancel))
-            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled while searching for the weight that made logits not finite");
-        if (!dsv3__wt_runs(m, t->name) || !t->data || (t->rank != 1 && t->rank != 2) || dsv3__st_weight(&m->st, t, &view, &scale, &ignored) ||
-            dsv3__ten_check(&view, t->name, true, &ignored) || !dsv3__wt_is_bad(&view))
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED,
+                              "cancelled while searching for the weight that made logits not finite");
+        if (!dsv3__wt_runs(m, t->name) || !t->data || (t->rank != 1 && t->rank != 2) ||
+            dsv3__st_weight(&m->st, t, &view, &scale, &ignored) || dsv3__ten_check(&view, t->name, true, &ignored) ||
+            !dsv3__wt_is_bad(&view))
             continue;
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s holds a value that is not finite: logits are lost",
                           m->st.shards[t->shard].name, t->name);
     }
-    return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR,
-                      "logits are not finite, though every weight is: activations overflow f32 (a scale of the wrong size?)");
+    return DSV3__FAIL(
+        err, DSV3_ERROR_BAD_TENSOR,
+        "logits are not finite, though every weight is: activations overflow f32 (a scale of the wrong size?)");
 }
 // =============================================================================
 // >>nn   What a layer is made of: normalisation, rotary positions, linear maps, gated MLPs, over n rows at once.
@@ -5628,65 +5682,65 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
-#define DSV3__STRIP 64      /* outputs a task computes: a multiple of 64, so that strips can be packed alone */
-#define DSV3__HEAD_ROWS 16  /* rows, and */
-#define DSV3__HEAD_GROUP 8  /* heads at most, that one attention task takes */
-#define DSV3__UK_ROWS 16    /* rows of W_UK decoded at a time */
-#define DSV3__KEY_BLOCK 64  /* positions between two looks at the running maximum */
-#define DSV3__KEY_SPAN 512  /* positions summed up before they are added to the rest */
+#define DSV3__STRIP      64  /* outputs a task computes: a multiple of 64, so that strips can be packed alone */
+#define DSV3__HEAD_ROWS  16  /* rows, and */
+#define DSV3__HEAD_GROUP 8   /* heads at most, that one attention task takes */
+#define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
+#define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum */
+#define DSV3__KEY_SPAN   512 /* positions summed up before they are added to the rest */
 
 /* Rows of one MLP: some rows of the batch go through it, with weights. */
 typedef struct dsv3__mlp_group {
     const dsv3__mlp *mlp;
-    const uint32_t *rows;  /* [n] rows of the batch; NULL: 0 ... n - 1 */
-    const float *weights;  /* [n]; NULL: 1 */
+    const uint32_t *rows; /* [n] rows of the batch; NULL: 0 ... n - 1 */
+    const float *weights; /* [n]; NULL: 1 */
     uint32_t n;
     uint32_t inter;
-    uint32_t first_task;   /* number of its first strip */
-    float *h;              /* [n, h_stride] silu(gate) * up, packed for `down` */
+    uint32_t first_task; /* number of its first strip */
+    float *h;            /* [n, h_stride] silu(gate) * up, packed for `down` */
     size_t h_stride;
 } dsv3__mlp_group;
 
 /* Where a worker writes what only it reads. */
 typedef struct dsv3__worker {
-    float *panel;  /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
-    float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
-    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
-    float *u;      /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
-    float *u_span; /* the same, of one span of positions */
-    float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
-    float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
+    float *panel;   /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
+    float *a, *b;   /* [max_batch, DSV3__STRIP] outputs of a strip */
+    float *q;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
+    float *u;       /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
+    float *u_span;  /* the same, of one span of positions */
+    float *score;   /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
+    float *w_uk;    /* [DSV3__UK_ROWS, kv_lora_rank] */
     uint8_t *taken; /* [n_routed_experts] the router's marks */
-    float *choice; /* [2, n_routed_experts] its scores */
+    float *choice;  /* [2, n_routed_experts] its scores */
 } dsv3__worker;
 
 /* Scratch of a session. Strides are in floats and at least dsv3__mm_pad(width). */
 typedef struct dsv3__work {
     const dsv3_model *m;
     dsv3__pool *pool;
-    uint32_t max_batch;     /* rows at once */
-    size_t cache_stride;    /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
+    uint32_t max_batch;  /* rows at once */
+    size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
     size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
-    float *x;               /* [n, x_stride] the residual stream */
-    float *xn;              /* [n, x_stride] normalised, columns in order */
-    float *xp;              /* [n, x_stride] the same, packed for FP8 weights */
-    float *norm;            /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
-    float *norm2;           /* the same, for a second norm of the step */
-    float *q_a;             /* [n, q_a_stride] query latent */
-    float *q;               /* [n, q_stride] queries of all heads: nope, then rope */
-    float *kv;              /* [n, kv_stride] latent and k_pe before norm and rotation */
-    float *o;               /* [n, o_stride] attention's values of all heads */
-    float *rope;            /* [n, qk_rope_head_dim] cos of each pair, then sin */
-    float *router;          /* [n, n_routed_experts] router logits */
-    float *router_bias;     /* [n_routed_experts] the layer's, as f32 */
-    float *h;               /* dense: [n, pad(inter)]; MoE: [n * top_k, pad(moe_inter)], then the shared expert's */
-    uint32_t *choice;       /* [n, top_k] chosen experts, ascending */
-    float *choice_weight;   /* [n, top_k] */
-    uint32_t *slot_rows;    /* [n * top_k] rows, by expert */
-    float *slot_weights;    /* [n * top_k] */
-    uint32_t *expert_first; /* [n_routed_experts + 1] */
+    float *x;                /* [n, x_stride] the residual stream */
+    float *xn;               /* [n, x_stride] normalised, columns in order */
+    float *xp;               /* [n, x_stride] the same, packed for FP8 weights */
+    float *norm;             /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
+    float *norm2;            /* the same, for a second norm of the step */
+    float *q_a;              /* [n, q_a_stride] query latent */
+    float *q;                /* [n, q_stride] queries of all heads: nope, then rope */
+    float *kv;               /* [n, kv_stride] latent and k_pe before norm and rotation */
+    float *o;                /* [n, o_stride] attention's values of all heads */
+    float *rope;             /* [n, qk_rope_head_dim] cos of each pair, then sin */
+    float *router;           /* [n, n_routed_experts] router logits */
+    float *router_bias;      /* [n_routed_experts] the layer's, as f32 */
+    float *h;                /* dense: [n, pad(inter)]; MoE: [n * top_k, pad(moe_inter)], then the shared expert's */
+    uint32_t *choice;        /* [n, top_k] chosen experts, ascending */
+    float *choice_weight;    /* [n, top_k] */
+    uint32_t *slot_rows;     /* [n * top_k] rows, by expert */
+    float *slot_weights;     /* [n * top_k] */
+    uint32_t *expert_first;  /* [n_routed_experts + 1] */
     dsv3__mlp_group *groups; /* [n_routed_experts + 1] */
-    dsv3__worker *workers;  /* [n_threads] */
+    dsv3__worker *workers;   /* [n_threads] */
 } dsv3__work;
 
 /* Takes `count` things of `size` bytes from the plan; base NULL only measures. What does not fit 63 bits stays "too much"
@@ -5719,7 +5773,8 @@ static size_t dsv3__work_widest(const dsv3_config *c)
 
 /* Lays the scratch out in `base`; returns the bytes it takes. No overflow in the products written here: max_batch <= 2^16,
    top_k <= 2^12, widths <= 2^24 (>>cfg); dsv3__carve looks after the rest. */
-static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads, uint8_t *base)
+static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads,
+                                uint8_t *base)
 {
     const dsv3_config *c = &m->config;
     const uint64_t f = sizeof(float), n = max_batch;
@@ -5806,9 +5861,11 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
     uint32_t strips;
     while (task >= (strips = (uint32_t)dsv3__ceil_div(map->w->shape[0], DSV3__STRIP)))
         task -= strips, map++;
-    uint64_t r0 = (uint64_t)task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < map->w->shape[0] ? r0 + DSV3__STRIP : map->w->shape[0];
+    uint64_t r0 = (uint64_t)task * DSV3__STRIP,
+             r1 = r0 + DSV3__STRIP < map->w->shape[0] ? r0 + DSV3__STRIP : map->w->shape[0];
     if (!map->add) {
-        dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, map->out + r0, map->out_stride);
+        dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, map->out + r0,
+                       map->out_stride);
         return;
     }
     dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, mine->a, DSV3__STRIP);
@@ -5831,7 +5888,8 @@ static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_
 // ---- RMSNorm ---------------------------------------------------------------------------------------------
 
 /* y = weight * (x / sqrt(mean(x^2) + eps)), all in f32; eps is added to the mean, inside the root. y may be x. */
-static void dsv3__nn_rmsnorm_row(const dsv3__kern *k, float *y, const float *x, const float *weight, size_t n, float eps)
+static void dsv3__nn_rmsnorm_row(const dsv3__kern *k, float *y, const float *x, const float *weight, size_t n,
+                                 float eps)
 {
     float r = 1.0f / sqrtf(k->dot_f32(x, x, NULL, n) / (float)n + eps);
     for (size_t i = 0; i < n; i++)
@@ -5879,7 +5937,8 @@ static double dsv3__nn_yarn_mscale(double factor, double mscale)
     return factor <= 1 ? 1 : 0.1 * mscale * log(factor) + 1;
 }
 
-/* Inverse frequencies [rope / 2], the amplitude of cos and sin, and the softmax scale (DeepSeek-V2, appendix on YaRN). Roundings to
+/* Inverse frequencies [rope / 2], the amplitude of cos and sin, and the softmax scale (YaRN as in the
+   DeepSeek-V2 paper, section 3.1.4). Roundings to
    f32 follow transformers' _compute_yarn_parameters: at position 10^5 a last bit of a frequency is a visible angle. */
 static void dsv3__nn_rope_setup(dsv3_model *m)
 {
@@ -5972,8 +6031,10 @@ static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp *mlp = g->mlp;
     uint32_t r0 = (task - g->first_task) * DSV3__STRIP, r1 = r0 + DSV3__STRIP < g->inter ? r0 + DSV3__STRIP : g->inter;
     const size_t stride = t->w->x_stride;
-    dsv3__mm_strip(k, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &mlp->gate), stride, g->rows, g->n, mine->a, DSV3__STRIP);
-    dsv3__mm_strip(k, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &mlp->up), stride, g->rows, g->n, mine->b, DSV3__STRIP);
+    dsv3__mm_strip(k, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &mlp->gate), stride, g->rows, g->n, mine->a,
+                   DSV3__STRIP);
+    dsv3__mm_strip(k, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &mlp->up), stride, g->rows, g->n, mine->b,
+                   DSV3__STRIP);
     for (uint32_t i = 0; i < g->n; i++)
         k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
     dsv3__mm_pack(g->h + r0, g->h_stride, g->h + r0, g->h_stride, g->n, r1 - r0, mlp->down.dtype);
@@ -5985,14 +6046,17 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
     dsv3__work *w = t->w;
     dsv3__worker *mine = &w->workers[worker];
-    uint32_t dim = w->m->config.hidden_size, r0 = task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < dim ? r0 + DSV3__STRIP : dim;
+    uint32_t dim = w->m->config.hidden_size, r0 = task * DSV3__STRIP,
+             r1 = r0 + DSV3__STRIP < dim ? r0 + DSV3__STRIP : dim;
     float *sum = mine->b; /* [n, DSV3__STRIP] */
     memset(sum, 0, (size_t)t->n * DSV3__STRIP * sizeof(float));
     for (uint32_t j = 0; j < t->n_groups; j++) {
         const dsv3__mlp_group *g = &t->groups[j];
-        dsv3__mm_strip(w->m->k, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n, mine->a, DSV3__STRIP);
+        dsv3__mm_strip(w->m->k, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n, mine->a,
+                       DSV3__STRIP);
         for (uint32_t i = 0; i < g->n; i++) {
-            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP, *from = mine->a + (size_t)i * DSV3__STRIP;
+            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP,
+                  *from = mine->a + (size_t)i * DSV3__STRIP;
             float weight = g->weights ? g->weights[i] : 1.0f;
             for (uint32_t r = 0; r < r1 - r0; r++)
                 to[r] += weight * from[r];
@@ -6026,12 +6090,12 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
 
 /* One row of a pass: which timeline, which position, which token. */
 typedef struct dsv3__row {
-    float *cache;       /* the timeline: [num_hidden_layers, cache_tokens, cache_stride] */
+    float *cache; /* the timeline: [num_hidden_layers, cache_tokens, cache_stride] */
     uint32_t cache_tokens;
     uint32_t position;
     int32_t token;
-    float *logits;      /* [vocab_size] out; NULL: not asked for */
-    int32_t *experts;   /* [n_moe_layers, top_k] out; NULL */
+    float *logits;    /* [vocab_size] out; NULL: not asked for */
+    int32_t *experts; /* [n_moe_layers, top_k] out; NULL */
 } dsv3__row;
 
 typedef struct dsv3__mla_task {
@@ -6069,7 +6133,8 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
 }
 
 /* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
-static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0, uint32_t n_heads)
+static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0,
+                             uint32_t n_heads)
 {
     const dsv3__work *w = t->w;
     const dsv3_config *c = &w->m->config;
@@ -6087,7 +6152,8 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32
             w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
         }
         for (uint32_t i = 0; i < n_rows; i++)
-            dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope, w->rope + (row0 + i) * rope);
+            dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope,
+                          w->rope + (row0 + i) * rope);
     }
 }
 
@@ -6115,14 +6181,15 @@ static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32
 
 /* Adds the positions t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK. q [n_heads, cache_stride],
    u [n_heads, kv_lora_rank] */
-static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q, uint32_t n_heads,
-                            uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
+static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
+                            uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
     const uint32_t latent = w->m->config.kv_lora_rank;
     const float *cache = dsv3__mla_cache(w, row, t->layer, t0); /* [count, cache_stride] */
-    k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads, w->cache_stride);
+    k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
+            w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
         float *score = mine->score + j * DSV3__KEY_BLOCK, max = -INFINITY;
         for (uint32_t i = 0; i < count; i++) {
@@ -6139,7 +6206,8 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
 /* Softmax over positions 0 ... row's own, of the latents: q [n_heads, cache_stride] in, its first kv_lora_rank floats out.
    Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend on the
    position alone; spans keep the chains of additions short at 10^5 positions. */
-static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q, uint32_t n_heads)
+static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q,
+                             uint32_t n_heads)
 {
     const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + 1;
     dsv3__mla_sum all, span;
@@ -6148,7 +6216,8 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
         uint32_t t1 = end - t0 < DSV3__KEY_SPAN ? end : t0 + DSV3__KEY_SPAN;
         dsv3__mla_clear(&span, mine->u_span, n_heads, latent);
         for (uint32_t b = t0; b < t1; b += DSV3__KEY_BLOCK)
-            dsv3__mla_block(t, mine, row, q, n_heads, b, t1 - b < DSV3__KEY_BLOCK ? t1 - b : DSV3__KEY_BLOCK, &span, mine->u_span);
+            dsv3__mla_block(t, mine, row, q, n_heads, b, t1 - b < DSV3__KEY_BLOCK ? t1 - b : DSV3__KEY_BLOCK, &span,
+                            mine->u_span);
         for (uint32_t j = 0; j < n_heads; j++) {
             float *u = mine->u + j * latent, *from = mine->u_span + j * latent;
             if (span.max[j] > all.max[j])
@@ -6183,7 +6252,8 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
     for (uint32_t i = 0; i < n_rows; i++)
         dsv3__mla_attend(t, mine, &t->rows[row0 + i], mine->q + i * head_stride, n_heads);
     for (uint32_t j = 0; j < n_heads; j++) {
-        uint64_t w_uv = (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
+        uint64_t w_uv =
+            (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
         float *u = mine->q + j * w->cache_stride;
         dsv3__mm_pack(u, head_stride, u, head_stride, n_rows, c->kv_lora_rank, t->l->kv_b.dtype);
         dsv3__mm_strip(w->m->k, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
@@ -6196,8 +6266,8 @@ static void dsv3__mla_pack_task(void *ctx, uint32_t i, uint32_t worker)
     const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
     float *o = t->w->o + i * t->w->o_stride;
     (void)worker;
-    dsv3__mm_pack(o, t->w->o_stride, o, t->w->o_stride, 1, (size_t)t->w->m->config.num_attention_heads * t->w->m->config.v_head_dim,
-                  t->l->o.dtype);
+    dsv3__mm_pack(o, t->w->o_stride, o, t->w->o_stride, 1,
+                  (size_t)t->w->m->config.num_attention_heads * t->w->m->config.v_head_dim, t->l->o.dtype);
 }
 
 /* x += attention of layer l over rows [n]; xn and xp hold the normalised rows. */
@@ -6211,8 +6281,10 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
 
     first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, &l->kv_a), first[0].x_stride = w->x_stride;
     first[0].out = w->kv, first[0].out_stride = w->kv_stride, first[0].add = false;
-    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, first[1].w), first[1].x_stride = w->x_stride;
-    first[1].out = q_lora ? w->q_a : w->q, first[1].out_stride = q_lora ? w->q_a_stride : w->q_stride, first[1].add = false;
+    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, first[1].w),
+    first[1].x_stride = w->x_stride;
+    first[1].out = q_lora ? w->q_a : w->q, first[1].out_stride = q_lora ? w->q_a_stride : w->q_stride,
+    first[1].add = false;
     dsv3__nn_linear(w, first, 2, n);
 
     t.w = w, t.l = l, t.rows = rows, t.layer = layer, t.n = n;
@@ -6224,7 +6296,8 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
     dsv3__pool_run(w->pool, n, dsv3__mla_latent_task, &t);
 
     if (q_lora) {
-        q_b.w = &l->q_b, q_b.x = w->q_a, q_b.x_stride = w->q_a_stride, q_b.out = w->q, q_b.out_stride = w->q_stride, q_b.add = false;
+        q_b.w = &l->q_b, q_b.x = w->q_a, q_b.x_stride = w->q_a_stride, q_b.out = w->q, q_b.out_stride = w->q_stride,
+        q_b.add = false;
         dsv3__nn_linear(w, &q_b, 1, n);
     }
     dsv3__pool_run(w->pool, (heads + t.group - 1) / t.group * chunks, dsv3__mla_heads_task, &t);
@@ -6265,8 +6338,8 @@ static float dsv3__moe_group_score(const dsv3_config *c, const float *score, uin
 
 /* chosen [top_k] ascending, weight [top_k], from the router's logits z [n_routed_experts]. bias: NULL without noaux_tc.
    scratch: choice [2 * n_routed_experts], taken [n_routed_experts]. */
-static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weight, const float *z, const float *bias, float *choice,
-                            uint8_t *taken)
+static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weight, const float *z, const float *bias,
+                            float *choice, uint8_t *taken)
 {
     const uint32_t n = c->n_routed_experts, group_size = n / c->n_group;
     float *score = choice + n; /* s: what the weight comes from; choice = s + bias: what the choice comes from */
@@ -6322,12 +6395,14 @@ static void dsv3__moe_route_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__work *w = t->w;
     const dsv3_config *c = &w->m->config;
     dsv3__worker *mine = &w->workers[worker];
-    dsv3__moe_route(c, w->choice + (size_t)i * c->num_experts_per_tok, w->choice_weight + (size_t)i * c->num_experts_per_tok,
-                    w->router + (size_t)i * c->n_routed_experts, t->bias, mine->choice, mine->taken);
+    dsv3__moe_route(c, w->choice + (size_t)i * c->num_experts_per_tok,
+                    w->choice_weight + (size_t)i * c->num_experts_per_tok, w->router + (size_t)i * c->n_routed_experts,
+                    t->bias, mine->choice, mine->taken);
 }
 
 /* x += the layer's MLP: dense, or routed and shared experts. rows [n] only for the experts they ask to see. */
-static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_layer, const dsv3__row *rows, uint32_t n)
+static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_layer, const dsv3__row *rows,
+                              uint32_t n)
 {
     const dsv3_config *c = &w->m->config;
     const uint32_t top_k = c->num_experts_per_tok, experts = c->n_routed_experts;
@@ -6361,7 +6436,8 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
             }
         }
         const size_t stride = dsv3__mm_pad(c->moe_intermediate_size);
-        for (uint32_t e = 0, first = 0; e < experts; first = w->expert_first[e++]) { /* filling moved each start to its end */
+        for (uint32_t e = 0, first = 0; e < experts;
+             first = w->expert_first[e++]) { /* filling moved each start to its end */
             dsv3__mlp_group *g = &w->groups[n_groups];
             if (w->expert_first[e] == first)
                 continue;
@@ -6407,16 +6483,17 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__head_task *t = (const dsv3__head_task *)ctx;
     dsv3__work *w = t->w;
     dsv3__worker *mine = &w->workers[worker];
-    uint32_t vocab = w->m->config.vocab_size, r0 = task * DSV3__STRIP, r1 = r0 + DSV3__STRIP < vocab ? r0 + DSV3__STRIP : vocab;
-    dsv3__mm_strip(w->m->k, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->head), w->x_stride, t->asked, t->n, mine->a,
-                   DSV3__STRIP);
+    uint32_t vocab = w->m->config.vocab_size, r0 = task * DSV3__STRIP,
+             r1 = r0 + DSV3__STRIP < vocab ? r0 + DSV3__STRIP : vocab;
+    dsv3__mm_strip(w->m->k, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->head), w->x_stride, t->asked,
+                   t->n, mine->a, DSV3__STRIP);
     for (uint32_t i = 0; i < t->n; i++)
         memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
 }
 
 /* x -> logits of the rows that ask. `asked` is scratch [n]. */
-static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, const uint32_t *cancel,
-                                    dsv3_error *err)
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
+                                    const uint32_t *cancel, dsv3_error *err)
 {
     const uint32_t vocab = w->m->config.vocab_size;
     dsv3__head_task t;
@@ -6441,8 +6518,8 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32
 
 /* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. cancel: looked at before
    every layer. */
-static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, const uint32_t *cancel,
-                                  dsv3_error *err)
+static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
+                                  const uint32_t *cancel, dsv3_error *err)
 {
     const dsv3_model *m = w->m;
     const float eps = m->config.rms_norm_eps;
@@ -6500,11 +6577,11 @@ enum {
     DSV3__TOK_FILE_MAX = 64 << 20,   /* bytes of tokenizer.json */
     DSV3__TOK_CONFIG_MAX = 16 << 20, /* bytes of tokenizer_config.json */
     DSV3__TOK_IDS_MAX = 1 << 21,     /* ids, and so words: two and what they make fit 64 bits */
-    DSV3__TOK_BYTES_MAX = 1024,      /* of a token (DeepSeek-V3: 128, Kimi-K2: 256): bounds how far ahead a match looks */
-    DSV3__TOK_UNITS_MAX = 1 << 24,   /* beginnings of tokens (DeepSeek-V3: 274,130) */
-    DSV3__TOK_PROBES_MAX = 256,      /* merges whose hashes collide this often were made to */
-    DSV3__TOK_TRIES = 64,            /* places looked at before a new one is taken */
-    DSV3__TOK_CHUNK = 64             /* bytes decoded at a time */
+    DSV3__TOK_BYTES_MAX = 1024,    /* of a token (DeepSeek-V3: 128, Kimi-K2: 256): bounds how far ahead a match looks */
+    DSV3__TOK_UNITS_MAX = 1 << 24, /* beginnings of tokens (DeepSeek-V3: 274,130) */
+    DSV3__TOK_PROBES_MAX = 256,    /* merges whose hashes collide this often were made to */
+    DSV3__TOK_TRIES = 64,          /* places looked at before a new one is taken */
+    DSV3__TOK_CHUNK = 64           /* bytes decoded at a time */
 };
 
 /* Text of ill-formed UTF-8 arrives in pieces: what is certain goes out, up to three bytes wait. Starts as {0}. */
@@ -6608,46 +6685,46 @@ enum {
 };
 
 #define DSV3__TOK_CLASSES_END 0x32400 /* behind it only U+E0100 ... U+E01EF have a class (marks) */
-#define DSV3__TOK_BLOCK 128           /* code points a block */
-#define DSV3__TOK_BLOCKS_MAX 256      /* different ones */
+#define DSV3__TOK_BLOCK       128     /* code points a block */
+#define DSV3__TOK_BLOCKS_MAX  256     /* different ones */
 
-#define DSV3__TOK_GONE UINT32_MAX  /* no word, no string */
-#define DSV3__TOK_UNSET UINT32_MAX /* where the bytes of an id are not known yet */
+#define DSV3__TOK_GONE       UINT32_MAX /* no word, no string */
+#define DSV3__TOK_UNSET      UINT32_MAX /* where the bytes of an id are not known yet */
 #define DSV3__TOK_VALUE_BITS 22
 #define DSV3__TOK_VALUE_MASK ((1u << DSV3__TOK_VALUE_BITS) - 1)
 #define DSV3__TOK_MULTIPLIER 0x9E3779B97F4A7C15ull
 
 #ifdef DSV3_REGRESSION
-    #define DSV3__TOK_SMALL 64
+#define DSV3__TOK_SMALL 64
 #else
-    #define DSV3__TOK_SMALL 8192 /* bytes of scratch on the stack: words of 1000 bytes with chain, of 227 with heap */
+#define DSV3__TOK_SMALL 8192 /* bytes of scratch on the stack: words of 1000 bytes with chain, of 227 with heap */
 #endif
 
 struct dsv3_tokenizer {
     dsv3__mem mem;
     /* ids */
     uint32_t n_tokens;
-    char *pool;              /* the bytes of all tokens */
-    dsv3__tok_span *spans;   /* [n_tokens] */
-    uint8_t *flags;          /* [n_tokens] */
-    int32_t bos, eos, pad;   /* -1: none */
+    char *pool;            /* the bytes of all tokens */
+    dsv3__tok_span *spans; /* [n_tokens] */
+    uint8_t *flags;        /* [n_tokens] */
+    int32_t bos, eos, pad; /* -1: none */
     bool add_bos;
     /* words */
-    uint32_t n_words;        /* bytes, what merges make, and (ignore_merges) vocabulary that no merge makes */
-    int32_t *ids;            /* [n_words] */
-    dsv3__tok_parts *parts;  /* [256 + merges] */
-    uint64_t *pairs;         /* [1 << (64 - pairs_shift)] left << 43 | right << 22 | what they make; 0: an empty slot */
+    uint32_t n_words;       /* bytes, what merges make, and (ignore_merges) vocabulary that no merge makes */
+    int32_t *ids;           /* [n_words] */
+    dsv3__tok_parts *parts; /* [256 + merges] */
+    uint64_t *pairs;        /* [1 << (64 - pairs_shift)] left << 43 | right << 22 | what they make; 0: an empty slot */
     unsigned pairs_shift;
-    dsv3__tok_trie trie;     /* bytes -> word */
-    bool chain;              /* dsv3__tok_merge_chain may be used */
-    bool whole;              /* ignore_merges: a piece that is a word stays whole */
+    dsv3__tok_trie trie; /* bytes -> word */
+    bool chain;          /* dsv3__tok_merge_chain may be used */
+    bool whole;          /* ignore_merges: a piece that is a word stays whole */
     /* markers */
     uint32_t n_markers;
     dsv3__tok_marker *markers; /* [n_markers] in the order of the file */
     dsv3__tok_span *contents;  /* [n_markers] their texts, in content_pool */
     char *content_pool;
     dsv3__tok_trie marker_trie; /* text -> place in `markers` */
-    bool marker_starts[256];   /* can this byte begin one? */
+    bool marker_starts[256];    /* can this byte begin one? */
     /* classes */
     uint8_t block_of[DSV3__TOK_CLASSES_END / DSV3__TOK_BLOCK];
     uint8_t blocks[DSV3__TOK_BLOCKS_MAX][DSV3__TOK_BLOCK];
@@ -6657,7 +6734,7 @@ struct dsv3_tokenizer {
 typedef struct dsv3__tok_sink {
     int32_t *tokens; /* [cap] */
     size_t cap, n;
-    dsv3__mem mem;   /* for pieces too long for `small` */
+    dsv3__mem mem; /* for pieces too long for `small` */
     void *big;
     uint64_t big_size;
     uint64_t small[DSV3__TOK_SMALL / 8];
@@ -6673,7 +6750,8 @@ DSV3__INLINE void dsv3__tok_push(dsv3__tok_sink *sink, int32_t id)
 
 static void dsv3__tok_sink_init(dsv3__tok_sink *sink, const dsv3_tokenizer *t, int32_t *tokens, size_t cap)
 {
-    uint64_t limit = t->mem.limit; /* what a call takes for a long word counts to the tokenizer's memory while it runs */
+    uint64_t limit =
+        t->mem.limit; /* what a call takes for a long word counts to the tokenizer's memory while it runs */
     dsv3__mem_init(&sink->mem, &t->mem.allocator, limit == 0 ? 0 : limit > t->mem.used ? limit - t->mem.used : 1);
     sink->tokens = tokens;
     sink->cap = cap;
@@ -6700,8 +6778,9 @@ static dsv3_result dsv3__tok_scratch(dsv3__tok_sink *sink, void **scratch, uint6
 
 // ---- Tables ----------------------------------------------------------------------------------------------
 
-#define DSV3__TOK_BYTE(unit) ((unit) & 511)
-#define DSV3__TOK_VALUE(unit) ((uint32_t)((unit) >> 9) & DSV3__TOK_VALUE_MASK) /* 1 + the number; 0: no string ends here */
+#define DSV3__TOK_BYTE(unit) ((unit)&511)
+#define DSV3__TOK_VALUE(unit) \
+    ((uint32_t)((unit) >> 9) & DSV3__TOK_VALUE_MASK) /* 1 + the number; 0: no string ends here */
 #define DSV3__TOK_BASE(unit) ((uint32_t)((unit) >> 32))
 
 /* The number of a string; -1 if it is not there. */
@@ -6733,12 +6812,12 @@ DSV3__INLINE uint32_t dsv3__tok_pair(const dsv3_tokenizer *t, uint32_t left, uin
 
 /* What \p{L}\p{M}, \p{P}\p{S}, \p{N} and \s tell apart. */
 enum {
-    DSV3__TOK_OTHER = 0,  /* controls, format characters, unassigned, ill-formed bytes */
-    DSV3__TOK_WORD = 1,   /* letters and marks */
-    DSV3__TOK_PUNCT = 2,  /* punctuation and symbols */
+    DSV3__TOK_OTHER = 0, /* controls, format characters, unassigned, ill-formed bytes */
+    DSV3__TOK_WORD = 1,  /* letters and marks */
+    DSV3__TOK_PUNCT = 2, /* punctuation and symbols */
     DSV3__TOK_NUMBER = 3,
     DSV3__TOK_SPACE = 4,
-    DSV3__TOK_CJK = 8     /* or'ed in: the second split's ranges */
+    DSV3__TOK_CJK = 8 /* or'ed in: the second split's ranges */
 };
 
 /* Run lengths over U+0000 ... U+10FFFF: class << 5 | length; a length of 30 adds the byte that follows, 31 stands for
@@ -6879,20 +6958,14 @@ DSV3__INLINE unsigned dsv3__tok_class(const dsv3_tokenizer *t, const uint8_t *p,
         return t->blocks[0][*p];
     *n = dsv3__utf8_length((const char *)p, (const char *)end);
     switch (*n) {
-    case 2:
-        code = (p[0] & 31u) << 6 | (p[1] & 63u);
-        break;
-    case 3:
-        code = (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u);
-        break;
+    case 2: code = (p[0] & 31u) << 6 | (p[1] & 63u); break;
+    case 3: code = (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u); break;
     case 4:
         code = (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
         if (code >= DSV3__TOK_CLASSES_END)
             return code >= 0xE0100 && code <= 0xE01EF ? DSV3__TOK_WORD : DSV3__TOK_OTHER;
         break;
-    default:
-        *n = 1;
-        return DSV3__TOK_OTHER;
+    default: *n = 1; return DSV3__TOK_OTHER;
     }
     return t->blocks[t->block_of[code / DSV3__TOK_BLOCK]][code % DSV3__TOK_BLOCK];
 }
@@ -6967,8 +7040,7 @@ static const uint8_t *dsv3__tok_piece(const dsv3_tokenizer *t, const uint8_t *p,
     unsigned c = dsv3__tok_class(t, p, end, &n), zone = c & DSV3__TOK_CJK, next;
     const uint8_t *e = p + n;
     switch (c & ~(unsigned)DSV3__TOK_CJK) {
-    case DSV3__TOK_WORD:
-        return dsv3__tok_run(t, e, end, c);
+    case DSV3__TOK_WORD: return dsv3__tok_run(t, e, end, c);
     case DSV3__TOK_PUNCT:
         if (*p >= 0x80 || e == end || *e >= 0x80 || t->blocks[0][*e] != DSV3__TOK_WORD)
             return dsv3__tok_run_punct(t, e, end, zone);
@@ -6986,8 +7058,7 @@ static const uint8_t *dsv3__tok_piece(const dsv3_tokenizer *t, const uint8_t *p,
         if (next == DSV3__TOK_PUNCT && *p == ' ')
             return dsv3__tok_run_punct(t, e, end, 0);
         return dsv3__tok_run_space(t, p, end);
-    default:
-        return dsv3__tok_run_other(t, p, end, zone);
+    default: return dsv3__tok_run_other(t, p, end, zone);
     }
 }
 
@@ -7012,7 +7083,7 @@ DSV3__INLINE uint32_t dsv3__tok_longest(const dsv3_tokenizer *t, const uint8_t *
 
 /* Do left and right stay two words, if only pairs of lower rank than `limit` merge? Walks back in time: x is what ends the
    left one, y what begins the right one, at a moment when x was not yet a part of x_until nor y of y_until.
-   A tie (the word that y goes into would merge this very pair) falls to the pair across the border, which is further left. */
+   A tie (the word that y goes into would merge this very pair) falls to the pair across the border, further left. */
 static bool dsv3__tok_apart(const dsv3_tokenizer *t, uint32_t x, uint32_t y, uint32_t limit)
 {
     uint32_t x_until = limit, y_until = limit;
@@ -7041,14 +7112,14 @@ typedef struct dsv3__tok_link {
 
 /* Merges without merging: see the top of the section. Linear: each place is given up at most once.
    first, n_first   the longest word at p, shorter than the piece */
-static dsv3_result dsv3__tok_merge_chain(const dsv3_tokenizer *t, const uint8_t *p, size_t n, uint32_t first, size_t n_first,
-                                         dsv3__tok_sink *sink)
+static dsv3_result dsv3__tok_merge_chain(const dsv3_tokenizer *t, const uint8_t *p, size_t n, uint32_t first,
+                                         size_t n_first, dsv3__tok_sink *sink)
 {
     size_t n_links = 0, pos = 0, len = n_first;
     uint32_t word = first;
     void *scratch;
     DSV3__TRY(dsv3__tok_scratch(sink, &scratch, n * sizeof(dsv3__tok_link) + n / 8 + 1));
-    dsv3__tok_link *links = (dsv3__tok_link *)scratch;  /* [n_links] the merging of the first pos bytes */
+    dsv3__tok_link *links = (dsv3__tok_link *)scratch;      /* [n_links] the merging of the first pos bytes */
     uint8_t *dead = (uint8_t *)scratch + n * sizeof *links; /* a bit a place: no word of the result ends here */
     memset(dead, 0, n / 8 + 1);
     while (pos < n) {
@@ -7175,8 +7246,8 @@ static dsv3_result dsv3__tok_merge(const dsv3_tokenizer *t, const uint8_t *p, si
 // ---- Text to ids -----------------------------------------------------------------------------------------
 
 /* The leftmost marker of this pass in [p, end), the longest there. NULL if there is none; else its end. */
-static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, bool normalized,
-                                            const uint8_t **begin, int32_t *id)
+static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end,
+                                            bool normalized, const uint8_t **begin, int32_t *id)
 {
     for (; p < end; p++) {
         const uint8_t *found = NULL;
@@ -7198,7 +7269,8 @@ static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8
 }
 
 /* Ids of [p, end). first_pass: markers are looked for, in two passes; the second sees what the first left. */
-static dsv3_result dsv3__tok_encode(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, int passes, dsv3__tok_sink *sink)
+static dsv3_result dsv3__tok_encode(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, int passes,
+                                    dsv3__tok_sink *sink)
 {
     const uint8_t *begin, *behind;
     int32_t id = 0;
@@ -7237,16 +7309,17 @@ typedef struct dsv3__tok_load {
     const char *what;       /* the part of it that is worked on */
     int16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, or -1 */
     uint64_t n_pool, pool_cap, spans_cap, flags_cap;
-    uint32_t n_vocab;       /* entries of model.vocab */
-    dsv3__tok_trie raw;     /* those that are no byte letters: text -> id. t->trie has the others, until words are numbered */
-    dsv3__tok_rule *rules;  /* [n_rules] the merges */
+    uint32_t n_vocab; /* entries of model.vocab */
+    dsv3__tok_trie
+        raw; /* those that are no byte letters: text -> id. t->trie has the others, until words are numbered */
+    dsv3__tok_rule *rules; /* [n_rules] the merges */
     uint64_t n_rules;
     uint64_t n_content, content_cap, contents_cap, markers_cap;
-    uint64_t n_built;       /* units of the trie that was built last */
-    uint64_t n_units;       /* of t->trie */
-    uint32_t *next;         /* links of lists of strings */
-    uint32_t *word_of;      /* [n_vocab] id -> word, or DSV3__TOK_GONE */
-    char *text;             /* a decoded string */
+    uint64_t n_built;  /* units of the trie that was built last */
+    uint64_t n_units;  /* of t->trie */
+    uint32_t *next;    /* links of lists of strings */
+    uint32_t *word_of; /* [n_vocab] id -> word, or DSV3__TOK_GONE */
+    char *text;        /* a decoded string */
     uint64_t text_cap;
 } dsv3__tok_load;
 
@@ -7264,8 +7337,8 @@ static void dsv3__tok_letters_init(int16_t *byte_of)
 
 /* Turns byte letters from p on into bytes at out [cap] (which may be p: they are never longer); in JSON a quote or a
    backslash stops too. Returns where they end. */
-DSV3__INLINE const char *dsv3__tok_letters(const dsv3__tok_load *l, const char *p, const char *end, bool in_json, char *out,
-                                           size_t cap, size_t *n)
+DSV3__INLINE const char *dsv3__tok_letters(const dsv3__tok_load *l, const char *p, const char *end, bool in_json,
+                                           char *out, size_t cap, size_t *n)
 {
     size_t i = 0;
     while (p < end && i < cap) {
@@ -7284,7 +7357,8 @@ DSV3__INLINE const char *dsv3__tok_letters(const dsv3__tok_load *l, const char *
 }
 
 /* Room for `more` bytes behind the `used` of an array of char. */
-static dsv3_result dsv3__tok_room(dsv3__tok_load *l, char **p, uint64_t *cap, uint64_t used, uint64_t more, const char *what)
+static dsv3_result dsv3__tok_room(dsv3__tok_load *l, char **p, uint64_t *cap, uint64_t used, uint64_t more,
+                                  const char *what)
 {
     void *array = *p;
     DSV3__TRY(dsv3__mem_grow(&l->t->mem, &array, cap, used, used + more, 1, what, l->err));
@@ -7326,9 +7400,9 @@ typedef struct dsv3__tok_branch {
 
 typedef struct dsv3__tok_builder {
     dsv3__tok_trie *trie;
-    uint64_t cap;  /* units allocated */
-    uint64_t low;  /* no free unit stands before */
-    uint64_t end;  /* all behind are free */
+    uint64_t cap; /* units allocated */
+    uint64_t low; /* no free unit stands before */
+    uint64_t end; /* all behind are free */
     dsv3__tok_branch *stack;
     uint64_t n_stack, stack_cap;
 } dsv3__tok_builder;
@@ -7348,11 +7422,13 @@ static bool dsv3__tok_trie_fits(const uint64_t *units, uint64_t at, const uint8_
 }
 
 /* A base that nobody has, with free units for all n bytes: in one of the first holes, else behind everything. */
-static dsv3_result dsv3__tok_trie_place(dsv3__tok_load *l, dsv3__tok_builder *b, const uint8_t *bytes, uint32_t n, uint32_t *base)
+static dsv3_result dsv3__tok_trie_place(dsv3__tok_load *l, dsv3__tok_builder *b, const uint8_t *bytes, uint32_t n,
+                                        uint32_t *base)
 {
     uint64_t cap = b->cap, at, stop;
     void *grown = b->trie->units;
-    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &grown, &b->cap, cap, b->end + DSV3__TOK_TRIES + 768, sizeof(uint64_t), "tokens", l->err));
+    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &grown, &b->cap, cap, b->end + DSV3__TOK_TRIES + 768, sizeof(uint64_t),
+                             "tokens", l->err));
     b->trie->units = (uint64_t *)grown;
     memset(b->trie->units + cap, 0, (size_t)(b->cap - cap) * sizeof(uint64_t));
     const uint64_t *units = b->trie->units;
@@ -7386,7 +7462,8 @@ static dsv3_result dsv3__tok_trie_grow(dsv3__tok_load *l, dsv3__tok_builder *b, 
                 dsv3__str text;
                 text.p = pool + spans[i].at;
                 text.n = spans[i].n;
-                return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: \"%S\" stands there twice", l->what, &text);
+                return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: \"%S\" stands there twice",
+                                  l->what, &text);
             }
             b->trie->units[at.place] |= (uint64_t)(i + 1) << 9;
             continue;
@@ -7399,7 +7476,8 @@ static dsv3_result dsv3__tok_trie_grow(dsv3__tok_load *l, dsv3__tok_builder *b, 
     }
     if (n == 0)
         return DSV3_OK;
-    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &stack, &b->stack_cap, b->n_stack, b->n_stack + n, sizeof *b->stack, "tokens", l->err));
+    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &stack, &b->stack_cap, b->n_stack, b->n_stack + n, sizeof *b->stack, "tokens",
+                             l->err));
     b->stack = (dsv3__tok_branch *)stack;
     DSV3__TRY(dsv3__tok_trie_place(l, b, bytes, n, &base));
     b->trie->units[base] |= DSV3__TOK_IS_BASE;
@@ -7418,14 +7496,14 @@ static dsv3_result dsv3__tok_trie_grow(dsv3__tok_load *l, dsv3__tok_builder *b, 
             b->end = branch->place + 1;
     }
     if (b->end > DSV3__TOK_UNITS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: more than %u beginnings of strings", l->what,
-                          (uint64_t)DSV3__TOK_UNITS_MAX);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: more than %u beginnings of strings",
+                          l->what, (uint64_t)DSV3__TOK_UNITS_MAX);
     return DSV3_OK;
 }
 
 /* A trie of the strings of a list (none empty); they are numbered by their spans. what: names them in errors. */
-static dsv3_result dsv3__tok_trie_build(dsv3__tok_load *l, dsv3__tok_trie *trie, const char *pool, const dsv3__tok_span *spans,
-                                        uint32_t list, uint64_t n)
+static dsv3_result dsv3__tok_trie_build(dsv3__tok_load *l, dsv3__tok_trie *trie, const char *pool,
+                                        const dsv3__tok_span *spans, uint32_t list, uint64_t n)
 {
     uint32_t lists[256]; /* of a unit's strings, those that go on with a byte; all empty between calls */
     dsv3__tok_builder b = {trie, 0, 1, 1, NULL, 0, 0};
@@ -7528,14 +7606,15 @@ static dsv3_result dsv3__tok_load_entry(dsv3__tok_load *l)
     if (!dsv3__tok_load_id(&l->j, &id))
         return l->j.result;
     if (n == 0 || n > DSV3__TOK_BYTES_MAX || id >= DSV3__TOK_IDS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: expected 1 to %u bytes and an id below %u, "
-                          "found %u bytes and %u, \"%S\"", (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id,
-                          &spelled);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: model.vocab: expected 1 to %u bytes and an id below %u, "
+                          "found %u bytes and %u, \"%S\"",
+                          (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id, &spelled);
     if (id >= t->n_tokens)
         DSV3__TRY(dsv3__tok_load_ids(l, (uint32_t)id + 1));
     if (t->spans[id].at != DSV3__TOK_UNSET)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: the id %u is given twice, again to \"%S\"", id,
-                          &spelled);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: model.vocab: the id %u is given twice, again to \"%S\"", id, &spelled);
     t->spans[id].at = (uint32_t)l->n_pool;
     t->spans[id].n = (uint32_t)n;
     t->flags[id] = raw ? DSV3__TOK_RAW : 0;
@@ -7558,8 +7637,9 @@ static dsv3_result dsv3__tok_load_vocab(dsv3__tok_load *l)
         return l->j.result;
     for (uint32_t id = 0; id < t->n_tokens; id++)
         if (t->spans[id].at == DSV3__TOK_UNSET)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab: no entry has the id %u, but there is %u",
-                              (uint64_t)id, (uint64_t)t->n_tokens - 1);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: model.vocab: no entry has the id %u, but there is %u", (uint64_t)id,
+                              (uint64_t)t->n_tokens - 1);
     DSV3__TRY(dsv3__tok_alloc_u32(l, &l->next, l->n_vocab));
     for (uint32_t id = l->n_vocab; id-- > 0;) {
         uint32_t *list = &lists[t->flags[id] & DSV3__TOK_RAW ? 1 : 0];
@@ -7629,9 +7709,10 @@ static dsv3_result dsv3__tok_load_halves(dsv3__tok_load *l, dsv3__tok_halves *h)
     if (j->result)
         return j->result;
     if (!good)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: model.merges[%u]: expected \"a b\" or [\"a\", \"b\"] in byte letters, found \"%S\"",
-                          l->n_rules, &h->spelled);
+        return DSV3__FAIL(
+            l->err, DSV3_ERROR_TOKENIZER,
+            "tokenizer.json: model.merges[%u]: expected \"a b\" or [\"a\", \"b\"] in byte letters, found \"%S\"",
+            l->n_rules, &h->spelled);
     return DSV3_OK;
 }
 
@@ -7644,14 +7725,19 @@ static dsv3_result dsv3__tok_load_rule(dsv3__tok_load *l)
     size_t n = h.n[0] + h.n[1];
     int64_t left = dsv3__tok_trie_find(&t->trie, l->text, h.n[0]);
     int64_t right = dsv3__tok_trie_find(&t->trie, l->text + h.n[0], h.n[1]);
-    uint32_t next = l->n_rules ? rule[-1].made + 1 : 0; /* PERF: the result is nearly always the id behind the last one */
+    uint32_t next =
+        l->n_rules ? rule[-1].made + 1 : 0; /* PERF: the result is nearly always the id behind the last one */
     int64_t made = next;
     if (next >= l->n_vocab || t->spans[next].n != n || (t->flags[next] & DSV3__TOK_RAW) ||
         memcmp(t->pool + t->spans[next].at, l->text, n) != 0)
         made = dsv3__tok_trie_find(&t->trie, l->text, n);
     if (left < 0 || right < 0 || made < 0)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.merges[%u]: the %s of \"%S\" is not in model.vocab",
-                          l->n_rules, left < 0 ? "first half" : right < 0 ? "second half" : "result", &h.spelled);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: model.merges[%u]: the %s of \"%S\" is not in model.vocab", l->n_rules,
+                          left < 0    ? "first half"
+                          : right < 0 ? "second half"
+                                      : "result",
+                          &h.spelled);
     rule->left = (uint32_t)left;
     rule->right = (uint32_t)right;
     rule->made = (uint32_t)made;
@@ -7668,7 +7754,8 @@ static dsv3_result dsv3__tok_load_merges(dsv3__tok_load *l)
     dsv3__json_open(&l->j, '[');
     while (dsv3__json_item(&l->j)) {
         if (l->n_rules == l->n_vocab) /* each makes a token of its own */
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: more model.merges than the %u of model.vocab", l->n_rules);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: more model.merges than the %u of model.vocab", l->n_rules);
         DSV3__TRY(dsv3__tok_load_rule(l));
     }
     return l->j.result;
@@ -7690,14 +7777,16 @@ static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
         char byte = (char)b;
         int64_t id = dsv3__tok_trie_find(&t->trie, &byte, 1);
         if (id < 0)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab has no entry for the byte %u", (uint64_t)b);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab has no entry for the byte %u",
+                              (uint64_t)b);
         ids[b] = (uint32_t)id;
         l->word_of[id] = b;
     }
     for (uint32_t r = 0; r < l->n_rules; r++) {
         uint32_t made = l->rules[r].made;
         if (l->word_of[made] != DSV3__TOK_GONE)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.merges[%u] makes the token %u, as model.merges[%u] does",
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: model.merges[%u] makes the token %u, as model.merges[%u] does",
                               (uint64_t)r, (uint64_t)made, (uint64_t)l->word_of[made] - 256);
         ids[256 + r] = made;
         l->word_of[made] = 256 + r;
@@ -7719,7 +7808,8 @@ static dsv3_result dsv3__tok_load_pair(dsv3__tok_load *l, uint32_t left, uint32_
     uint64_t i = (key * DSV3__TOK_MULTIPLIER) >> t->pairs_shift;
     for (int probes = 0; t->pairs[i]; probes++, i = (i + 1) & mask)
         if (probes == DSV3__TOK_PROBES_MAX)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.merges collide in a table more than chance allows");
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: model.merges collide in a table more than chance allows");
     t->pairs[i] = key << DSV3__TOK_VALUE_BITS | made;
     return DSV3_OK;
 }
@@ -7773,7 +7863,8 @@ static void dsv3__tok_load_trie(dsv3__tok_load *l)
     uint64_t *units = l->t->trie.units;
     for (uint64_t i = 0; i < l->n_units; i++) {
         uint32_t value = DSV3__TOK_VALUE(units[i]), word = value ? l->word_of[value - 1] : DSV3__TOK_GONE;
-        units[i] = (units[i] & ~((uint64_t)DSV3__TOK_VALUE_MASK << 9)) | (uint64_t)(word == DSV3__TOK_GONE ? 0 : word + 1) << 9;
+        units[i] = (units[i] & ~((uint64_t)DSV3__TOK_VALUE_MASK << 9)) |
+                   (uint64_t)(word == DSV3__TOK_GONE ? 0 : word + 1) << 9;
     }
 }
 
@@ -7799,7 +7890,8 @@ static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
             continue;
         }
         if (seen >> k & 1)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: %s is given twice", index, names[k]);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: %s is given twice",
+                              index, names[k]);
         seen |= 1u << k;
         if (k == 0)
             dsv3__json_uint(j, &id);
@@ -7812,14 +7904,18 @@ static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
         return j->result;
     for (uint32_t k = 0; k < DSV3__COUNT(names); k++) {
         if (k < 4 && !(seen >> k & 1))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] has no %s", index, names[k]);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] has no %s", index,
+                              names[k]);
         if (k >= 4 && flags[k])
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] \"%S\": %s true is not supported",
-                              index, &spelled, names[k]);
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: added_tokens[%u] \"%S\": %s true is not supported", index, &spelled,
+                              names[k]);
     }
     if (n == 0 || n > DSV3__TOK_BYTES_MAX || id >= DSV3__TOK_IDS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: expected a content of 1 to %u bytes and an id "
-                          "below %u, found %u bytes and %u", index, (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: added_tokens[%u]: expected a content of 1 to %u bytes and an id "
+                          "below %u, found %u bytes and %u",
+                          index, (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
     DSV3__TRY(dsv3__tok_room(l, &t->content_pool, &l->content_cap, l->n_content, n, "added tokens"));
     memcpy(t->content_pool + l->n_content, l->text, n);
     t->contents[index].at = (uint32_t)l->n_content;
@@ -7839,9 +7935,11 @@ static dsv3_result dsv3__tok_load_added(dsv3__tok_load *l)
     while (dsv3__json_item(&l->j)) {
         uint64_t n = t->n_markers;
         void *markers = t->markers, *contents = t->contents;
-        DSV3__TRY(dsv3__mem_grow(&t->mem, &markers, &l->markers_cap, n, n + 1, sizeof *t->markers, "added tokens", l->err));
+        DSV3__TRY(
+            dsv3__mem_grow(&t->mem, &markers, &l->markers_cap, n, n + 1, sizeof *t->markers, "added tokens", l->err));
         t->markers = (dsv3__tok_marker *)markers;
-        DSV3__TRY(dsv3__mem_grow(&t->mem, &contents, &l->contents_cap, n, n + 1, sizeof *t->contents, "added tokens", l->err));
+        DSV3__TRY(dsv3__mem_grow(&t->mem, &contents, &l->contents_cap, n, n + 1, sizeof *t->contents, "added tokens",
+                                 l->err));
         t->contents = (dsv3__tok_span *)contents;
         DSV3__TRY(dsv3__tok_load_marker(l));
     }
@@ -7877,7 +7975,8 @@ static dsv3_result dsv3__tok_settle_markers(dsv3__tok_load *l)
         content.n = t->contents[i].n;
         DSV3__TRY(dsv3__tok_vocab_find(l, content, &id, &n, &raw));
         if (m->id != (id >= 0 ? id : (int64_t)t->n_tokens))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] \"%S\": expected the id %u (%s), found %u", (uint64_t)i,
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer.json: added_tokens[%u] \"%S\": expected the id %u (%s), found %u", (uint64_t)i,
                               &content, (uint64_t)(id >= 0 ? id : (int64_t)t->n_tokens),
                               id >= 0 ? "that of model.vocab" : "the next one", (uint64_t)m->id);
         if (id < 0) {
@@ -7906,7 +8005,8 @@ static dsv3_result dsv3__tok_load_marker_trie(dsv3__tok_load *l)
         t->marker_starts[(uint8_t)t->content_pool[t->contents[i].at]] = true;
     }
     l->what = "added_tokens";
-    return dsv3__tok_trie_build(l, &t->marker_trie, t->content_pool, t->contents, t->n_markers ? 0 : DSV3__TOK_GONE, t->n_markers);
+    return dsv3__tok_trie_build(l, &t->marker_trie, t->content_pool, t->contents, t->n_markers ? 0 : DSV3__TOK_GONE,
+                                t->n_markers);
 }
 
 // ---- Opening: the rest of the files --------------------------------------------------------------------------
@@ -7948,7 +8048,8 @@ static bool dsv3__tok_get_false(const dsv3__json *object, const char *name)
 }
 
 /* The error of a field that says what is not covered here. */
-static dsv3_result dsv3__tok_refuse(const dsv3__tok_load *l, const dsv3__json *value, const char *field, const char *expected)
+static dsv3_result dsv3__tok_refuse(const dsv3__tok_load *l, const dsv3__json *value, const char *field,
+                                    const char *expected)
 {
     dsv3__json at = *value;
     dsv3__str found;
@@ -7956,16 +8057,18 @@ static dsv3_result dsv3__tok_refuse(const dsv3__tok_load *l, const dsv3__json *v
     found.p = at.p;
     dsv3__json_skip(&at);
     found.n = (size_t)(at.p - found.p);
-    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: expected %s, found %S", field, expected, &found);
+    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: expected %s, found %S", field, expected,
+                      &found);
 }
 
 /* The patterns that dsv3__tok_piece stands for, in their order: DeepSeek-V3, R1, V3.1 and what was made like them. */
-static const char *const dsv3__tok_patterns[] = {
-    "\\p{N}{1,3}",
-    "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-\xE3\x83\xBF]+", /* U+4E00-9FA5 3040-309F 30A0-30FF */
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
-    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
-};
+static const char *const dsv3__tok_patterns[] = {"\\p{N}{1,3}",
+                                                 "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-"
+                                                 "\xE3\x83\xBF]+", /* U+4E00-9FA5 3040-309F 30A0-30FF */
+                                                 "[!\"#$%&'()*+,\\-./"
+                                                 ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}"
+                                                 "\\p{M}]+"
+                                                 "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"};
 
 /* One Split of the pre_tokenizer. `index` is its place; a different one must be refused: it would give different ids. */
 static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *split, size_t index)
@@ -7974,8 +8077,8 @@ static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *spl
     dsv3__json_str s;
     dsv3__str found;
     size_t n;
-    if (!dsv3__tok_get(split, "pattern", &pattern) || !dsv3__tok_get(&pattern, "Regex", &regex) || dsv3__json_peek(&regex) != '"' ||
-        !dsv3__json_string(&regex, &s))
+    if (!dsv3__tok_get(split, "pattern", &pattern) || !dsv3__tok_get(&pattern, "Regex", &regex) ||
+        dsv3__json_peek(&regex) != '"' || !dsv3__json_string(&regex, &s))
         return dsv3__tok_refuse(l, split, "pre_tokenizer", "a Split with a pattern.Regex");
     DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, s.n, "a string of tokenizer.json"));
     if (!dsv3__json_decode(s, l->text, &n))
@@ -7984,8 +8087,8 @@ static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *spl
     found.n = n;
     if (index >= DSV3__COUNT(dsv3__tok_patterns) || found.n != strlen(dsv3__tok_patterns[index]) ||
         memcmp(found.p, dsv3__tok_patterns[index], found.n) != 0)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: pre_tokenizer: no rules for split %u, pattern %S",
-                          (uint64_t)index, &found);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer.json: pre_tokenizer: no rules for split %u, pattern %S", (uint64_t)index, &found);
     if (!dsv3__tok_get_is(split, "behavior", "Isolated") || !dsv3__tok_get_false(split, "invert"))
         return dsv3__tok_refuse(l, split, "pre_tokenizer", "a Split with behavior Isolated, invert false");
     return DSV3_OK;
@@ -7996,7 +8099,8 @@ static dsv3_result dsv3__tok_load_pre_tokenizer(dsv3__tok_load *l, const dsv3__j
     dsv3__json list;
     size_t index = 0;
     bool byte_level = false;
-    if (!dsv3__tok_get_is(value, "type", "Sequence") || !dsv3__tok_get(value, "pretokenizers", &list) || dsv3__json_peek(&list) != '[')
+    if (!dsv3__tok_get_is(value, "type", "Sequence") || !dsv3__tok_get(value, "pretokenizers", &list) ||
+        dsv3__json_peek(&list) != '[')
         return dsv3__tok_refuse(l, value, "pre_tokenizer", "a Sequence of Splits and a ByteLevel");
     dsv3__json_open(&list, '[');
     while (dsv3__json_item(&list)) {
@@ -8006,8 +8110,8 @@ static dsv3_result dsv3__tok_load_pre_tokenizer(dsv3__tok_load *l, const dsv3__j
             DSV3__TRY(dsv3__tok_load_split(l, &part, index++));
             continue;
         }
-        if (byte_level || !dsv3__tok_get_is(&part, "type", "ByteLevel") || !dsv3__tok_get_false(&part, "add_prefix_space") ||
-            !dsv3__tok_get_false(&part, "use_regex"))
+        if (byte_level || !dsv3__tok_get_is(&part, "type", "ByteLevel") ||
+            !dsv3__tok_get_false(&part, "add_prefix_space") || !dsv3__tok_get_false(&part, "use_regex"))
             return dsv3__tok_refuse(l, &part, "pre_tokenizer",
                                     "Splits, then one ByteLevel with add_prefix_space and use_regex false");
         byte_level = true;
@@ -8022,8 +8126,8 @@ static dsv3_result dsv3__tok_load_normalizer(dsv3__tok_load *l, const dsv3__json
     dsv3__json list = *value;
     if (dsv3__json_peek(&list) == 'n')
         return DSV3_OK;
-    if (dsv3__tok_get_is(value, "type", "Sequence") && dsv3__tok_get(value, "normalizers", &list) && dsv3__json_peek(&list) == '[' &&
-        dsv3__json_open(&list, '[') && !dsv3__json_item(&list))
+    if (dsv3__tok_get_is(value, "type", "Sequence") && dsv3__tok_get(value, "normalizers", &list) &&
+        dsv3__json_peek(&list) == '[' && dsv3__json_open(&list, '[') && !dsv3__json_item(&list))
         return DSV3_OK;
     return dsv3__tok_refuse(l, value, "normalizer", "null or an empty Sequence");
 }
@@ -8035,16 +8139,17 @@ static bool dsv3__tok_load_template(dsv3__tok_load *l, const dsv3__json *value)
     char bos[DSV3__TOK_BYTES_MAX];
     uint64_t id = 0;
     if (!dsv3__tok_get(value, "single", &single) || dsv3__json_peek(&single) != '[' || !dsv3__json_open(&single, '[') ||
-        !dsv3__json_item(&single) || !dsv3__tok_get(&single, "SpecialToken", &part) || !dsv3__tok_get(&part, "id", &name) ||
-        dsv3__json_peek(&name) != '"' || !dsv3__json_copy(&name, bos, sizeof bos))
+        !dsv3__json_item(&single) || !dsv3__tok_get(&single, "SpecialToken", &part) ||
+        !dsv3__tok_get(&part, "id", &name) || dsv3__json_peek(&name) != '"' || !dsv3__json_copy(&name, bos, sizeof bos))
         return false;
     dsv3__json_skip(&single);
     if (!dsv3__json_item(&single) || !dsv3__tok_get(&single, "Sequence", &part) || !dsv3__tok_get_is(&part, "id", "A"))
         return false;
     dsv3__json_skip(&single);
-    if (dsv3__json_item(&single) || !dsv3__tok_get(value, "special_tokens", &tokens) || !dsv3__tok_get(&tokens, bos, &part) ||
-        !dsv3__tok_get(&part, "ids", &ids) || dsv3__json_peek(&ids) != '[' || !dsv3__json_open(&ids, '[') || !dsv3__json_item(&ids) ||
-        !dsv3__json_uint(&ids, &id) || dsv3__json_item(&ids) || id >= DSV3__TOK_IDS_MAX)
+    if (dsv3__json_item(&single) || !dsv3__tok_get(value, "special_tokens", &tokens) ||
+        !dsv3__tok_get(&tokens, bos, &part) || !dsv3__tok_get(&part, "ids", &ids) || dsv3__json_peek(&ids) != '[' ||
+        !dsv3__json_open(&ids, '[') || !dsv3__json_item(&ids) || !dsv3__json_uint(&ids, &id) || dsv3__json_item(&ids) ||
+        id >= DSV3__TOK_IDS_MAX)
         return false;
     l->t->bos = (int32_t)id;
     l->t->add_bos = true;
@@ -8058,7 +8163,8 @@ static dsv3_result dsv3__tok_load_post_processor(dsv3__tok_load *l, const dsv3__
         return DSV3_OK;
     if (dsv3__tok_get_is(value, "type", "TemplateProcessing") && dsv3__tok_load_template(l, value))
         return DSV3_OK;
-    return dsv3__tok_refuse(l, value, "post_processor", "null, ByteLevel, or a TemplateProcessing that puts one token in front");
+    return dsv3__tok_refuse(l, value, "post_processor",
+                            "null, ByteLevel, or a TemplateProcessing that puts one token in front");
 }
 
 /* A field of `model` beside vocab and merges. One that would change ids must have the value that does not; one that is not
@@ -8075,17 +8181,21 @@ static dsv3_result dsv3__tok_load_model_field(dsv3__tok_load *l, dsv3__json_str 
     if (dsv3__json_is(key, "type"))
         return kind == '"' && dsv3__json_is(s, "BPE") ? DSV3_OK : dsv3__tok_refuse(l, value, "model.type", "\"BPE\"");
     if (dsv3__json_is(key, "dropout")) {
-        if (kind == 'n' || ((kind == '-' || (kind >= '0' && kind <= '9')) && dsv3__json_number(&at, &v, &integer, &number) && v == 0))
+        if (kind == 'n' ||
+            ((kind == '-' || (kind >= '0' && kind <= '9')) && dsv3__json_number(&at, &v, &integer, &number) && v == 0))
             return DSV3_OK;
         return dsv3__tok_refuse(l, value, "model.dropout", "null or 0");
     }
     if (dsv3__json_is(key, "continuing_subword_prefix") || dsv3__json_is(key, "end_of_word_suffix"))
-        return empty ? DSV3_OK : dsv3__tok_refuse(l, value, "model.continuing_subword_prefix, end_of_word_suffix", "null or \"\"");
+        return empty
+                   ? DSV3_OK
+                   : dsv3__tok_refuse(l, value, "model.continuing_subword_prefix, end_of_word_suffix", "null or \"\"");
     if (dsv3__json_is(key, "byte_fallback"))
         return kind == 'f' ? DSV3_OK : dsv3__tok_refuse(l, value, "model.byte_fallback", "false");
     if (dsv3__json_is(key, "ignore_merges")) {
         l->t->whole = kind == 't';
-        return kind == 't' || kind == 'f' ? DSV3_OK : dsv3__tok_refuse(l, value, "model.ignore_merges", "true or false");
+        return kind == 't' || kind == 'f' ? DSV3_OK
+                                          : dsv3__tok_refuse(l, value, "model.ignore_merges", "true or false");
     }
     if (dsv3__json_is(key, "unk_token") || dsv3__json_is(key, "fuse_unk")) /* every byte is in the vocabulary */
         return DSV3_OK;
@@ -8103,7 +8213,8 @@ static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
     while (dsv3__json_key(j, &key)) {
         bool is_vocab = dsv3__json_is(key, "vocab"), is_merges = dsv3__json_is(key, "merges");
         if ((is_vocab && vocab) || (is_merges && merges))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.%s is given twice", is_vocab ? "vocab" : "merges");
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.%s is given twice",
+                              is_vocab ? "vocab" : "merges");
         vocab = vocab || is_vocab;
         merges = merges || is_merges;
         if (is_vocab) {
@@ -8135,13 +8246,14 @@ static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
 
 static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
 {
-    static const char *const names[] = {"model", "pre_tokenizer", "decoder", "added_tokens", "normalizer", "post_processor"};
+    static const char *const names[] = {"model",        "pre_tokenizer", "decoder",
+                                        "added_tokens", "normalizer",    "post_processor"};
     dsv3__json *j = &l->j;
     dsv3__json_str key;
     uint32_t seen = 0;
     if (text.n > DSV3__TOK_FILE_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %u bytes, expected at most %u", (uint64_t)text.n,
-                          (uint64_t)DSV3__TOK_FILE_MAX);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %u bytes, expected at most %u",
+                          (uint64_t)text.n, (uint64_t)DSV3__TOK_FILE_MAX);
     dsv3__json_init(j, text.p, text.n, "tokenizer.json", l->err);
     dsv3__json_open(j, '{');
     while (dsv3__json_key(j, &key)) {
@@ -8175,7 +8287,8 @@ static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
 }
 
 /* The token that a field of tokenizer_config.json names: a string, or an object with `content`. -1: null, or unknown. */
-static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *value, const char *name, bool must, int32_t *id)
+static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *value, const char *name, bool must,
+                                          int32_t *id)
 {
     char text[DSV3__TOK_BYTES_MAX + 1];
     dsv3__json at = *value;
@@ -8198,7 +8311,8 @@ static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *v
         *id = (int32_t)found;
     }
     if (*id < 0 && must)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %s \"%S\" is no token of tokenizer.json", name, &content);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer_config.json: %s \"%S\" is no token of tokenizer.json", name, &content);
     return DSV3_OK;
 }
 
@@ -8213,8 +8327,8 @@ static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
     dsv3__json_str key;
     uint32_t seen = 0;
     if (text.n > DSV3__TOK_CONFIG_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %u bytes, expected at most %u", (uint64_t)text.n,
-                          (uint64_t)DSV3__TOK_CONFIG_MAX);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: %u bytes, expected at most %u",
+                          (uint64_t)text.n, (uint64_t)DSV3__TOK_CONFIG_MAX);
     if (text.n >= 3 && memcmp(text.p, "\xEF\xBB\xBF", 3) == 0) /* a byte order mark: tolerated in configurations */
         text.p += 3, text.n -= 3;
     dsv3__json_init(&j, text.p, text.n, "tokenizer_config.json", l->err);
@@ -8238,7 +8352,8 @@ static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
         DSV3__TRY(dsv3__tok_config_token(l, &values[k], names[k], k != 2, ids[k]));
     }
     if (template_bos >= 0 && t->bos >= 0 && t->bos != template_bos)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer_config.json: bos_token is %d, but tokenizer.json puts %d in front",
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer_config.json: bos_token is %d, but tokenizer.json puts %d in front",
                           (int64_t)t->bos, (int64_t)template_bos);
     if ((seen >> 3 & 1) && dsv3__json_peek(&values[3]) != 'n' && !dsv3__json_bool(&values[3], &t->add_bos))
         return values[3].result;
@@ -8260,8 +8375,8 @@ static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, dsv3__str json, dsv3__s
     t->chain = t->chain && dsv3__tok_check_words(t);
     dsv3__tok_load_trie(l);
     if (t->bos >= (int32_t)t->n_tokens || (t->add_bos && t->bos < 0))
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer: a begin-of-text token is asked for, but there is no token %d",
-                          (int64_t)t->bos);
+        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                          "tokenizer: a begin-of-text token is asked for, but there is no token %d", (int64_t)t->bos);
     return DSV3_OK;
 }
 
@@ -8270,16 +8385,26 @@ static void dsv3__tok_close(dsv3_tokenizer *t)
     if (!t)
         return;
     dsv3__mem mem = t->mem;
-    const void *const blocks[] = {t->pool, t->spans, t->flags, t->ids, t->parts, t->pairs, t->trie.units,
-                                  t->markers, t->contents, t->content_pool, t->marker_trie.units, t};
+    const void *const blocks[] = {t->pool,
+                                  t->spans,
+                                  t->flags,
+                                  t->ids,
+                                  t->parts,
+                                  t->pairs,
+                                  t->trie.units,
+                                  t->markers,
+                                  t->contents,
+                                  t->content_pool,
+                                  t->marker_trie.units,
+                                  t};
     for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
         dsv3__mem_free(&mem, blocks[i]);
 }
 
 /* From the texts of tokenizer.json and, if it has any length, tokenizer_config.json; neither need outlive the call.
    On failure *tok is NULL and nothing is kept. Errors: JSON, TOKENIZER, OUT_OF_MEMORY, MEMORY_LIMIT. */
-static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit, dsv3__str json,
-                                  dsv3__str config_json, dsv3_error *err)
+static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
+                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
 {
     dsv3__mem mem;
     dsv3__tok_load l;
@@ -8306,8 +8431,8 @@ static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *al
 
 // ---- Public -------------------------------------------------------------------------------------------------
 
-DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags, int32_t *tokens,
-                                   size_t cap, size_t *count, dsv3_error *error)
+DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags,
+                                   int32_t *tokens, size_t cap, size_t *count, dsv3_error *error)
 {
     dsv3__tok_sink sink;
     dsv3_error local;
@@ -8316,9 +8441,11 @@ DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *
     if (count)
         *count = 0;
     if (!tokenizer || !count || (!text && len) || (!tokens && cap))
-        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: tokenizer, text, tokens or count is NULL");
+        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "dsv3_tokenize: tokenizer, text, tokens or count is NULL");
     if (len > INT32_MAX || (flags & ~(uint32_t)(DSV3_TOKENIZE_BOS | DSV3_TOKENIZE_MARKERS)))
-        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: %u bytes, flags %u", (uint64_t)len, (uint64_t)flags);
+        return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: %u bytes, flags %u", (uint64_t)len,
+                          (uint64_t)flags);
     dsv3__tok_sink_init(&sink, tokenizer, tokens, cap);
     if ((flags & DSV3_TOKENIZE_BOS) && tokenizer->add_bos)
         dsv3__tok_push(&sink, tokenizer->bos);
@@ -8329,8 +8456,8 @@ DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *
         return r;
     *count = sink.n;
     if (cap && sink.n > cap)
-        return DSV3__FAIL(sink.err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_tokenize: room for %u tokens, needed %u", (uint64_t)cap,
-                          (uint64_t)sink.n);
+        return DSV3__FAIL(sink.err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_tokenize: room for %u tokens, needed %u",
+                          (uint64_t)cap, (uint64_t)sink.n);
     return DSV3_OK;
 }
 
@@ -8356,8 +8483,8 @@ DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_toke
     info->add_bos = tokenizer && tokenizer->add_bos;
 }
 
-DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags, char *text,
-                                     size_t cap, size_t *len, dsv3_error *error)
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count,
+                                     uint32_t flags, char *text, size_t cap, size_t *len, dsv3_error *error)
 {
     char out[3 * (DSV3__TOK_CHUNK + 3)];
     dsv3__tok_stream stream = {0, {0}};
@@ -8377,7 +8504,8 @@ DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int3
             continue;
         do { /* in chunks; behind the last token, the flush */
             size_t chunk = dsv3__min(left, DSV3__TOK_CHUNK);
-            size_t n = i < count ? dsv3__tok_stream_put(&stream, bytes, chunk, out) : dsv3__tok_stream_flush(&stream, out);
+            size_t n =
+                i < count ? dsv3__tok_stream_put(&stream, bytes, chunk, out) : dsv3__tok_stream_flush(&stream, out);
             if (total < cap)
                 memcpy(text + total, out, dsv3__min(n, cap - total));
             total += n;
@@ -8387,7 +8515,8 @@ DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int3
     }
     *len = total;
     if (cap && total > cap)
-        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_detokenize: room for %u bytes, needed %u", (uint64_t)cap, (uint64_t)total);
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_detokenize: room for %u bytes, needed %u",
+                          (uint64_t)cap, (uint64_t)total);
     return DSV3_OK;
 }
 
@@ -8403,8 +8532,8 @@ static dsv3_result dsv3__tok_disabled(dsv3_error *error)
     return DSV3__FAIL(error ? error : &local, DSV3_ERROR_FEATURE_DISABLED, "compiled with DSV3_NO_TOKENIZER");
 }
 
-static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit, dsv3__str json,
-                                  dsv3__str config_json, dsv3_error *err)
+static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
+                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
 {
     (void)allocator, (void)memory_limit, (void)json, (void)config_json;
     *tok = NULL;
@@ -8416,8 +8545,8 @@ static void dsv3__tok_close(dsv3_tokenizer *t)
     (void)t;
 }
 
-DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags, int32_t *tokens,
-                                   size_t cap, size_t *count, dsv3_error *error)
+DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags,
+                                   int32_t *tokens, size_t cap, size_t *count, dsv3_error *error)
 {
     (void)tokenizer, (void)text, (void)len, (void)flags, (void)tokens, (void)cap;
     if (count)
@@ -8425,8 +8554,8 @@ DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *
     return dsv3__tok_disabled(error);
 }
 
-DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count, uint32_t flags, char *text,
-                                     size_t cap, size_t *len, dsv3_error *error)
+DSV3_API dsv3_result dsv3_detokenize(const dsv3_tokenizer *tokenizer, const int32_t *tokens, size_t count,
+                                     uint32_t flags, char *text, size_t cap, size_t *len, dsv3_error *error)
 {
     (void)tokenizer, (void)tokens, (void)count, (void)flags, (void)text, (void)cap;
     if (len)
@@ -8479,13 +8608,14 @@ static double dsv3__smp_uniform(uint64_t seed, uint64_t position)
 static bool dsv3__smp_opts_ok(const dsv3_sample_opts *o)
 {
     const float huge = 1e30f; /* also refuses NaN and infinity */
-    return o->temperature >= 0 && o->temperature < huge && o->top_p >= 0 && o->top_p <= 1 && o->min_p >= 0 && o->min_p <= 1 &&
-           o->repetition_penalty >= 0 && o->repetition_penalty < huge && o->presence_penalty > -huge && o->presence_penalty < huge;
+    return o->temperature >= 0 && o->temperature < huge && o->top_p >= 0 && o->top_p <= 1 && o->min_p >= 0 &&
+           o->min_p <= 1 && o->repetition_penalty >= 0 && o->repetition_penalty < huge && o->presence_penalty > -huge &&
+           o->presence_penalty < huge;
 }
 
 /* Penalties for the tokens the session holds, once for each. seen: scratch, a bit for each token of the vocabulary. */
-static void dsv3__smp_penalties(float *logits, uint32_t vocab, const int32_t *tokens, size_t n_tokens, const dsv3_sample_opts *o,
-                                uint8_t *seen)
+static void dsv3__smp_penalties(float *logits, uint32_t vocab, const int32_t *tokens, size_t n_tokens,
+                                const dsv3_sample_opts *o, uint8_t *seen)
 {
     bool repetition = o->repetition_penalty != 0 && o->repetition_penalty != 1;
     if (!repetition && o->presence_penalty == 0)
@@ -8639,7 +8769,7 @@ static void dsv3__smp_top(dsv3_sample *best, size_t k, const float *logits, uint
 // =============================================================================
 
 #define DSV3__SES_BATCH_MAX 65536u
-#define DSV3__SES_STOP_MAX 255u /* bytes of a stop string */
+#define DSV3__SES_STOP_MAX  255u /* bytes of a stop string */
 
 struct dsv3_session {
     const dsv3_model *m;
@@ -8648,21 +8778,21 @@ struct dsv3_session {
     dsv3__work work;
     dsv3_progress progress;
     uint32_t max_tokens;
-    uint32_t n_tokens;   /* what the caller sees */
-    uint32_t n_cached;   /* cache rows 0 ... n_cached - 1 are right; behind them run again */
-    uint32_t cancel;     /* atomic; set from any thread */
+    uint32_t n_tokens; /* what the caller sees */
+    uint32_t n_cached; /* cache rows 0 ... n_cached - 1 are right; behind them run again */
+    uint32_t cancel;   /* atomic; set from any thread */
     bool logits_valid;
-    bool running;        /* inside a call: callbacks must not come back */
-    void *block;         /* all below, and the scratch */
-    float *cache;        /* [num_hidden_layers, max_tokens, cache_stride] */
-    int32_t *tokens;     /* [max_tokens] */
-    float *logits;       /* [vocab_size] of the last token */
-    float *sampling;     /* [vocab_size] the sampler's copy */
-    uint8_t *seen;       /* [vocab_size / 8] */
-    dsv3__row *rows;     /* [max_batch] */
-    uint32_t *asked;     /* [max_batch] */
-    char *piece;         /* [3 * (max_token_bytes + 3)] text of a token */
-    char *held;          /* [DSV3__SES_STOP_MAX + the same] text that may still become a stop string */
+    bool running;    /* inside a call: callbacks must not come back */
+    void *block;     /* all below, and the scratch */
+    float *cache;    /* [num_hidden_layers, max_tokens, cache_stride] */
+    int32_t *tokens; /* [max_tokens] */
+    float *logits;   /* [vocab_size] of the last token */
+    float *sampling; /* [vocab_size] the sampler's copy */
+    uint8_t *seen;   /* [vocab_size / 8] */
+    dsv3__row *rows; /* [max_batch] */
+    uint32_t *asked; /* [max_batch] */
+    char *piece;     /* [3 * (max_token_bytes + 3)] text of a token */
+    char *held;      /* [DSV3__SES_STOP_MAX + the same] text that may still become a stop string */
 };
 
 /* Lays all of a session's memory out; returns its bytes. base NULL only measures. */
@@ -8677,7 +8807,8 @@ static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *bas
         base += scratch;
     }
     s->work.pool = &s->pool;
-    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)c->num_hidden_layers * s->max_tokens, s->work.cache_stride * sizeof(float));
+    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)c->num_hidden_layers * s->max_tokens,
+                                    s->work.cache_stride * sizeof(float));
     *cache_bytes = used;
     s->tokens = (int32_t *)dsv3__carve(base, &used, s->max_tokens, sizeof(int32_t));
     s->logits = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
@@ -8691,7 +8822,8 @@ static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *bas
 }
 
 /* Options with their defaults in place. */
-static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, const dsv3_session_opts *opts, dsv3_error *err)
+static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, const dsv3_session_opts *opts,
+                                  dsv3_error *err)
 {
     memset(o, 0, sizeof *o);
     if (opts) {
@@ -8705,17 +8837,19 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, con
     if (!o->max_batch)
         o->max_batch = 512;
     if (o->max_batch > DSV3__SES_BATCH_MAX)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_batch is %u, at most %u", (uint64_t)o->max_batch,
-                          (uint64_t)DSV3__SES_BATCH_MAX);
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_batch is %u, at most %u",
+                          (uint64_t)o->max_batch, (uint64_t)DSV3__SES_BATCH_MAX);
     if (o->max_batch > o->max_tokens)
         o->max_batch = o->max_tokens;
     if (o->max_tokens > 1u << 30)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_tokens is %u, at most 2^30", (uint64_t)o->max_tokens);
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_tokens is %u, at most 2^30",
+                          (uint64_t)o->max_tokens);
     if (o->n_threads > 4096 || o->executor.n_threads > 4096)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_threads is %u, at most 4096",
                           (uint64_t)(o->n_threads > 4096 ? o->n_threads : o->executor.n_threads));
     if (!o->allocator.alloc_fn != !o->allocator.free_fn)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: allocator needs alloc_fn and free_fn, or neither");
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "session opts: allocator needs alloc_fn and free_fn, or neither");
     if (!o->allocator.alloc_fn)
         o->allocator = m->mem.allocator;
     return DSV3_OK;
@@ -8730,7 +8864,8 @@ static void dsv3__ses_close(dsv3_session *s)
     dsv3__mem_free(&mem, s);
 }
 
-static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, const dsv3_session_opts *opts, dsv3_error *err)
+static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, const dsv3_session_opts *opts,
+                                  dsv3_error *err)
 {
     dsv3_session_opts o;
     dsv3__mem mem;
@@ -8747,7 +8882,8 @@ static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, c
     s->max_tokens = o.max_tokens;
     dsv3_result r = dsv3__pool_open(&s->pool, &s->mem, o.n_threads, &o.executor, err);
     if (!r)
-        r = dsv3__mem_alloc(&s->mem, &s->block, dsv3__ses_plan(s, o.max_batch, NULL, &cache_bytes), "session: cache and scratch", err);
+        r = dsv3__mem_alloc(&s->mem, &s->block, dsv3__ses_plan(s, o.max_batch, NULL, &cache_bytes),
+                            "session: cache and scratch", err);
     if (r) {
         dsv3__ses_close(s);
         return r;
@@ -8757,7 +8893,8 @@ static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, c
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts *opts, dsv3_memory *memory, dsv3_error *err)
+static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts *opts, dsv3_memory *memory,
+                                    dsv3_error *err)
 {
     dsv3_session_opts o;
     dsv3_session s;
@@ -8785,7 +8922,8 @@ static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts
 
 /* Runs positions n_cached ... n_tokens - 1 of `s->tokens`, in batches. outputs (NULL: none) speaks of the last `count` of
    them. The logits of the very last land in s->logits. */
-static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs, dsv3_error *err)
+static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs,
+                                 dsv3_error *err)
 {
     const dsv3_config *c = &s->m->config;
     const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached; /* `first`: the first new one */
@@ -8823,7 +8961,8 @@ static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t co
         done += n;
         if (!r && done == total && s->rows[n - 1].logits != s->logits)
             memcpy(s->logits, s->rows[n - 1].logits, vocab * sizeof(float));
-        if (!r && count && cached + done > first && s->progress.fn && !s->progress.fn(s->progress.user, cached + done - first, count))
+        if (!r && count && cached + done > first && s->progress.fn &&
+            !s->progress.fn(s->progress.user, cached + done - first, count))
             r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
                            (uint64_t)(cached + done - first), (uint64_t)count);
     }
@@ -8839,7 +8978,8 @@ static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t co
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size_t count, const dsv3_outputs *outputs, dsv3_error *err)
+static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size_t count, const dsv3_outputs *outputs,
+                                    dsv3_error *err)
 {
     if (count && !tokens)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: tokens is NULL");
@@ -8851,19 +8991,21 @@ static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size
             return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: outputs.logit_rows without outputs.logits");
         for (size_t i = 0; i < outputs->n_logit_rows; i++)
             if (outputs->logit_rows[i] >= count || (i && outputs->logit_rows[i] <= outputs->logit_rows[i - 1]))
-                return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: outputs.logit_rows[%u] is %u: expected ascending, below %u",
-                                  (uint64_t)i, (uint64_t)outputs->logit_rows[i], (uint64_t)count);
+                return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                                  "append: outputs.logit_rows[%u] is %u: expected ascending, below %u", (uint64_t)i,
+                                  (uint64_t)outputs->logit_rows[i], (uint64_t)count);
     }
     if (count > s->max_tokens - s->n_tokens)
-        return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "append: %u tokens behind %u, the session holds %u", (uint64_t)count,
-                          (uint64_t)s->n_tokens, (uint64_t)s->max_tokens);
+        return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "append: %u tokens behind %u, the session holds %u",
+                          (uint64_t)count, (uint64_t)s->n_tokens, (uint64_t)s->max_tokens);
     for (size_t i = 0; i < count; i++)
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->m->config.vocab_size)
-            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: token %u is %d, the vocabulary has %u", (uint64_t)i,
-                              (int64_t)tokens[i], (uint64_t)s->m->config.vocab_size);
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: token %u is %d, the vocabulary has %u",
+                              (uint64_t)i, (int64_t)tokens[i], (uint64_t)s->m->config.vocab_size);
     if (!count)
         return DSV3_OK;
-    memcpy(s->tokens + s->n_tokens, tokens, count * sizeof *tokens); /* behind n_tokens: unseen until the run succeeds */
+    memcpy(s->tokens + s->n_tokens, tokens,
+           count * sizeof *tokens); /* behind n_tokens: unseen until the run succeeds */
     return dsv3__ses_run(s, s->n_tokens + (uint32_t)count, (uint32_t)count, outputs, err);
 }
 
@@ -8893,7 +9035,8 @@ static uint32_t dsv3__ses_pickable(const dsv3_session *s)
     if (!s->m->tokenizer)
         return s->m->config.vocab_size;
     dsv3_tokenizer_info_get(s->m->tokenizer, &info);
-    return info.n_tokens > 0 && (uint32_t)info.n_tokens < s->m->config.vocab_size ? (uint32_t)info.n_tokens : s->m->config.vocab_size;
+    return info.n_tokens > 0 && (uint32_t)info.n_tokens < s->m->config.vocab_size ? (uint32_t)info.n_tokens
+                                                                                  : s->m->config.vocab_size;
 }
 
 static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *err)
@@ -8906,9 +9049,10 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "sample opts: struct_size is %u, expected 0 or %u",
                           (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
     if (!dsv3__smp_opts_ok(opts))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
-                          "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
-                          (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
+        return DSV3__FAIL(
+            err, DSV3_ERROR_INVALID_OPTIONS,
+            "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
+            (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
     DSV3__TRY(dsv3__ses_logits(s, err));
     uint32_t vocab = s->m->config.vocab_size, saved = dsv3__fp_enter();
     memcpy(s->sampling, s->logits, vocab * sizeof(float));
@@ -8939,12 +9083,14 @@ static dsv3_result dsv3__gen_check(const dsv3_generate_opts *o, dsv3_error *err)
     for (size_t i = 0; i < o->n_stop_strings; i++) {
         size_t n = o->stop_strings[i] ? strlen(o->stop_strings[i]) : 0;
         if (n < 1 || n > DSV3__SES_STOP_MAX)
-            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: stop string %u has %u bytes, expected 1 to %u",
-                              (uint64_t)i, (uint64_t)n, (uint64_t)DSV3__SES_STOP_MAX);
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                              "generate opts: stop string %u has %u bytes, expected 1 to %u", (uint64_t)i, (uint64_t)n,
+                              (uint64_t)DSV3__SES_STOP_MAX);
         const char *at = o->stop_strings[i], *end = at + n;
         for (size_t step; at < end; at += step) /* half a character as a stop would hand the other half out */
             if (!(step = dsv3__utf8_length(at, end)))
-                return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: stop string %u is not UTF-8", (uint64_t)i);
+                return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: stop string %u is not UTF-8",
+                                  (uint64_t)i);
     }
     return DSV3_OK;
 }
@@ -9049,8 +9195,8 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
 }
 
 /* Tokenizes and appends. */
-static dsv3_result dsv3__gen_prompt(dsv3_session *s, const char *prompt, size_t len, const dsv3_generate_opts *o, dsv3_stats *stats,
-                                    dsv3_error *err)
+static dsv3_result dsv3__gen_prompt(dsv3_session *s, const char *prompt, size_t len, const dsv3_generate_opts *o,
+                                    dsv3_stats *stats, dsv3_error *err)
 {
     uint32_t flags = (o->parse_markers ? (uint32_t)DSV3_TOKENIZE_MARKERS : 0) |
                      (!o->no_bos && s->n_tokens == 0 ? (uint32_t)DSV3_TOKENIZE_BOS : 0);
@@ -9085,7 +9231,8 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     dsv3_result r = prompt ? dsv3__gen_prompt(s, prompt, len, g.o, stats, err) : DSV3_OK;
     stats->prompt_seconds = dsv3__os_seconds() - start;
     if (!r && !s->n_tokens)
-        r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "generate: the session and the prompt are empty, there is nothing to go on from");
+        r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                       "generate: the session and the prompt are empty, there is nothing to go on from");
     if (!r) {
         r = dsv3__gen_loop(&g, stats, err);
         dsv3__gen_flush(&g, stats->stop);
@@ -9101,21 +9248,21 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
 // =============================================================================
 
 /* Every public call that can fail begins with this: `error` may be NULL. */
-#define DSV3__API_ERROR(error)     \
-    dsv3_error own_error;          \
-    if (!(error))                  \
-        (error) = &own_error;      \
+#define DSV3__API_ERROR(error) \
+    dsv3_error own_error;      \
+    if (!(error))              \
+        (error) = &own_error;  \
     dsv3__err_clear(error)
 
 /* A session that is free to be used: there is one, and this is not one of its own callbacks. */
-#define DSV3__API_SESSION(error, session)                                                                              \
-    DSV3__API_NOT_NULL(error, session);                                                                                \
-    if ((session)->running)                                                                                            \
-        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "the session is running: a callback may only cancel it")
+#define DSV3__API_SESSION(error, session) \
+    DSV3__API_NOT_NULL(error, session);   \
+    if ((session)->running)               \
+    return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "the session is running: a callback may only cancel it")
 
 #define DSV3__API_NOT_NULL(error, pointer) \
     if (!(pointer))                        \
-        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "%s is NULL", #pointer)
+    return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "%s is NULL", #pointer)
 
 static dsv3_result dsv3__api_model_opts(dsv3_model_opts *o, const dsv3_model_opts *opts, dsv3_error *err)
 {
@@ -9126,7 +9273,8 @@ static dsv3_result dsv3__api_model_opts(dsv3_model_opts *o, const dsv3_model_opt
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "model opts: struct_size is %u, expected 0 or %u",
                           (uint64_t)opts->struct_size, (uint64_t)sizeof *o);
     if (!opts->allocator.alloc_fn != !opts->allocator.free_fn)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "model opts: allocator needs alloc_fn and free_fn, or neither");
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "model opts: allocator needs alloc_fn and free_fn, or neither");
     *o = *opts;
     return DSV3_OK;
 }
@@ -9144,8 +9292,8 @@ static dsv3_result dsv3__api_opened(dsv3_result r, const char *dir, const dsv3_m
 }
 
 /* tokenizer.json and, if there, tokenizer_config.json. */
-static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_reader *reader, const dsv3_model_opts *o, dsv3__mem *mem,
-                                       dsv3_error *err)
+static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_reader *reader, const dsv3_model_opts *o,
+                                       dsv3__mem *mem, dsv3_error *err)
 {
     dsv3__blob json, config;
     memset(&config, 0, sizeof config);
@@ -9165,7 +9313,8 @@ static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_re
     return r;
 }
 
-DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char *dir, const dsv3_model_opts *opts, dsv3_error *error)
+DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char *dir, const dsv3_model_opts *opts,
+                                         dsv3_error *error)
 {
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, tokenizer);
@@ -9198,7 +9347,8 @@ static dsv3_result dsv3__api_config(dsv3_model *m, const dsv3_reader *reader, ds
     if (!r)
         r = dsv3__cfg_generation(&m->cfg, blob.text, err);
     if (!r && !dsv3__smp_opts_ok(&m->cfg.sampling))
-        r = DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "generation_config.json: temperature %f, top_p %f: sampling out of range",
+        r = DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL,
+                       "generation_config.json: temperature %f, top_p %f: sampling out of range",
                        (double)m->cfg.sampling.temperature, (double)m->cfg.sampling.top_p);
     dsv3__blob_close(&blob, reader, &m->mem);
     m->config = m->cfg.c;
@@ -9235,7 +9385,8 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     DSV3__TRY(dsv3__wt_bind(m, err));
     if (m->st.progress_total > m->st.progress_done) /* tensors that nobody needs were not read */
         DSV3__TRY(dsv3__st_report(&m->st, m->st.progress_total - m->st.progress_done, err));
-    DSV3__TRY(dsv3__mem_alloc(&m->mem, &inv_freq, m->config.qk_rope_head_dim / 2 * sizeof(float), "rotary frequencies", err));
+    DSV3__TRY(
+        dsv3__mem_alloc(&m->mem, &inv_freq, m->config.qk_rope_head_dim / 2 * sizeof(float), "rotary frequencies", err));
     m->inv_freq = (float *)inv_freq;
     dsv3__nn_rope_setup(m);
     dsv3_result r = dsv3__api_tokenizer(&m->tokenizer, reader, o, &m->mem, &m->tokenizer_error);
@@ -9248,13 +9399,16 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
         dsv3__api_tokenizer_facts(m);
     }
     if (m->st.n_unlisted)
-        dsv3__log(&m->logger, DSV3_LOG_WARNING, "%u tensors in the shards are not in the index: ignored", m->st.n_unlisted);
-    dsv3__log(&m->logger, DSV3_LOG_INFO, "%s: %u layers, %u tensors in %u files, %u bytes, kernels %s", m->config.model_type,
-              (uint64_t)m->config.num_hidden_layers, m->st.n_tensors, m->st.n_shards, m->st.data_bytes, dsv3_isa_name(m->k->isa));
+        dsv3__log(&m->logger, DSV3_LOG_WARNING, "%u tensors in the shards are not in the index: ignored",
+                  m->st.n_unlisted);
+    dsv3__log(&m->logger, DSV3_LOG_INFO, "%s: %u layers, %u tensors in %u files, %u bytes, kernels %s",
+              m->config.model_type, (uint64_t)m->config.num_hidden_layers, m->st.n_tensors, m->st.n_shards,
+              m->st.data_bytes, dsv3_isa_name(m->k->isa));
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts, dsv3_error *error)
+DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const dsv3_model_opts *opts,
+                                     dsv3_error *error)
 {
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, model);
@@ -9328,7 +9482,8 @@ static dsv3_result dsv3__api_tensor(const dsv3_model *m, const dsv3__st_tensor *
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor, dsv3_error *error)
+DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
+                                       dsv3_error *error)
 {
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, tensor);
@@ -9387,8 +9542,8 @@ DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_ses
     return dsv3__ses_memory(model, opts, memory, error);
 }
 
-DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count, const dsv3_outputs *outputs,
-                                         dsv3_error *error)
+DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count,
+                                         const dsv3_outputs *outputs, dsv3_error *error)
 {
     DSV3__API_ERROR(error);
     DSV3__API_SESSION(error, session);
@@ -9400,8 +9555,8 @@ DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens,
     DSV3__API_ERROR(error);
     DSV3__API_SESSION(error, session);
     if (n_tokens > session->n_tokens)
-        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "rewind to %u tokens: the session holds %u", (uint64_t)n_tokens,
-                          (uint64_t)session->n_tokens);
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "rewind to %u tokens: the session holds %u",
+                          (uint64_t)n_tokens, (uint64_t)session->n_tokens);
     if (n_tokens == session->n_tokens)
         return DSV3_OK;
     session->n_tokens = (uint32_t)n_tokens;
@@ -9441,7 +9596,8 @@ DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opt
     *opts = model->cfg.sampling;
 }
 
-DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *error)
+DSV3_API dsv3_result dsv3_session_sample(dsv3_session *session, const dsv3_sample_opts *opts, dsv3_sample *sample,
+                                         dsv3_error *error)
 {
     DSV3__API_ERROR(error);
     DSV3__API_NOT_NULL(error, sample);
@@ -9465,8 +9621,8 @@ DSV3_API dsv3_result dsv3_session_logprobs(dsv3_session *session, size_t k, dsv3
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len, const dsv3_generate_opts *opts,
-                                   dsv3_stats *stats, dsv3_error *error)
+DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, size_t len,
+                                   const dsv3_generate_opts *opts, dsv3_stats *stats, dsv3_error *error)
 {
     dsv3_stats own_stats;
     DSV3__API_ERROR(error);
@@ -9478,7 +9634,7 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
-    #pragma GCC pop_options
+#pragma GCC pop_options
 #endif
 
 #endif // DSV3__IMPLEMENTED
@@ -9490,15 +9646,15 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
    LICENCE: MIT
    Copyright (c) 2026 The dsv3.h authors
 
-   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
-   files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
-   modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
-   Software is furnished to do so, subject to the following conditions:
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+   documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+   rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+   persons to whom the Software is furnished to do so, subject to the following conditions:
 
    The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
    Software.
 
    THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
    WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
-   ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE. */
+   COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+   OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE. */

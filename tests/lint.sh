@@ -128,10 +128,10 @@ grep -oE '(ifdef|ifndef|defined\() *DSV3_[A-Z0-9_]+' $work/code | grep -oE 'DSV3
     done
 report $work/options-missing "every macro in OPTIONS exists, and the other way round"
 
-number() { sed -n "s/^#define DSV3_VERSION_$1 //p" $header; }
+number() { sed -n "s/^#define DSV3_VERSION_$1 *//p" $header; }
 version="$(number MAJOR).$(number MINOR).$(number PATCH)"
 : > $work/version
-grep -qx "#define DSV3_VERSION_STRING \"$version\"" $header || echo "DSV3_VERSION_STRING is not \"$version\"" >> $work/version
+grep -qEx "#define DSV3_VERSION_STRING +\"$version\"" $header || echo "DSV3_VERSION_STRING is not \"$version\"" >> $work/version
 history=$(sed -n '/REVISION HISTORY/,$p' $header | grep -oE '[0-9]+\.[0-9]+\.[0-9]+' | head -n 1)
 [ "$history" = "$version" ] || echo "REVISION HISTORY begins with '$history', the macros say $version" >> $work/version
 report $work/version "version numbers, string and history agree"

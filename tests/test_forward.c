@@ -449,7 +449,7 @@ TEST(mistakes_show)
 /* The latent norms have an eps of their own: seen where latents are small. */
 TEST(latent_eps)
 {
-    run_of x, y;
+    run_of x;
     tiny_opts o = tiny_default();
     o.dtype = DSV3_DTYPE_F32;
     static const char *const names[2] = {"self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"};
@@ -472,7 +472,6 @@ TEST(latent_eps)
     dsv3_error e;
     dsv3_outputs out;
     memset(&out, 0, sizeof out);
-    memset(&y, 0, sizeof y);
     out.logits = x.logits;
     out.experts = x.experts;
     if (ok && CHECK_OK(tiny_open(&x.t, &model, NULL, &e), e) && CHECK_OK(dsv3_session_open(&s, model, NULL, &e), e) &&
