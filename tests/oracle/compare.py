@@ -121,7 +121,7 @@ class Found:
 
 def find(spec, work):
     """Draws weights and prompts until one lives; the best possible one if none satisfies every wish."""
-    torch.set_num_threads(2 if spec.heavy else 1)
+    torch.set_num_threads(2 if spec.config["hidden_size"] >= 2048 else 1)
     directory = os.path.join(work, spec.name)
     best, model, drawn, attempts = None, None, None, 4 if spec.heavy else ATTEMPTS
     for attempt in range(attempts):

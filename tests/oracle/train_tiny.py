@@ -556,7 +556,7 @@ def train(args, tales, held, tok_json):
     plays = read_plays(args.corpus) if args.plays else []
     rows = Rows(tales, plays, tok_json, args.bpe_dropout, args.bpe_until, args.plays, args.seed)
     stream, n_bytes = held_stream(held, tok), sum(len(t.encode()) for t in held)
-    if args.start and not args.resume:
+    if args.start and not args.resume and not args.tune:
         start_from_bigram(model, held_stream(tales, tok), args.start)
     groups = {"tables": [], "matrices": [], "norms": []}
     for name, p in model.named_parameters():
@@ -569,6 +569,8 @@ def train(args, tales, held, tok_json):
     say(f"{params/1e6:.2f} M parameters; train {sum(map(len, tales))} bytes, held out {n_bytes} bytes, {len(stream)} tokens")
 
     start, step, last_say, last_export, curve = time.time(), 0, time.time(), time.time(), []
+    if args.tune:
+        model.load_state_dict(torch.load(args.tune, weights_only=False)["model"])
     if args.resume:
         state = torch.load(args.resume, weights_only=False)
         model.load_state_dict(state["model"])
@@ -687,6 +689,7 @@ def main():
     a.add_argument("--export-minutes", type=float, default=0, help="export (and write --state) this often on the way")
     a.add_argument("--state", default="train_tiny.state")
     a.add_argument("--resume", metavar="STATE", help="go on from a state file")
+    a.add_argument("--tune", metavar="STATE", help="a new, short run that starts with the weights of a state file")
     a.add_argument("--temperature", type=float, default=0.8)
     a.add_argument("--top-p", type=float, default=0.95)
     a.add_argument("--prompt", action="append")
