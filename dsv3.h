@@ -1166,6 +1166,7 @@ static double dsv3__os_seconds(void)
 #endif
 }
 
+#ifndef DSV3_NO_THREADS
 static uint32_t dsv3__os_cores(void)
 {
 #if defined(_WIN32)
@@ -1177,6 +1178,7 @@ static uint32_t dsv3__os_cores(void)
     return n > 0 && n < 65536 ? (uint32_t)n : 1;
 #endif
 }
+#endif
 
 /* The default reader's `user`. */
 typedef struct dsv3__os_dir {
@@ -7022,7 +7024,7 @@ static const uint8_t *dsv3__tok_run_other(const dsv3_tokenizer *t, const uint8_t
         size_t n;
         dsv3__tok_class(t, p, end, &n);
         const uint8_t *next = p + n;
-        unsigned c = next < end ? dsv3__tok_class(t, next, end, &n) : DSV3__TOK_NUMBER;
+        unsigned c = next < end ? dsv3__tok_class(t, next, end, &n) : (unsigned)DSV3__TOK_NUMBER;
         if (c == (DSV3__TOK_WORD | zone))
             return p == begin ? dsv3__tok_run(t, next, end, c) : p;
         if (c != (DSV3__TOK_OTHER | zone))
@@ -7052,7 +7054,7 @@ static const uint8_t *dsv3__tok_piece(const dsv3_tokenizer *t, const uint8_t *p,
             e += n;
         return e;
     case DSV3__TOK_SPACE:
-        next = e < end && !dsv3__tok_is_newline(*p) ? dsv3__tok_class(t, e, end, &n) : DSV3__TOK_SPACE;
+        next = e < end && !dsv3__tok_is_newline(*p) ? dsv3__tok_class(t, e, end, &n) : (unsigned)DSV3__TOK_SPACE;
         if (next == DSV3__TOK_WORD)
             return dsv3__tok_run(t, e + n, end, DSV3__TOK_WORD);
         if (next == DSV3__TOK_PUNCT && *p == ' ')
