@@ -356,7 +356,7 @@ static inline tiny_tensor *tiny_add(tiny *t, const char *name, const char *dtype
     }
     tiny_tensor *x = &t->tensors[t->n_tensors++];
     memset(x, 0, sizeof *x);
-    snprintf(x->name, sizeof x->name, "%s", name);
+    snprintf(x->name, sizeof x->name, "%.*s", (int)sizeof x->name - 1, name);
     snprintf(x->dtype, sizeof x->dtype, "%s", dtype);
     x->rank = rank;
     x->shape[0] = rows;

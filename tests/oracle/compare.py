@@ -1,8 +1,6 @@
 """One checkpoint: find weights and a prompt that live, write it, ask both sides, compare."""
 
 import os
-import sys
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,6 +114,7 @@ class Found:
     life: Life
     complaints: list
     attempts: int
+    weights_seed: int
     model: object = field(repr=False, default=None)
 
 
@@ -147,8 +146,7 @@ def find(spec, work):
         complaints = life.complaints(spec, picks)
         if best is None or len(complaints) < len(best.complaints):
             best = Found(spec, directory, ids, logits, experts, None if margins is None else margins.min(-1), text, life,
-                         complaints, attempt + 1)
-            best.weights_seed = seed
+                         complaints, attempt + 1, seed)
         if not complaints:
             break
     if best is None:

@@ -277,7 +277,7 @@ def mutations():
         m("m from mscale instead of mscale_all_dim", "t1m", with_rope(mscale_all_dim=1.0, mscale=1.0)),
         m("beta_fast 32 instead of 1", "kimi-k2-thinking", with_rope(beta_fast=32.0)),
         m("theta 10000 instead of 3.2e7", "joyai", with_config(rope_theta=10000)),
-        m("original length taken from max_position_embeddings", "far", with_rope(original_max_position_embeddings=256)),
+        m("original length taken from max_position_embeddings", "far", with_rope(original_max_position_embeddings=512)),
         m("V2 without m^2", "v2-lite", each(attentions, no_mscale)),
         m("k_pe normalised", "t1", each(attentions, key_rope_normalised)),
         m("latent not normalised", "t1", each(attentions, identity("kv_a_layernorm"))),
