@@ -35,8 +35,7 @@ build/%: examples/%.c $(HEADERS)
 	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
 
 run: build/dsv3 ## builds the program and lets the small model in examples/tiny tell a tale
-	@printf 'Once upon a time'
-	@build/dsv3 generate examples/tiny 'Once upon a time' -n 200 --seed 7
+	@{ printf 'Once upon a time there was a'; build/dsv3 generate examples/tiny 'Once upon a time there was a' -n 200 --seed 11; } | fold -s -w 100
 
 build/test/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -114,7 +113,7 @@ analyze: build/lib/dsv3.c ## gcc -fanalyzer, clang --analyze and cppcheck, those
 	    cppcheck -q --std=c99 --enable=warning,portability --inline-suppr -I. build/lib/dsv3.c; fi
 
 matrix: build/dsv3 lib ## compilers, standards, switches, aarch64 and Windows; one hash of logits for all
-	@SHARED="$(SHARED)" bash tests/matrix.sh
+	@bash tests/matrix.sh
 
 lint: lib ## names, banners, symbols, versions
 	@sh tests/lint.sh
