@@ -318,6 +318,21 @@ TEST(deterministic)
     }
     CHECK(changed > 25);
     close_all();
+
+    /* One seed, and so hot that logits do not matter: still another number at every position. */
+    unsigned seen = 0, n_seen = 0;
+    dsv3_generate_opts g;
+    memset(&g, 0, sizeof g);
+    g.sample.temperature = 1e6f, g.ignore_eos = true, g.max_tokens = 50;
+    REQUIRE(open_all(tiny_micro()));
+    CHECK_OK(dsv3_session_append(s, ids, 1, NULL, &e), e);
+    CHECK_OK(dsv3_generate(s, NULL, 0, &g, NULL, &e), e);
+    for (size_t i = 1; i < 51; i++)
+        seen |= 1u << dsv3_session_tokens(s)[i];
+    for (int i = 0; i < 32; i++)
+        n_seen += seen >> i & 1;
+    CHECK(n_seen > 18);
+    close_all();
 }
 
 TEST(log_probabilities)

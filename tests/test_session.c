@@ -242,7 +242,7 @@ TEST(failed_append_changes_nothing)
     dsv3_session *s = open_session(0, 1);
     run(s, ids, N, expected, NULL);
     dsv3_session_close(s);
-    for (int k = 0; k < 13; k++) {
+    for (int k = 0; k < 14; k++) {
         dsv3_session_opts o;
         dsv3_outputs out;
         dsv3_result want = DSV3_ERROR_INVALID_ARGUMENT;
@@ -268,13 +268,14 @@ TEST(failed_append_changes_nothing)
         case 9: count = N - 8 + 1, want = DSV3_ERROR_CONTEXT_FULL; break;
         case 10: limit = 5, want = DSV3_ERROR_CANCELLED; break; /* in the middle */
         case 11: limit = 0, want = DSV3_ERROR_CANCELLED; break;
+        case 12: limit = 10, want = DSV3_ERROR_CANCELLED; break; /* when all is done */
         default: want = DSV3_ERROR_CANCELLED; break;
         }
         REQUIRE(CHECK_OK(dsv3_session_open(&s, model, &o, &e), e));
         limit = UINT64_MAX;
         run(s, ids, 8, logits, NULL);
-        limit = k == 10 ? 5 : k == 11 ? 0 : UINT64_MAX;
-        if (k == 12)
+        limit = k == 10 ? 5 : k == 11 ? 0 : k == 12 ? 10 : UINT64_MAX;
+        if (k == 13)
             dsv3_session_cancel(s);
         int32_t many[N + 8];
         memcpy(many, ids, sizeof ids);
