@@ -35,8 +35,8 @@ static int multiply(const dsv3_tensor *weight)
     float *row = (float *)malloc(columns * sizeof(float));
     double worst = 0;
     uint32_t state = 1;
-    dsv3_error error;
-    dsv3_result result = in && out && row ? DSV3_OK : DSV3_ERROR_OUT_OF_MEMORY;
+    dsv3_error error = {DSV3_ERROR_OUT_OF_MEMORY, 0, 0, "out of memory"};
+    dsv3_result result = in && out && row ? DSV3_OK : error.code;
     dsv3_matmul_opts opts = {0};
     for (size_t i = 0; !result && i < N * columns; i++)
         in[i] = noise(&state);
@@ -66,7 +66,13 @@ int main(int argc, char **argv)
         dsv3_model *model;
         if (dsv3_model_open(&model, argv[1], NULL, &error))
             return failed(&error);
-        int status = dsv3_model_tensor(model, argv[2], &weight, &error) ? failed(&error) : multiply(&weight);
+        int status = 1;
+        if (dsv3_model_tensor(model, argv[2], &weight, &error))
+            failed(&error);
+        else if (weight.rank != 2)
+            fprintf(stderr, "matmul: %s has %u dimensions, a matrix has 2\n", argv[2], (unsigned)weight.rank);
+        else
+            status = multiply(&weight);
         dsv3_model_close(model);
         return status;
     }
