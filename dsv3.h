@@ -2109,7 +2109,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
-    dsv3_isa isa;
+    dsv3_isa isa = DSV3_ISA_SCALAR;
     uint32_t lanes;  /* 8 or 16 */
     uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
@@ -9378,7 +9378,7 @@ static void dsv3__api_tokenizer_facts(dsv3_model *m)
 static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, const dsv3_model_opts *o, dsv3_error *err)
 {
     void *inv_freq;
-    dsv3_isa isa;
+    dsv3_isa isa = DSV3_ISA_SCALAR;
     DSV3__TRY(dsv3__cpu_resolve(&isa, o->isa, err));
     m->k = dsv3__kern_get(isa);
     m->logger = o->logger;

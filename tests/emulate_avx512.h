@@ -12,7 +12,16 @@
 #define DSV3__TARGET_AVX512 __attribute__((target("avx2,fma,f16c")))
 #define DSV3__PIN512(v) ((void)0)
 
-#define EMU static inline __attribute__((always_inline, unused, target("avx2,fma,f16c")))
+#if defined(__has_feature)
+    #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+        #define EMU_CALLS
+    #endif
+#endif
+#ifdef EMU_CALLS /* inlined, they take clang's sanitizers minutes */
+    #define EMU static __attribute__((noinline, unused, target("avx2,fma,f16c")))
+#else
+    #define EMU static inline __attribute__((always_inline, unused, target("avx2,fma,f16c")))
+#endif
 
 typedef struct emu_ps {
     __m256 v[2];

@@ -395,7 +395,7 @@ TEST(floating_point_state)
 
 TEST(errors)
 {
-    static const float zeros[8 * 64];
+    static const float zeros[8 * 64] = {0};
     float in[64] = {0}, out[8];
     uint8_t codes[8 * 64] = {0};
     dsv3_tensor good, t;

@@ -1,4 +1,4 @@
-/* The floor tok. Goldens of the published tokenizer where they lie beside the repository (test_shared(), or the folder
+/* The floors split, bpe and tok. Goldens of the published tokenizer where they lie beside the repository (test_shared(), or the folder
    itself), goldens of the small model's own tokenizer always; the rules once more, written the slow way, on random text;
    files that lie. */
 #define DSV3_IMPLEMENTATION
@@ -256,9 +256,9 @@ TEST(tiny_goldens)
         free(file.p);
         SKIP("no examples/tiny/tokenizer.json or tests/tokenizer_tiny.jsonl here");
     }
-    CHECK(t->chain);
+    CHECK(t->bpe.chain);
     CHECK(golden_file(t, file, false) > 100);
-    t->chain = false;
+    t->bpe.chain = false;
     golden_file(t, file, false);
     dsv3__tok_close(t);
     free(file.p);
@@ -272,10 +272,10 @@ TEST(goldens)
     text file = read_file(published(), "golden.jsonl"), decoding = read_file(published(), "decode_golden.jsonl");
     CHECK_EQ_UINT(golden_file(t, file, true), 934);
     CHECK_EQ_UINT(golden_file(t, decoding, true), 300);
-    CHECK(t->chain);
-    t->chain = false; /* the rule to the letter gives the same */
+    CHECK(t->bpe.chain);
+    t->bpe.chain = false; /* the rule to the letter gives the same */
     CHECK_EQ_UINT(golden_file(t, file, true), 934);
-    t->chain = true;
+    t->bpe.chain = true;
     free(file.p);
     free(decoding.p);
 }
@@ -383,7 +383,7 @@ TEST(goldens_long)
     for (size_t i = 0; i < 2 * sizeof list / sizeof list[0]; i++) {
         char hex[65] = "";
         uint8_t hash[32];
-        t->chain = i % 2 == 0;
+        t->bpe.chain = i % 2 == 0;
         text file = read_file(published(), list[i / 2].file);
         ids r = encode(t, file.p, file.n, 0);
         CHECK_EQ_UINT(r.n, list[i / 2].n);
@@ -395,7 +395,7 @@ TEST(goldens_long)
         free(r.p);
         free(file.p);
     }
-    t->chain = true;
+    t->bpe.chain = true;
 }
 
 // ---- Markers ----------------------------------------------------------------------------------------------
@@ -440,20 +440,20 @@ TEST(text_is_text)
 
 // ---- Classes and splitting --------------------------------------------------------------------------------
 
-/* dsv3__tok_class of a code point, by its UTF-8. */
-static unsigned class_of(const dsv3_tokenizer *t, uint32_t code, char out[4], size_t *n)
+/* dsv3__split_class of a code point, by its UTF-8. */
+static unsigned class_of(const dsv3__split *t, uint32_t code, char out[4], size_t *n)
 {
     size_t len;
     *n = dsv3__utf8_put(out, code);
-    unsigned c = dsv3__tok_class(t, (const uint8_t *)out, (const uint8_t *)out + *n, &len);
+    unsigned c = dsv3__split_class(t, (const uint8_t *)out, (const uint8_t *)out + *n, &len);
     CHECK_EQ_UINT(len, code >= 0xD800 && code <= 0xDFFF ? 1 : *n);
     return c;
 }
 
-static dsv3_tokenizer *classes(void)
+static dsv3__split *classes(void)
 {
-    static dsv3_tokenizer t;
-    dsv3__tok_classes_init(&t);
+    static dsv3__split t;
+    dsv3__split_init(&t);
     return &t;
 }
 
@@ -462,11 +462,11 @@ TEST(class_counts)
 {
     static const struct {
         unsigned c, n;
-    } list[] = {{DSV3__TOK_OTHER, 959275}, {DSV3__TOK_WORD, 122442}, {DSV3__TOK_PUNCT, 9365}, {DSV3__TOK_NUMBER, 1911},
-                {DSV3__TOK_SPACE, 25}, {DSV3__TOK_CJK | DSV3__TOK_OTHER, 3}, {DSV3__TOK_CJK | DSV3__TOK_WORD, 21087},
-                {DSV3__TOK_CJK | DSV3__TOK_PUNCT, 4}};
+    } list[] = {{DSV3__SPLIT_OTHER, 959275}, {DSV3__SPLIT_WORD, 122442}, {DSV3__SPLIT_PUNCT, 9365}, {DSV3__SPLIT_NUMBER, 1911},
+                {DSV3__SPLIT_SPACE, 25}, {DSV3__SPLIT_CJK | DSV3__SPLIT_OTHER, 3}, {DSV3__SPLIT_CJK | DSV3__SPLIT_WORD, 21087},
+                {DSV3__SPLIT_CJK | DSV3__SPLIT_PUNCT, 4}};
     unsigned counts[16] = {0};
-    const dsv3_tokenizer *t = classes();
+    const dsv3__split *t = classes();
     for (uint32_t code = 0; code < 0x110000; code++) {
         char utf8[4];
         size_t n;
@@ -488,12 +488,12 @@ TEST(classes_of_all_characters)
         if (*p == '#' || sscanf(p, "%c %x %x", &name, &first, &last) != 3)
             continue;
         for (; first <= last; first++)
-            expected[first] = name == 'L' || name == 'M'   ? DSV3__TOK_WORD
-                              : name == 'P' || name == 'S' ? DSV3__TOK_PUNCT
-                              : name == 'N'                ? DSV3__TOK_NUMBER
-                                                           : DSV3__TOK_SPACE;
+            expected[first] = name == 'L' || name == 'M'   ? DSV3__SPLIT_WORD
+                              : name == 'P' || name == 'S' ? DSV3__SPLIT_PUNCT
+                              : name == 'N'                ? DSV3__SPLIT_NUMBER
+                                                           : DSV3__SPLIT_SPACE;
     }
-    const dsv3_tokenizer *t = classes();
+    const dsv3__split *t = classes();
     for (uint32_t code = 0; code < 0x110000; code++) {
         char utf8[4];
         size_t n;
@@ -512,7 +512,7 @@ static const char *pieces(const char *s, size_t n)
     char *o = out;
     const uint8_t *p = (const uint8_t *)s, *end = p + n;
     while (p < end) {
-        const uint8_t *next = dsv3__tok_piece(classes(), p, end);
+        const uint8_t *next = dsv3__split_piece(classes(), p, end);
         if (!CHECK(next > p && next <= end))
             break;
         o += sprintf(o, "%s%.*s", o == out ? "" : "|", (int)(next - p), (const char *)p);
@@ -580,7 +580,7 @@ TEST(splitting)
     static const uint8_t nul[] = {0, 'b'};
     for (size_t i = 0; i < sizeof list / sizeof list[0]; i++)
         CHECK_EQ_STR(pieces(list[i][0], strlen(list[i][0])), list[i][1]);
-    CHECK_EQ_UINT(dsv3__tok_piece(classes(), nul, nul + 2) - nul, 2); /* NUL is a character like any other */
+    CHECK_EQ_UINT(dsv3__split_piece(classes(), nul, nul + 2) - nul, 2); /* NUL is a character like any other */
 }
 
 // The splits once more, as tokenizer.json has them: one after the other, each on the pieces that the former left, the third
@@ -598,26 +598,26 @@ static size_t third_match(const unit *u, size_t i, size_t hi)
     unsigned c = u[i].c & 7;
 #define IS(j, want) ((j) < hi && (u[j].c & 7) == (want))
 #define NEWLINE(j) ((j) < hi && (u[j].first == '\r' || u[j].first == '\n'))
-#define LETTER(j) (IS(j, DSV3__TOK_WORD) && u[j].first < 0x80)
-    if (c == DSV3__TOK_PUNCT && u[i].first < 0x80 && LETTER(i + 1)) {
+#define LETTER(j) (IS(j, DSV3__SPLIT_WORD) && u[j].first < 0x80)
+    if (c == DSV3__SPLIT_PUNCT && u[i].first < 0x80 && LETTER(i + 1)) {
         for (k = i + 1; LETTER(k); k++)
             continue;
         return k;
     }
-    if (c == DSV3__TOK_WORD || (c != DSV3__TOK_PUNCT && !NEWLINE(i) && IS(i + 1, DSV3__TOK_WORD))) {
-        for (k = i + 1; IS(k, DSV3__TOK_WORD); k++)
+    if (c == DSV3__SPLIT_WORD || (c != DSV3__SPLIT_PUNCT && !NEWLINE(i) && IS(i + 1, DSV3__SPLIT_WORD))) {
+        for (k = i + 1; IS(k, DSV3__SPLIT_WORD); k++)
             continue;
         return k;
     }
     k = i + (u[i].first == ' ');
-    if (IS(k, DSV3__TOK_PUNCT)) {
-        while (IS(k, DSV3__TOK_PUNCT))
+    if (IS(k, DSV3__SPLIT_PUNCT)) {
+        while (IS(k, DSV3__SPLIT_PUNCT))
             k++;
         while (NEWLINE(k))
             k++;
         return k;
     }
-    for (k = i, last = 0; IS(k, DSV3__TOK_SPACE); k++)
+    for (k = i, last = 0; IS(k, DSV3__SPLIT_SPACE); k++)
         if (NEWLINE(k))
             last = k + 1;
     if (last)
@@ -630,9 +630,9 @@ static void slow_borders(const unit *u, size_t n, bool *border)
 {
     memset(border, 0, n);
     for (size_t i = 0, run = 0; i < n; i++) {
-        run = (u[i].c & 7) == DSV3__TOK_NUMBER ? run + 1 : 0;
-        border[i] = i == 0 || (run ? run % 3 == 1 : (u[i - 1].c & 7) == DSV3__TOK_NUMBER) ||
-                    (u[i].c & DSV3__TOK_CJK) != (u[i - 1].c & DSV3__TOK_CJK);
+        run = (u[i].c & 7) == DSV3__SPLIT_NUMBER ? run + 1 : 0;
+        border[i] = i == 0 || (run ? run % 3 == 1 : (u[i - 1].c & 7) == DSV3__SPLIT_NUMBER) ||
+                    (u[i].c & DSV3__SPLIT_CJK) != (u[i - 1].c & DSV3__SPLIT_CJK);
     }
     for (size_t lo = 0, hi; lo < n; lo = hi) {
         for (hi = lo + 1; hi < n && !border[hi]; hi++)
@@ -656,7 +656,7 @@ TEST(splitting_like_the_patterns)
     static const char *const alphabet[] = {" ", " ", "\n", "\r", "\t", "a", "Z", "\xC3\xA9", "\xCC\x81", "1", "\xD9\xA1", "!", "$", "\xE2\x82\xAC",
         "\xE6\x97\xA5", "\xE3\x81\x82", "\xE3\x83\xBB", "\xE3\x82\x99", "\xE3\x81\x80", "\xE3\x80\x85", "\xE3\x80\x80", "\xC2\xA0",
         "\xE2\x80\x8B", "\x01", "\xFF", "\xE6", "\xF0\x9F\x98\x80", "\xE2\x80\xA8", "\xC2\x85", "'", "<", "\xF3\xA0\x84\x80"};
-    const dsv3_tokenizer *t = classes();
+    const dsv3__split *t = classes();
     random_state = 1;
     for (int round = 0; round < 200000; round++) {
         char s[64];
@@ -670,7 +670,7 @@ TEST(splitting_like_the_patterns)
         }
         const uint8_t *p = (const uint8_t *)s, *end = p + len;
         for (size_t at = 0, k; at < len && n < 16; at += k, n++) {
-            u[n].c = dsv3__tok_class(t, p + at, end, &k);
+            u[n].c = dsv3__split_class(t, p + at, end, &k);
             u[n].first = p[at];
             u[n].at = at;
         }
@@ -679,7 +679,7 @@ TEST(splitting_like_the_patterns)
         for (size_t i = 0; i < n; i++) {
             bool found = u[i].at == next;
             if (found)
-                next = (size_t)(dsv3__tok_piece(t, p + next, end) - p);
+                next = (size_t)(dsv3__split_piece(t, p + next, end) - p);
             if (found != border[i]) {
                 test_fail(__FILE__, __LINE__, "round %d: %s", round, pieces(s, len));
                 return;
@@ -835,8 +835,8 @@ TEST(spellings)
         if (!t)
             continue;
         check_ids(t, s, 0, expected, sizeof expected / sizeof expected[0]);
-        CHECK(t->chain);
-        t->chain = false;
+        CHECK(t->bpe.chain);
+        t->bpe.chain = false;
         check_ids(t, s, 0, expected, sizeof expected / sizeof expected[0]);
         CHECK_EQ_INT(dsv3_token_find(t, "<" BAR "\xF0\x9F\x98\x80>", 9), i & 8 ? 265 : -1);
         dsv3__tok_close(t);
@@ -855,7 +855,7 @@ static size_t slow_merge(const dsv3_tokenizer *t, const uint8_t *p, size_t n, in
         uint32_t best = UINT32_MAX;
         size_t at = 0;
         for (size_t i = 0; i + 1 < n; i++) {
-            uint32_t made = dsv3__tok_pair(t, w[i], w[i + 1]);
+            uint32_t made = dsv3__bpe_pair(&t->bpe, w[i], w[i + 1]);
             if (made && made < best)
                 best = made, at = i;
         }
@@ -866,7 +866,7 @@ static size_t slow_merge(const dsv3_tokenizer *t, const uint8_t *p, size_t n, in
         n--;
     }
     for (size_t i = 0; i < n; i++)
-        out[i] = t->ids[w[i]];
+        out[i] = t->bpe.ids[w[i]];
     return n;
 }
 
@@ -876,25 +876,25 @@ static void check_merging(dsv3_tokenizer *t, uint32_t n_letters, int rounds)
     for (int round = 0; round < rounds; round++) {
         char s[48];
         int32_t slow[64];
-        bool chain = t->chain;
+        bool chain = t->bpe.chain;
         size_t n = 1 + random_below(sizeof s);
         for (size_t i = 0; i < n; i++)
             s[i] = (char)('a' + random_below(n_letters));
         size_t n_slow = slow_merge(t, (const uint8_t *)s, n, slow);
         for (int way = 0; way < 2; way++) {
-            t->chain = chain && way == 0;
+            t->bpe.chain = chain && way == 0;
             ids r = encode(t, s, n, 0);
             if (!same_ids(r, slow, n_slow))
-                test_fail(__FILE__, __LINE__, "%s: other than the rule: %.*s", t->chain ? "chain" : "heap", (int)n, s);
+                test_fail(__FILE__, __LINE__, "%s: other than the rule: %.*s", t->bpe.chain ? "chain" : "heap", (int)n, s);
             free(r.p);
         }
-        t->chain = chain;
+        t->bpe.chain = chain;
         if (test_now.failures)
             return;
     }
 }
 
-/* Vocabularies as a trainer makes them: the commonest pair merges, again and again. dsv3__tok_check_words must find that
+/* Vocabularies as a trainer makes them: the commonest pair merges, again and again. dsv3__bpe_sound must find that
    every word merges back to itself. */
 TEST(merging_with_trained_words)
 {
@@ -939,8 +939,8 @@ TEST(merging_with_trained_words)
         dsv3_tokenizer *t = open_parts(&p, NULL);
         if (!t)
             continue;
-        CHECK(t->chain);
-        with_chain += t->chain;
+        CHECK(t->bpe.chain);
+        with_chain += t->bpe.chain;
         check_merging(t, n_letters, 400);
         dsv3__tok_close(t);
     }
@@ -989,8 +989,8 @@ TEST(merging_with_any_words)
         dsv3_tokenizer *t = open_parts(&p, NULL);
         if (!t)
             continue;
-        with_chain += t->chain;
-        without += !t->chain;
+        with_chain += t->bpe.chain;
+        without += !t->bpe.chain;
         check_merging(t, n_letters, 200);
         dsv3__tok_close(t);
     }
@@ -1001,12 +1001,12 @@ TEST(merging_with_any_words)
 /* Any bytes at all: the two ways agree, and the bytes come back. */
 static void check_bytes(dsv3_tokenizer *t, const char *s, size_t n)
 {
-    bool chain = t->chain;
+    bool chain = t->bpe.chain;
     for (uint32_t flags = 0; flags <= DSV3_TOKENIZE_MARKERS; flags += DSV3_TOKENIZE_MARKERS) {
         ids r = encode(t, s, n, flags), slow;
-        t->chain = false;
+        t->bpe.chain = false;
         slow = encode(t, s, n, flags);
-        t->chain = chain;
+        t->bpe.chain = chain;
         CHECK(same_ids(r, slow.p, slow.n));
         CHECK(round_trip(t, s, n, r));
         free(r.p);
@@ -1083,7 +1083,7 @@ TEST(long_pieces)
         for (int way = 0; way < 2; way++) {
             double times[2];
             for (int whole = 0; whole < 2; whole++) {
-                t->chain = way == 0;
+                t->bpe.chain = way == 0;
                 times[whole] = seconds();
                 ids r = encode(t, s, n * list[i].n / (whole ? 1 : 4), DSV3_TOKENIZE_MARKERS);
                 times[whole] = seconds() - times[whole];
@@ -1095,7 +1095,7 @@ TEST(long_pieces)
                 test_fail(__FILE__, __LINE__, "%lu of \"%s\": %.3f s, a quarter: %.3f s", (unsigned long)list[i].n, list[i].s, times[1], times[0]);
             CHECK(times[1] < 5);
         }
-        t->chain = true;
+        t->bpe.chain = true;
         free(s);
     }
 }
@@ -1606,7 +1606,7 @@ TEST(allocations)
             h.n = 0;
             r = dsv3__tok_open(&t, &a, 0, j, c, &e);
             if (!r) {
-                t->chain = way == 0;
+                t->bpe.chain = way == 0;
                 r = dsv3_tokenize(t, s, 100000, 0, NULL, 0, &n, &e);
                 CHECK_EQ_UINT(n, r ? 0 : 25000);
             }
