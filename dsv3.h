@@ -2109,7 +2109,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
-    dsv3_isa isa = DSV3_ISA_SCALAR;
+    dsv3_isa isa;
     uint32_t lanes;  /* 8 or 16 */
     uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
