@@ -3801,7 +3801,7 @@ DSV3__INLINE void dsv3__json_space(dsv3__json *j)
 }
 
 /* First byte of the next value, 0 at the end or after an error. */
-static char dsv3__json_peek(dsv3__json *j)
+DSV3__INLINE char dsv3__json_peek(dsv3__json *j)
 {
     if (j->result)
         return 0;
@@ -3822,7 +3822,7 @@ static bool dsv3__json_open(dsv3__json *j, char kind)
 }
 
 /* Is there another element in the innermost object or array? Takes the comma, or the closing bracket. */
-static bool dsv3__json_item(dsv3__json *j)
+DSV3__INLINE bool dsv3__json_item(dsv3__json *j)
 {
     char c = dsv3__json_peek(j);
     if (j->result)
