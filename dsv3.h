@@ -27,12 +27,12 @@
        err    one error struct, one formatter             mla    multi-head latent attention, the cache row
        mem    the caller's allocator, limits              moe    router and experts
        os     files, time, cores                          fwd    the model, n rows at once
-       cpu    instruction sets, floating-point state      tok    tokenizer: text to ids and back
-       thr    atomics, parallel-for                       smp    logits to a token
-       num    scalar formats: E4M3, E8M0, F16, BF16       ses    a timeline: cache, tokens, generation
-       ten    the quantized tensor                        api    the public calls
-       kern   inner loops, per instruction set
-       mm     matrix products over quantized tensors
+       cpu    instruction sets, floating-point state      split  where a text is cut before merging
+       thr    atomics, parallel-for                       bpe    byte-pair merging
+       num    scalar formats: E4M3, E8M0, F16, BF16       tok    tokenizer: text to ids and back
+       ten    the quantized tensor                        smp    logits to a token
+       kern   inner loops, per instruction set            ses    a timeline: cache, tokens, generation
+       mm     matrix products over quantized tensors      api    the public calls
        json   a bounded pull reader
        st     safetensors, shards, index
        cfg    config.json, checked once
@@ -6543,290 +6543,49 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
     return dsv3__fwd_logits(w, rows, n, asked, cancel, err);
 }
 
-// =============================================================================
-// >>tok   The checkpoint's tokenizer: byte-level BPE of tokenizer.json, to the id.
-//         Text -> marker gaps -> pieces (three chained splits) -> words (merging) -> ids; ids -> bytes -> text.
-//         Needs: json, mem. Owns: nothing while it runs; a tokenizer never changes once it is open.
-// =============================================================================
-
-/* What a tokenizer.json promises, and how it is kept here.
-
-   1. Markers. Texts of added_tokens ("<|User|>") are cut out first, but only if the caller asks for it: text is text.
-   2. Splitting. Three regular expressions, each applied to the pieces that the one before left. They are three fixed
-      rules over five classes of characters, so there is no regex engine: dsv3__tok_piece finds the end of the next
-      piece in one walk over the UTF-8. A file with other patterns is refused by dsv3__tok_load_pattern.
-   3. Merging. A piece starts as its bytes; of all neighbouring pairs that the merges name, the one of lowest rank (the
-      leftmost of these) becomes one, until none is left.
-   4. Ids. A table from the result to the id.
-
-   Words. A token that merging can make is a *word*, numbered by age: 0 ... 255 are the bytes themselves, 256 + r is what
-   merge r makes. So a word is its own rank: "lowest rank" is "lowest word", and one number a pair serves as both.
-
-   Two ways of merging give the same result. dsv3__tok_merge_heap follows the rule to the letter, n log n, for any file.
-   dsv3__tok_merge_chain never merges: it takes the longest word at each place that can stand behind the one before, and
-   goes back a word where none can. It rests on two facts about files in which every word, spelled out, merges back to
-   itself (true of anything a BPE trainer writes; dsv3__tok_check_words verifies it when the file is opened):
-     - a row of words is the merging of its bytes exactly if each two neighbours are the merging of theirs: whatever
-       merges first across some border would do so with only these two words present;
-     - two neighbours are that if no pair (x, y) across the border ever merges: x among the words that end the left one
-       while it grows, y among those that begin the right one (dsv3__tok_apart). Two or three look-ups settle it.
-   PERF: a million equal characters cost the chain no more than any others; the heap pays its logarithm on all text.
-
-   Bytes that are not UTF-8 are characters of the class "other", each by itself, and stand for themselves: every byte
-   string has ids, and their bytes are that string again. */
-
-enum {
-    DSV3__TOK_FILE_MAX = 64 << 20,   /* bytes of tokenizer.json */
-    DSV3__TOK_CONFIG_MAX = 16 << 20, /* bytes of tokenizer_config.json */
-    DSV3__TOK_IDS_MAX = 1 << 21,     /* ids, and so words: two and what they make fit 64 bits */
-    DSV3__TOK_BYTES_MAX = 1024,    /* of a token (DeepSeek-V3: 128, Kimi-K2: 256): bounds how far ahead a match looks */
-    DSV3__TOK_UNITS_MAX = 1 << 24, /* beginnings of tokens (DeepSeek-V3: 274,130) */
-    DSV3__TOK_PROBES_MAX = 256,    /* merges whose hashes collide this often were made to */
-    DSV3__TOK_TRIES = 64,          /* places looked at before a new one is taken */
-    DSV3__TOK_CHUNK = 64           /* bytes decoded at a time */
-};
-
-/* Text of ill-formed UTF-8 arrives in pieces: what is certain goes out, up to three bytes wait. Starts as {0}. */
-typedef struct dsv3__tok_stream {
-    uint8_t n; /* bytes waiting: the beginning of a well-formed sequence */
-    uint8_t bytes[3];
-} dsv3__tok_stream;
-
-/* Length (at least 1, n > 0) of the first character at p, or of the maximal part of one that is none, as Unicode
-   counts them (chapter 3, table 3-8). *state: 0 well-formed, 1 ill-formed, 2 neither yet: the bytes end within it. */
-static size_t dsv3__tok_utf8_part(const uint8_t *p, size_t n, int *state)
-{
-    size_t want = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2, i = 1;
-    uint8_t lo = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80; /* of the second byte: shortest forms */
-    uint8_t hi = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF; /* no surrogates, nothing behind U+10FFFF */
-    *state = p[0] >= 0x80;
-    if (p[0] < 0xC2 || p[0] > 0xF4)
-        return 1;
-    for (; i < want && i < n && p[i] >= lo && p[i] <= hi; i++)
-        lo = 0x80, hi = 0xBF;
-    *state = i == want ? 0 : i == n ? 2 : 1;
-    return i;
-}
-
-/* Appends n bytes and writes what is now certain: whole characters, U+FFFD for each ill-formed part. Returns the length.
-   out        [3 * (n + 3)] */
-static size_t dsv3__tok_stream_put(dsv3__tok_stream *s, const char *bytes, size_t n, char *out)
-{
-    const uint8_t *p = (const uint8_t *)bytes, *end = p + n;
-    char *o = out;
-    while (p < end) {
-        uint8_t window[4]; /* the bytes that wait and those that may complete them */
-        size_t waiting = s->n, have = waiting, part;
-        int state;
-        if (!waiting && *p < 0x80) {
-            *o++ = (char)*p++;
-            continue;
-        }
-        memcpy(window, s->bytes, waiting);
-        for (const uint8_t *q = p; have < 4 && q < end; q++)
-            window[have++] = *q;
-        part = dsv3__tok_utf8_part(window, have, &state);
-        if (state == 2) { /* part == have < 4 */
-            memcpy(s->bytes, window, part);
-            s->n = (uint8_t)part;
-            return (size_t)(o - out);
-        }
-        memcpy(o, state == 0 ? (const char *)window : "\xEF\xBF\xBD", state == 0 ? part : 3);
-        o += state == 0 ? part : 3;
-        s->n = 0;
-        p += part - waiting; /* part >= waiting: what waits is the beginning of a sequence */
-    }
-    return (size_t)(o - out);
-}
-
-/* The end: an incomplete character becomes U+FFFD. out [3]. Harmless when called again. */
-static size_t dsv3__tok_stream_flush(dsv3__tok_stream *s, char *out)
-{
-    size_t n = s->n ? 3 : 0;
-    memcpy(out, "\xEF\xBF\xBD", n);
-    s->n = 0;
-    return n;
-}
-
 #ifndef DSV3_NO_TOKENIZER
 
-/* Strings to numbers, in one array (a double array without the second). A unit is a beginning of some string:
-     bits 0-8 the byte it ends with, plus 1 (0: the unit is free) · 9-30 the number of the string it is, plus 1 ·
-     31 a unit has this place as its base · 32-63 its base: the beginning longer by byte b is at base + b, if it is there.
-   Bases are different and not 0, so that the byte alone tells whose a unit is. PERF: beginnings that follow each other lie
-   close together; a hash table of the same is twice as large, and a look-up touches a cache line for every byte. */
-typedef struct dsv3__tok_trie {
-    uint64_t *units; /* 256 behind the last base */
-    uint32_t root;   /* base of the empty string */
-} dsv3__tok_trie;
+// =============================================================================
+// >>split   Where a text is cut before it is merged: the three regular expressions of DeepSeek-V3's tokenizer, by hand.
+//           Needs: json (UTF-8). Owns: nothing; the table of classes lies in the tokenizer.
+// =============================================================================
 
-/* A token's bytes in the pool. */
-typedef struct dsv3__tok_span {
-    uint32_t at, n;
-} dsv3__tok_span;
+/* tokenizer.json has three patterns, each applied to the pieces that the one before left:
 
-/* The two words that a word was made of (a byte: itself twice). In bit 31: does any merge have this word on its left, on
-   its right? PERF: that spares half of the look-ups in Italian, two thirds in Chinese. */
-typedef struct dsv3__tok_parts {
-    uint32_t left, right;
-} dsv3__tok_parts;
+     1   \p{N}{1,3}
+     2   [U+4E00-9FA5 U+3040-309F U+30A0-30FF]+
+     3   [ASCII punctuation][A-Za-z]+  |  [^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+  |   ?[\p{P}\p{S}]+[\r\n]*
+         |  \s*[\r\n]+  |  \s+(?!\S)  |  \s+
 
-#define DSV3__TOK_JOINS ((uint32_t)1 << 31)
-
-typedef struct dsv3__tok_marker {
-    int32_t id;
-    bool normalized; /* matched in the second pass, in what the first one left */
-    bool special;
-} dsv3__tok_marker;
-
-/* What is to know about an id. */
-enum {
-    DSV3__TOK_RAW = 1,    /* not spelled in byte letters alone: its bytes are its text */
-    DSV3__TOK_ADDED = 2,  /* in added_tokens */
-    DSV3__TOK_SPECIAL = 4 /* and `special` there */
-};
-
-#define DSV3__TOK_CLASSES_END 0x32400 /* behind it only U+E0100 ... U+E01EF have a class (marks) */
-#define DSV3__TOK_BLOCK       128     /* code points a block */
-#define DSV3__TOK_BLOCKS_MAX  256     /* different ones */
-
-#define DSV3__TOK_GONE       UINT32_MAX /* no word, no string */
-#define DSV3__TOK_UNSET      UINT32_MAX /* where the bytes of an id are not known yet */
-#define DSV3__TOK_VALUE_BITS 22
-#define DSV3__TOK_VALUE_MASK ((1u << DSV3__TOK_VALUE_BITS) - 1)
-#define DSV3__TOK_MULTIPLIER 0x9E3779B97F4A7C15ull
-
-#ifdef DSV3_REGRESSION
-#define DSV3__TOK_SMALL 64
-#else
-#define DSV3__TOK_SMALL 8192 /* bytes of scratch on the stack: words of 1000 bytes with chain, of 227 with heap */
-#endif
-
-struct dsv3_tokenizer {
-    dsv3__mem mem;
-    /* ids */
-    uint32_t n_tokens;
-    char *pool;            /* the bytes of all tokens */
-    dsv3__tok_span *spans; /* [n_tokens] */
-    uint8_t *flags;        /* [n_tokens] */
-    int32_t bos, eos, pad; /* -1: none */
-    bool add_bos;
-    /* words */
-    uint32_t n_words;       /* bytes, what merges make, and (ignore_merges) vocabulary that no merge makes */
-    int32_t *ids;           /* [n_words] */
-    dsv3__tok_parts *parts; /* [256 + merges] */
-    uint64_t *pairs;        /* [1 << (64 - pairs_shift)] left << 43 | right << 22 | what they make; 0: an empty slot */
-    unsigned pairs_shift;
-    dsv3__tok_trie trie; /* bytes -> word */
-    bool chain;          /* dsv3__tok_merge_chain may be used */
-    bool whole;          /* ignore_merges: a piece that is a word stays whole */
-    /* markers */
-    uint32_t n_markers;
-    dsv3__tok_marker *markers; /* [n_markers] in the order of the file */
-    dsv3__tok_span *contents;  /* [n_markers] their texts, in content_pool */
-    char *content_pool;
-    dsv3__tok_trie marker_trie; /* text -> place in `markers` */
-    bool marker_starts[256];    /* can this byte begin one? */
-    /* classes */
-    uint8_t block_of[DSV3__TOK_CLASSES_END / DSV3__TOK_BLOCK];
-    uint8_t blocks[DSV3__TOK_BLOCKS_MAX][DSV3__TOK_BLOCK];
-};
-
-/* Where ids go. More than `cap` are only counted. */
-typedef struct dsv3__tok_sink {
-    int32_t *tokens; /* [cap] */
-    size_t cap, n;
-    dsv3__mem mem; /* for pieces too long for `small` */
-    void *big;
-    uint64_t big_size;
-    uint64_t small[DSV3__TOK_SMALL / 8];
-    dsv3_error *err;
-} dsv3__tok_sink;
-
-DSV3__INLINE void dsv3__tok_push(dsv3__tok_sink *sink, int32_t id)
-{
-    if (sink->n < sink->cap)
-        sink->tokens[sink->n] = id;
-    sink->n++;
-}
-
-static void dsv3__tok_sink_init(dsv3__tok_sink *sink, const dsv3_tokenizer *t, int32_t *tokens, size_t cap)
-{
-    uint64_t limit =
-        t->mem.limit; /* what a call takes for a long word counts to the tokenizer's memory while it runs */
-    dsv3__mem_init(&sink->mem, &t->mem.allocator, limit == 0 ? 0 : limit > t->mem.used ? limit - t->mem.used : 1);
-    sink->tokens = tokens;
-    sink->cap = cap;
-    sink->n = 0;
-    sink->big = NULL;
-    sink->big_size = 0;
-}
-
-/* Scratch of one piece; what it holds is gone with the next call. */
-static dsv3_result dsv3__tok_scratch(dsv3__tok_sink *sink, void **scratch, uint64_t size)
-{
-    *scratch = sink->small;
-    if (size <= sizeof sink->small)
-        return DSV3_OK;
-    if (size > sink->big_size) {
-        dsv3__mem_free(&sink->mem, sink->big);
-        sink->big_size = 0;
-        DSV3__TRY(dsv3__mem_alloc(&sink->mem, &sink->big, size, "tokenizing a long word", sink->err));
-        sink->big_size = size;
-    }
-    *scratch = sink->big;
-    return DSV3_OK;
-}
-
-// ---- Tables ----------------------------------------------------------------------------------------------
-
-#define DSV3__TOK_BYTE(unit) ((unit)&511)
-#define DSV3__TOK_VALUE(unit) \
-    ((uint32_t)((unit) >> 9) & DSV3__TOK_VALUE_MASK) /* 1 + the number; 0: no string ends here */
-#define DSV3__TOK_BASE(unit) ((uint32_t)((unit) >> 32))
-
-/* The number of a string; -1 if it is not there. */
-static int64_t dsv3__tok_trie_find(const dsv3__tok_trie *trie, const char *bytes, size_t n)
-{
-    uint64_t unit = (uint64_t)trie->root << 32;
-    for (size_t i = 0; i < n; i++) {
-        unit = trie->units[DSV3__TOK_BASE(unit) + (uint8_t)bytes[i]];
-        if (DSV3__TOK_BYTE(unit) != (uint8_t)bytes[i] + 1u)
-            return -1;
-    }
-    return (int64_t)DSV3__TOK_VALUE(unit) - 1;
-}
-
-/* The word that left and right merge into; 0 if none. Open addressing, linear probing. */
-DSV3__INLINE uint32_t dsv3__tok_pair(const dsv3_tokenizer *t, uint32_t left, uint32_t right)
-{
-    uint64_t key = (uint64_t)left << 21 | right, mask = ~(uint64_t)0 >> t->pairs_shift;
-    for (uint64_t i = (key * DSV3__TOK_MULTIPLIER) >> t->pairs_shift;; i = (i + 1) & mask) {
-        uint64_t slot = t->pairs[i];
-        if (slot >> DSV3__TOK_VALUE_BITS == key)
-            return (uint32_t)slot & DSV3__TOK_VALUE_MASK; /* an empty slot reads as key 0, value 0 */
-        if (!slot)
-            return 0;
-    }
-}
-
-// ---- Classes of characters -------------------------------------------------------------------------------
+   They tell five classes of characters apart, and the ranges of the second. So there is no regex engine:
+   dsv3__split_piece finds the end of the next piece in one walk over the UTF-8. What no pattern matches is a piece of
+   its own. Bytes that are not UTF-8 are characters of the class "other", each by itself. */
 
 /* What \p{L}\p{M}, \p{P}\p{S}, \p{N} and \s tell apart. */
 enum {
-    DSV3__TOK_OTHER = 0, /* controls, format characters, unassigned, ill-formed bytes */
-    DSV3__TOK_WORD = 1,  /* letters and marks */
-    DSV3__TOK_PUNCT = 2, /* punctuation and symbols */
-    DSV3__TOK_NUMBER = 3,
-    DSV3__TOK_SPACE = 4,
-    DSV3__TOK_CJK = 8 /* or'ed in: the second split's ranges */
+    DSV3__SPLIT_OTHER = 0, /* controls, format characters, unassigned, ill-formed bytes */
+    DSV3__SPLIT_WORD = 1,  /* letters and marks */
+    DSV3__SPLIT_PUNCT = 2, /* punctuation and symbols */
+    DSV3__SPLIT_NUMBER = 3,
+    DSV3__SPLIT_SPACE = 4,
+    DSV3__SPLIT_CJK = 8 /* or'ed in: the second split's ranges */
 };
+
+#define DSV3__SPLIT_END        0x32400 /* behind it only U+E0100 ... U+E01EF have a class (marks) */
+#define DSV3__SPLIT_BLOCK      128     /* code points a block */
+#define DSV3__SPLIT_BLOCKS_MAX 256     /* different ones: 239 */
+
+/* The class of each character, in two steps. */
+typedef struct dsv3__split {
+    uint8_t block_of[DSV3__SPLIT_END / DSV3__SPLIT_BLOCK];
+    uint8_t blocks[DSV3__SPLIT_BLOCKS_MAX][DSV3__SPLIT_BLOCK];
+} dsv3__split;
 
 /* Run lengths over U+0000 ... U+10FFFF: class << 5 | length; a length of 30 adds the byte that follows, 31 stands for
    the three that follow. */
 /* Unicode 16.0, 2423 bytes. Generated by tests/gen_unicode.py. */
 // clang-format off
-static const uint8_t dsv3__tok_class_runs[] = {
+static const uint8_t dsv3__split_runs[] = {
     9, 133, 18, 129, 79, 106, 71, 58, 70, 58, 68, 6, 129, 26, 129, 73, 33, 66, 1, 68, 98, 65, 33, 67, 97, 33, 65,
     99, 65, 55, 65, 62, 1, 65, 63, 202, 1, 0, 68, 44, 78, 37, 71, 33, 65, 33, 81, 62, 87, 65, 34, 2, 36, 65, 33, 4,
     66, 33, 65, 35, 1, 33, 1, 52, 1, 62, 53, 65, 62, 109, 65, 62, 143, 1, 62, 8, 2, 33, 70, 62, 11, 66, 2, 67, 1,
@@ -6913,22 +6672,22 @@ static const uint8_t dsv3__tok_class_runs[] = {
 // clang-format on
 
 /* The second split: [一-龥぀-ゟ゠-ヿ]+ */
-static bool dsv3__tok_is_cjk(uint32_t code)
+static bool dsv3__split_is_cjk(uint32_t code)
 {
     return (code >= 0x4E00 && code <= 0x9FA5) || (code >= 0x3040 && code <= 0x30FF);
 }
 
 /* Unfolds the run lengths into blocks of 128; blocks of one class throughout are shared. */
-static void dsv3__tok_classes_init(dsv3_tokenizer *t)
+static void dsv3__split_init(dsv3__split *s)
 {
     uint8_t uniform[16] = {0}; /* class -> 1 + its block */
-    const uint8_t *run = dsv3__tok_class_runs;
+    const uint8_t *run = dsv3__split_runs;
     uint32_t left = 0, n_blocks = 0;
     uint8_t class_of_run = 0;
-    for (uint32_t b = 0; b < DSV3__COUNT(t->block_of); b++) {
-        uint8_t *block = t->blocks[n_blocks];
+    for (uint32_t b = 0; b < DSV3__COUNT(s->block_of); b++) {
+        uint8_t *block = s->blocks[n_blocks];
         bool same = true;
-        for (uint32_t i = 0; i < DSV3__TOK_BLOCK; i++, left--) {
+        for (uint32_t i = 0; i < DSV3__SPLIT_BLOCK; i++, left--) {
             if (!left) {
                 class_of_run = *run >> 5;
                 left = *run++ & 31;
@@ -6937,97 +6696,95 @@ static void dsv3__tok_classes_init(dsv3_tokenizer *t)
                 else if (left == 31)
                     left = run[0] | (uint32_t)run[1] << 8 | (uint32_t)run[2] << 16, run += 3;
             }
-            block[i] = (uint8_t)(class_of_run | (dsv3__tok_is_cjk(b * DSV3__TOK_BLOCK + i) ? DSV3__TOK_CJK : 0));
+            block[i] = (uint8_t)(class_of_run | (dsv3__split_is_cjk(b * DSV3__SPLIT_BLOCK + i) ? DSV3__SPLIT_CJK : 0));
             same = same && block[i] == block[0];
         }
         if (same && uniform[block[0]]) {
-            t->block_of[b] = uniform[block[0]] - 1;
+            s->block_of[b] = uniform[block[0]] - 1;
             continue;
         }
-        DSV3_ASSERT(n_blocks < DSV3__TOK_BLOCKS_MAX - 1);
-        t->block_of[b] = (uint8_t)n_blocks++;
+        DSV3_ASSERT(n_blocks < DSV3__SPLIT_BLOCKS_MAX - 1);
+        s->block_of[b] = (uint8_t)n_blocks++;
         if (same)
             uniform[block[0]] = (uint8_t)n_blocks;
     }
 }
 
 /* Class of the character at p (before end), and its length. */
-DSV3__INLINE unsigned dsv3__tok_class(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, size_t *n)
+DSV3__INLINE unsigned dsv3__split_class(const dsv3__split *s, const uint8_t *p, const uint8_t *end, size_t *n)
 {
     uint32_t code;
     *n = 1;
     if (*p < 0x80)
-        return t->blocks[0][*p];
+        return s->blocks[0][*p];
     *n = dsv3__utf8_length((const char *)p, (const char *)end);
     switch (*n) {
     case 2: code = (p[0] & 31u) << 6 | (p[1] & 63u); break;
     case 3: code = (p[0] & 15u) << 12 | (p[1] & 63u) << 6 | (p[2] & 63u); break;
     case 4:
         code = (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
-        if (code >= DSV3__TOK_CLASSES_END)
-            return code >= 0xE0100 && code <= 0xE01EF ? DSV3__TOK_WORD : DSV3__TOK_OTHER;
+        if (code >= DSV3__SPLIT_END)
+            return code >= 0xE0100 && code <= 0xE01EF ? DSV3__SPLIT_WORD : DSV3__SPLIT_OTHER;
         break;
-    default: *n = 1; return DSV3__TOK_OTHER;
+    default: *n = 1; return DSV3__SPLIT_OTHER;
     }
-    return t->blocks[t->block_of[code / DSV3__TOK_BLOCK]][code % DSV3__TOK_BLOCK];
+    return s->blocks[s->block_of[code / DSV3__SPLIT_BLOCK]][code % DSV3__SPLIT_BLOCK];
 }
 
-// ---- Splitting -------------------------------------------------------------------------------------------
-
-DSV3__INLINE bool dsv3__tok_is_newline(uint8_t c)
+DSV3__INLINE bool dsv3__split_is_newline(uint8_t c)
 {
     return c == '\r' || c == '\n';
 }
 
 /* End of the run of characters of class `want` (a zone's bit with it) from p. */
-DSV3__INLINE const uint8_t *dsv3__tok_run(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned want)
+DSV3__INLINE const uint8_t *dsv3__split_run(const dsv3__split *s, const uint8_t *p, const uint8_t *end, unsigned want)
 {
     size_t n;
-    while (p < end && dsv3__tok_class(t, p, end, &n) == want)
+    while (p < end && dsv3__split_class(s, p, end, &n) == want)
         p += n;
     return p;
 }
 
 /* ` ?[\p{P}\p{S}]+[\r\n]*` from its first punctuation on. */
-static const uint8_t *dsv3__tok_run_punct(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned zone)
+static const uint8_t *dsv3__split_punct(const dsv3__split *s, const uint8_t *p, const uint8_t *end, unsigned zone)
 {
-    p = dsv3__tok_run(t, p, end, DSV3__TOK_PUNCT | zone);
-    while (!zone && p < end && dsv3__tok_is_newline(*p))
+    p = dsv3__split_run(s, p, end, DSV3__SPLIT_PUNCT | zone);
+    while (!zone && p < end && dsv3__split_is_newline(*p))
         p++;
     return p;
 }
 
 /* `\s*[\r\n]+|\s+(?!\S)|\s+`: to the last newline of the run; else all but its last character, which is left for the
    word behind it, unless the piece ends there. */
-static const uint8_t *dsv3__tok_run_space(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end)
+static const uint8_t *dsv3__split_space(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *begin = p, *last = p, *newline = NULL;
-    unsigned c = DSV3__TOK_NUMBER;
+    unsigned c = DSV3__SPLIT_NUMBER;
     size_t n;
-    for (; p < end && (c = dsv3__tok_class(t, p, end, &n)) == DSV3__TOK_SPACE; p += n) {
+    for (; p < end && (c = dsv3__split_class(s, p, end, &n)) == DSV3__SPLIT_SPACE; p += n) {
         last = p;
-        if (dsv3__tok_is_newline(*p))
+        if (dsv3__split_is_newline(*p))
             newline = p + 1;
     }
     if (newline)
         return newline;
-    if (p == end || c == DSV3__TOK_NUMBER || (c & DSV3__TOK_CJK) || last == begin)
+    if (p == end || c == DSV3__SPLIT_NUMBER || (c & DSV3__SPLIT_CJK) || last == begin)
         return p;
     return last;
 }
 
 /* Characters that nothing matches: to the first that something does, be it as the prefix of a word. */
-static const uint8_t *dsv3__tok_run_other(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, unsigned zone)
+static const uint8_t *dsv3__split_other(const dsv3__split *s, const uint8_t *p, const uint8_t *end, unsigned zone)
 {
     const uint8_t *begin = p;
     for (;;) {
         size_t n;
-        dsv3__tok_class(t, p, end, &n);
+        dsv3__split_class(s, p, end, &n);
         const uint8_t *next = p + n;
-        unsigned c = next < end ? dsv3__tok_class(t, next, end, &n) : (unsigned)DSV3__TOK_NUMBER;
-        if (c == (DSV3__TOK_WORD | zone))
-            return p == begin ? dsv3__tok_run(t, next, end, c) : p;
-        if (c != (DSV3__TOK_OTHER | zone))
+        unsigned c = next < end ? dsv3__split_class(s, next, end, &n) : (unsigned)DSV3__SPLIT_NUMBER;
+        if (c == (DSV3__SPLIT_WORD | zone))
+            return p == begin ? dsv3__split_run(s, next, end, c) : p;
+        if (c != (DSV3__SPLIT_OTHER | zone))
             return next;
         p = next;
     }
@@ -7036,103 +6793,259 @@ static const uint8_t *dsv3__tok_run_other(const dsv3_tokenizer *t, const uint8_t
 /* End of the piece that begins at p (before end). The first two splits (numbers in threes; CJK or not) are only borders
    that the alternatives of the third do not cross: its classes are compared together with the zone's bit, and a number
    is in none of them. */
-static const uint8_t *dsv3__tok_piece(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end)
+static const uint8_t *dsv3__split_piece(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
 {
     size_t n;
-    unsigned c = dsv3__tok_class(t, p, end, &n), zone = c & DSV3__TOK_CJK, next;
+    unsigned c = dsv3__split_class(s, p, end, &n), zone = c & DSV3__SPLIT_CJK, next;
     const uint8_t *e = p + n;
-    switch (c & ~(unsigned)DSV3__TOK_CJK) {
-    case DSV3__TOK_WORD: return dsv3__tok_run(t, e, end, c);
-    case DSV3__TOK_PUNCT:
-        if (*p >= 0x80 || e == end || *e >= 0x80 || t->blocks[0][*e] != DSV3__TOK_WORD)
-            return dsv3__tok_run_punct(t, e, end, zone);
-        while (e < end && *e < 0x80 && t->blocks[0][*e] == DSV3__TOK_WORD) /* [!"#$...][A-Za-z]+ */
+    switch (c & ~(unsigned)DSV3__SPLIT_CJK) {
+    case DSV3__SPLIT_WORD: return dsv3__split_run(s, e, end, c);
+    case DSV3__SPLIT_PUNCT:
+        if (*p >= 0x80 || e == end || *e >= 0x80 || s->blocks[0][*e] != DSV3__SPLIT_WORD)
+            return dsv3__split_punct(s, e, end, zone);
+        while (e < end && *e < 0x80 && s->blocks[0][*e] == DSV3__SPLIT_WORD) /* [!"#$...][A-Za-z]+ */
             e++;
         return e;
-    case DSV3__TOK_NUMBER:
-        for (int i = 1; i < 3 && e < end && dsv3__tok_class(t, e, end, &n) == DSV3__TOK_NUMBER; i++)
+    case DSV3__SPLIT_NUMBER:
+        for (int i = 1; i < 3 && e < end && dsv3__split_class(s, e, end, &n) == DSV3__SPLIT_NUMBER; i++)
             e += n;
         return e;
-    case DSV3__TOK_SPACE:
-        next = e < end && !dsv3__tok_is_newline(*p) ? dsv3__tok_class(t, e, end, &n) : (unsigned)DSV3__TOK_SPACE;
-        if (next == DSV3__TOK_WORD)
-            return dsv3__tok_run(t, e + n, end, DSV3__TOK_WORD);
-        if (next == DSV3__TOK_PUNCT && *p == ' ')
-            return dsv3__tok_run_punct(t, e, end, 0);
-        return dsv3__tok_run_space(t, p, end);
-    default: return dsv3__tok_run_other(t, p, end, zone);
+    case DSV3__SPLIT_SPACE:
+        next = e < end && !dsv3__split_is_newline(*p) ? dsv3__split_class(s, e, end, &n) : (unsigned)DSV3__SPLIT_SPACE;
+        if (next == DSV3__SPLIT_WORD)
+            return dsv3__split_run(s, e + n, end, DSV3__SPLIT_WORD);
+        if (next == DSV3__SPLIT_PUNCT && *p == ' ')
+            return dsv3__split_punct(s, e, end, 0);
+        return dsv3__split_space(s, p, end);
+    default: return dsv3__split_other(s, p, end, zone);
     }
 }
 
-// ---- Merging ---------------------------------------------------------------------------------------------
+// =============================================================================
+// >>bpe   Byte-pair merging, exactly: bytes of a piece -> words -> ids; and the tables it stands on.
+//         Needs: mem. Owns: the tables of one tokenizer, which never change once they are built.
+// =============================================================================
+
+/* A piece starts as its bytes; of all neighbouring pairs that the merges name, the one of lowest rank (the leftmost of
+   these) becomes one, until none is left.
+
+   A token that merging can make is a *word*, numbered by age: 0 ... 255 are the bytes themselves, 256 + r is what merge
+   r makes. So a word is its own rank: "lowest rank" is "lowest word", and one number a pair serves as both.
+
+   Two ways of merging give the same result. dsv3__bpe_heap follows the rule to the letter, n log n, for any file.
+   dsv3__bpe_chain never merges: it takes at each place the longest word that can stand behind the one before, and goes
+   back a word where none can. It rests on two facts about files in which every word, spelled out, merges back to itself
+   (what a BPE trainer writes is so; dsv3__bpe_sound verifies it when the file is opened):
+     - a row of words is the merging of its bytes exactly if each two neighbours are the merging of theirs: whatever
+       merges first across some border would do so with only these two words present;
+     - two neighbours are that if no pair (x, y) across the border ever merges: x among the words that end the left one
+       while it grows, y among those that begin the right one (dsv3__bpe_apart). A look-up or two settle it.
+   PERF: chain is 1.5 to 3 times as fast as heap on running text, and 2 to 60 times on a million equal characters. */
+
+enum {
+    DSV3__BPE_CHAIN_MAX = 256,     /* bytes of a word for chain (DeepSeek-V3: 128): how often it may look at a byte */
+    DSV3__BPE_UNITS_MAX = 1 << 24, /* beginnings of tokens (DeepSeek-V3: 274,130) */
+    DSV3__BPE_TRIES = 64,          /* places looked at before a new one is taken */
+    DSV3__BPE_PROBES_MAX = 256     /* merges whose hashes collide this often were made to */
+};
+
+/* Strings to numbers, in one array (a double array without the second). A unit is a beginning of some string:
+     bits  0-8   the byte it ends with, plus 1; 0: the unit is free
+           9-30  the number of the string it is, plus 1; 0: it is none
+             31  some unit has this place as its base
+          32-63  its base: the beginning longer by byte b is at base + b, if it is there
+   Bases are different and not 0, so that the byte alone tells whose a unit is. PERF: beginnings that follow each other
+   lie close together; a hash table of the same is twice as large, and a look-up touches a cache line for every byte:
+   with one, tokenizing took half as long again. */
+typedef struct dsv3__bpe_trie {
+    uint64_t *units; /* 256 behind the last base */
+    uint32_t root;   /* base of the empty string */
+    uint32_t depth;  /* bytes of the longest string */
+} dsv3__bpe_trie;
+
+/* The two words that a word was made of (a byte: itself twice). In bit 31: does any merge have this word on its left,
+   on its right? PERF: that spares 15 % of the look-ups of pairs in Italian, 70 % in Chinese. */
+typedef struct dsv3__bpe_parts {
+    uint32_t left, right;
+} dsv3__bpe_parts;
+
+#define DSV3__BPE_JOINS ((uint32_t)1 << 31)
+
+#define DSV3__BPE_GONE       UINT32_MAX /* no word */
+#define DSV3__BPE_VALUE_BITS 22
+#define DSV3__BPE_VALUE_MASK ((1u << DSV3__BPE_VALUE_BITS) - 1)
+#define DSV3__BPE_MULTIPLIER 0x9E3779B97F4A7C15ull
+
+#ifdef DSV3_REGRESSION
+#define DSV3__BPE_SMALL 64
+#else
+#define DSV3__BPE_SMALL 8192 /* bytes of scratch on the stack: pieces of 1000 bytes with chain, of 227 with heap */
+#endif
+
+typedef struct dsv3__bpe {
+    uint32_t n_words;       /* bytes, what merges make, and (ignore_merges) vocabulary that no merge makes */
+    int32_t *ids;           /* [n_words] */
+    dsv3__bpe_parts *parts; /* [256 + merges] */
+    uint64_t *pairs;        /* [1 << (64 - pairs_shift)] left << 43 | right << 22 | what they make; 0: an empty slot */
+    unsigned pairs_shift;
+    dsv3__bpe_trie trie; /* bytes -> word */
+    bool chain;          /* dsv3__bpe_chain may be used */
+    bool whole;          /* ignore_merges: a piece that is a word stays whole */
+} dsv3__bpe;
+
+#define DSV3__BPE_BYTE(unit) ((unit)&511)
+/* 1 + the number of the string that ends here; 0: none does. */
+#define DSV3__BPE_VALUE(unit) ((uint32_t)((unit) >> 9) & DSV3__BPE_VALUE_MASK)
+#define DSV3__BPE_BASE(unit)  ((uint32_t)((unit) >> 32))
+
+/* The number of a string; -1 if it is not there. */
+static int64_t dsv3__bpe_trie_find(const dsv3__bpe_trie *trie, const char *bytes, size_t n)
+{
+    uint64_t unit = (uint64_t)trie->root << 32;
+    for (size_t i = 0; i < n; i++) {
+        unit = trie->units[DSV3__BPE_BASE(unit) + (uint8_t)bytes[i]];
+        if (DSV3__BPE_BYTE(unit) != (uint8_t)bytes[i] + 1u)
+            return -1;
+    }
+    return (int64_t)DSV3__BPE_VALUE(unit) - 1;
+}
+
+/* The word that left and right merge into; 0 if none. Open addressing, linear probing. */
+DSV3__INLINE uint32_t dsv3__bpe_pair(const dsv3__bpe *t, uint32_t left, uint32_t right)
+{
+    uint64_t key = (uint64_t)left << 21 | right, mask = ~(uint64_t)0 >> t->pairs_shift;
+    for (uint64_t i = (key * DSV3__BPE_MULTIPLIER) >> t->pairs_shift;; i = (i + 1) & mask) {
+        uint64_t slot = t->pairs[i];
+        if (slot >> DSV3__BPE_VALUE_BITS == key)
+            return (uint32_t)slot & DSV3__BPE_VALUE_MASK; /* an empty slot reads as key 0, value 0 */
+        if (!slot)
+            return 0;
+    }
+}
+
+// ---- Merging ------------------------------------------------------------------------------------------------
+
+/* Where ids go. More than `cap` are only counted. */
+typedef struct dsv3__bpe_sink {
+    int32_t *tokens; /* [cap] */
+    size_t cap, n;
+    dsv3__mem mem; /* for pieces too long for `small` */
+    void *big;
+    uint64_t big_size;
+    uint64_t small[DSV3__BPE_SMALL / 8];
+    dsv3_error *err;
+} dsv3__bpe_sink;
+
+DSV3__INLINE void dsv3__bpe_push(dsv3__bpe_sink *sink, int32_t id)
+{
+    if (sink->n < sink->cap)
+        sink->tokens[sink->n] = id;
+    sink->n++;
+}
+
+/* mem: the tokenizer's, which other threads use too: what a call takes for a long piece is counted on its own. */
+static void dsv3__bpe_sink_init(dsv3__bpe_sink *sink, const dsv3__mem *mem, int32_t *tokens, size_t cap)
+{
+    uint64_t limit = mem->limit == 0 ? 0 : mem->limit > mem->used ? mem->limit - mem->used : 1;
+    dsv3__mem_init(&sink->mem, &mem->allocator, limit);
+    sink->tokens = tokens;
+    sink->cap = cap;
+    sink->n = 0;
+    sink->big = NULL;
+    sink->big_size = 0;
+}
+
+/* Scratch of one piece; what it holds is gone with the next call. */
+static dsv3_result dsv3__bpe_scratch(dsv3__bpe_sink *sink, void **scratch, uint64_t size)
+{
+    *scratch = sink->small;
+    if (size <= sizeof sink->small)
+        return DSV3_OK;
+    if (size > sink->big_size) {
+        dsv3__mem_free(&sink->mem, sink->big);
+        sink->big_size = 0;
+        DSV3__TRY(dsv3__mem_alloc(&sink->mem, &sink->big, size, "tokenizing a long piece", sink->err));
+        sink->big_size = size;
+    }
+    *scratch = sink->big;
+    return DSV3_OK;
+}
 
 /* The longest word at p, and its length. Every byte is a word. */
-DSV3__INLINE uint32_t dsv3__tok_longest(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, size_t *n)
+DSV3__INLINE uint32_t dsv3__bpe_longest(const dsv3__bpe *t, const uint8_t *p, const uint8_t *end, size_t *n)
 {
     const uint64_t *units = t->trie.units;
     uint64_t unit = (uint64_t)t->trie.root << 32;
     uint32_t word = 0;
     *n = 0;
     for (const uint8_t *q = p; q < end;) {
-        unit = units[DSV3__TOK_BASE(unit) + *q];
-        if (DSV3__TOK_BYTE(unit) != *q++ + 1u)
+        unit = units[DSV3__BPE_BASE(unit) + *q];
+        if (DSV3__BPE_BYTE(unit) != *q++ + 1u)
             break;
-        if (DSV3__TOK_VALUE(unit))
-            word = DSV3__TOK_VALUE(unit) - 1, *n = (size_t)(q - p);
+        if (DSV3__BPE_VALUE(unit))
+            word = DSV3__BPE_VALUE(unit) - 1, *n = (size_t)(q - p);
     }
     return word;
 }
 
-/* Do left and right stay two words, if only pairs of lower rank than `limit` merge? Walks back in time: x is what ends the
-   left one, y what begins the right one, at a moment when x was not yet a part of x_until nor y of y_until.
-   A tie (the word that y goes into would merge this very pair) falls to the pair across the border, further left. */
-static bool dsv3__tok_apart(const dsv3_tokenizer *t, uint32_t x, uint32_t y, uint32_t limit)
+/* Do x and y stay two words although their parts might merge across the border, if only words below `limit` are made?
+   Walks back in time: x is what ended the left one, y what began the right one, while x was not yet a part of x_until
+   nor y of y_until. A tie (y's own merge is of the same pair) falls to the pair across the border, as the leftmost. */
+static bool dsv3__bpe_parts_apart(const dsv3__bpe *t, uint32_t x, uint32_t y, uint32_t limit)
 {
     uint32_t x_until = limit, y_until = limit;
-    for (;;) {
-        dsv3__tok_parts px = t->parts[x], py = t->parts[y];
-        if (px.left & py.right & DSV3__TOK_JOINS) {
-            uint32_t made = dsv3__tok_pair(t, x, y);
+    dsv3__bpe_parts px = t->parts[x], py = t->parts[y];
+    while (x >= 256 || y >= 256) {
+        if (x > y) {
+            x_until = x;
+            x = px.right & ~DSV3__BPE_JOINS;
+            px = t->parts[x];
+        } else {
+            y_until = y;
+            y = py.left & ~DSV3__BPE_JOINS;
+            py = t->parts[y];
+        }
+        if (px.left & py.right & DSV3__BPE_JOINS) {
+            uint32_t made = dsv3__bpe_pair(t, x, y);
             if (made && made < x_until && made <= y_until)
                 return false;
         }
-        if (x < 256 && y < 256)
-            return true;
-        if (x > y) {
-            x_until = x;
-            x = px.right & ~DSV3__TOK_JOINS;
-        } else {
-            y_until = y;
-            y = py.left & ~DSV3__TOK_JOINS;
-        }
     }
+    return true;
 }
 
-typedef struct dsv3__tok_link {
+/* Is this row of two words the merging of its bytes? */
+DSV3__INLINE bool dsv3__bpe_apart(const dsv3__bpe *t, uint32_t x, uint32_t y)
+{
+    if ((t->parts[x].left & t->parts[y].right & DSV3__BPE_JOINS) && dsv3__bpe_pair(t, x, y))
+        return false;
+    return dsv3__bpe_parts_apart(t, x, y, UINT32_MAX);
+}
+
+typedef struct dsv3__bpe_link {
     uint32_t word, end; /* its bytes end here */
-} dsv3__tok_link;
+} dsv3__bpe_link;
 
 /* Merges without merging: see the top of the section. Linear: each place is given up at most once.
    first, n_first   the longest word at p, shorter than the piece */
-static dsv3_result dsv3__tok_merge_chain(const dsv3_tokenizer *t, const uint8_t *p, size_t n, uint32_t first,
-                                         size_t n_first, dsv3__tok_sink *sink)
+static dsv3_result dsv3__bpe_chain(const dsv3__bpe *t, const uint8_t *p, size_t n, uint32_t first, size_t n_first,
+                                   dsv3__bpe_sink *sink)
 {
     size_t n_links = 0, pos = 0, len = n_first;
     uint32_t word = first;
     void *scratch;
-    DSV3__TRY(dsv3__tok_scratch(sink, &scratch, n * sizeof(dsv3__tok_link) + n / 8 + 1));
-    dsv3__tok_link *links = (dsv3__tok_link *)scratch;      /* [n_links] the merging of the first pos bytes */
+    DSV3__TRY(dsv3__bpe_scratch(sink, &scratch, n * sizeof(dsv3__bpe_link) + n / 8 + 1));
+    dsv3__bpe_link *links = (dsv3__bpe_link *)scratch;      /* [n_links] the merging of the first pos bytes */
     uint8_t *dead = (uint8_t *)scratch + n * sizeof *links; /* a bit a place: no word of the result ends here */
     memset(dead, 0, n / 8 + 1);
     while (pos < n) {
         size_t end = pos + len;
-        if (!(dead[end >> 3] >> (end & 7) & 1) &&
-            (n_links == 0 || dsv3__tok_apart(t, links[n_links - 1].word, word, UINT32_MAX))) {
+        if (!(dead[end >> 3] >> (end & 7) & 1) && (n_links == 0 || dsv3__bpe_apart(t, links[n_links - 1].word, word))) {
             links[n_links].word = word;
             links[n_links++].end = (uint32_t)end;
             pos = end;
             if (pos < n)
-                word = dsv3__tok_longest(t, p + pos, p + n, &len);
+                word = dsv3__bpe_longest(t, p + pos, p + n, &len);
             continue;
         }
         while (len == 1) { /* nothing can begin here: the word before was wrong */
@@ -7142,21 +7055,21 @@ static dsv3_result dsv3__tok_merge_chain(const dsv3_tokenizer *t, const uint8_t 
             len = pos - (n_links ? links[n_links - 1].end : 0);
             pos -= len;
         }
-        word = dsv3__tok_longest(t, p + pos, p + pos + len - 1, &len); /* the next shorter one */
+        word = dsv3__bpe_longest(t, p + pos, p + pos + len - 1, &len); /* the next shorter one */
     }
     for (size_t i = 0; i < n_links; i++)
-        dsv3__tok_push(sink, t->ids[links[i].word]);
+        dsv3__bpe_push(sink, t->ids[links[i].word]);
     return DSV3_OK;
 }
 
 /* A piece as a list of words, and the pairs in it that can merge. */
-typedef struct dsv3__tok_list {
-    uint32_t *word, *prev, *next; /* [n]; a place that was merged into its left neighbour holds DSV3__TOK_GONE */
+typedef struct dsv3__bpe_list {
+    uint32_t *word, *prev, *next; /* [n]; a place that was merged into its left neighbour holds DSV3__BPE_GONE */
     uint64_t *heap;               /* [n_heap] new word << 32 | place, the smallest first; stale ones stay until met */
     size_t n, n_heap;
-} dsv3__tok_list;
+} dsv3__bpe_list;
 
-static void dsv3__tok_heap_push(dsv3__tok_list *l, uint64_t entry)
+static void dsv3__bpe_heap_push(dsv3__bpe_list *l, uint64_t entry)
 {
     size_t i = l->n_heap++;
     for (; i > 0 && l->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
@@ -7164,7 +7077,7 @@ static void dsv3__tok_heap_push(dsv3__tok_list *l, uint64_t entry)
     l->heap[i] = entry;
 }
 
-static uint64_t dsv3__tok_heap_pop(dsv3__tok_list *l)
+static uint64_t dsv3__bpe_heap_pop(dsv3__bpe_list *l)
 {
     uint64_t top = l->heap[0], last = l->heap[--l->n_heap];
     size_t i = 0;
@@ -7184,20 +7097,20 @@ static uint64_t dsv3__tok_heap_pop(dsv3__tok_list *l)
 }
 
 /* Enters the pair that begins at `place`, if it merges. */
-static void dsv3__tok_list_pair(const dsv3_tokenizer *t, dsv3__tok_list *l, uint32_t place)
+static void dsv3__bpe_list_pair(const dsv3__bpe *t, dsv3__bpe_list *l, uint32_t place)
 {
-    uint32_t next = l->next[place], made = next < l->n ? dsv3__tok_pair(t, l->word[place], l->word[next]) : 0;
+    uint32_t next = l->next[place], made = next < l->n ? dsv3__bpe_pair(t, l->word[place], l->word[next]) : 0;
     if (made)
-        dsv3__tok_heap_push(l, (uint64_t)made << 32 | place);
+        dsv3__bpe_heap_push(l, (uint64_t)made << 32 | place);
 }
 
 /* The rule itself: the pair of lowest rank merges, the leftmost of those. n log n. */
-static dsv3_result dsv3__tok_merge_heap(const dsv3_tokenizer *t, const uint8_t *p, size_t n, dsv3__tok_sink *sink)
+static dsv3_result dsv3__bpe_heap(const dsv3__bpe *t, const uint8_t *p, size_t n, dsv3__bpe_sink *sink)
 {
-    dsv3__tok_list l;
+    dsv3__bpe_list l;
     void *scratch;
     /* n - 1 pairs at first, and two for each of at most n - 1 merges: fewer than 3 n in all */
-    DSV3__TRY(dsv3__tok_scratch(sink, &scratch, (uint64_t)n * (3 * sizeof *l.heap + 3 * sizeof *l.word)));
+    DSV3__TRY(dsv3__bpe_scratch(sink, &scratch, (uint64_t)n * (3 * sizeof *l.heap + 3 * sizeof *l.word)));
     l.heap = (uint64_t *)scratch;
     l.word = (uint32_t *)(l.heap + 3 * n);
     l.prev = l.word + n;
@@ -7210,40 +7123,511 @@ static dsv3_result dsv3__tok_merge_heap(const dsv3_tokenizer *t, const uint8_t *
         l.next[i] = i + 1;
     }
     for (uint32_t i = 0; i + 1 < n; i++)
-        dsv3__tok_list_pair(t, &l, i);
+        dsv3__bpe_list_pair(t, &l, i);
     while (l.n_heap) {
-        uint64_t top = dsv3__tok_heap_pop(&l);
+        uint64_t top = dsv3__bpe_heap_pop(&l);
         uint32_t place = (uint32_t)top, made = (uint32_t)(top >> 32), next = l.next[place];
-        if (l.word[place] == DSV3__TOK_GONE || next >= n || dsv3__tok_pair(t, l.word[place], l.word[next]) != made)
+        if (l.word[place] == DSV3__BPE_GONE || next >= n || dsv3__bpe_pair(t, l.word[place], l.word[next]) != made)
             continue;
         l.word[place] = made;
-        l.word[next] = DSV3__TOK_GONE;
+        l.word[next] = DSV3__BPE_GONE;
         l.next[place] = l.next[next];
         if (l.next[place] < n)
             l.prev[l.next[place]] = place;
-        dsv3__tok_list_pair(t, &l, place);
+        dsv3__bpe_list_pair(t, &l, place);
         if (l.prev[place] < n)
-            dsv3__tok_list_pair(t, &l, l.prev[place]);
+            dsv3__bpe_list_pair(t, &l, l.prev[place]);
     }
     for (uint32_t i = 0; i < n; i = l.next[i])
-        dsv3__tok_push(sink, t->ids[l.word[i]]);
+        dsv3__bpe_push(sink, t->ids[l.word[i]]);
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__tok_merge(const dsv3_tokenizer *t, const uint8_t *p, size_t n, dsv3__tok_sink *sink)
+static dsv3_result dsv3__bpe_merge(const dsv3__bpe *t, const uint8_t *p, size_t n, dsv3__bpe_sink *sink)
 {
     if (t->chain || t->whole) {
         size_t n_word;
-        uint32_t word = dsv3__tok_longest(t, p, p + n, &n_word);
+        uint32_t word = dsv3__bpe_longest(t, p, p + n, &n_word);
         if (n_word == n) {
-            dsv3__tok_push(sink, t->ids[word]);
+            dsv3__bpe_push(sink, t->ids[word]);
             return DSV3_OK;
         }
         if (t->chain)
-            return dsv3__tok_merge_chain(t, p, n, word, n_word, sink);
+            return dsv3__bpe_chain(t, p, n, word, n_word, sink);
     }
-    return dsv3__tok_merge_heap(t, p, n, sink);
+    return dsv3__bpe_heap(t, p, n, sink);
 }
+
+// ---- Building: a trie ---------------------------------------------------------------------------------------
+
+/* What the file says is not what is run here, or makes no sense. */
+#define DSV3__BPE_FAIL(err, ...) DSV3__FAIL((err), DSV3_ERROR_TOKENIZER, "tokenizer.json: " __VA_ARGS__)
+
+/* A string on its way into a trie. */
+typedef struct dsv3__bpe_item {
+    uint32_t at, n; /* bytes in the pool */
+    uint32_t value;
+} dsv3__bpe_item;
+
+/* A unit, and the strings that begin as it does: items [from, to). */
+typedef struct dsv3__bpe_branch {
+    uint32_t place, depth, from, to;
+} dsv3__bpe_branch;
+
+typedef struct dsv3__bpe_builder {
+    dsv3__bpe_trie *trie;
+    dsv3__mem *mem;
+    dsv3_error *err;
+    const char *what; /* of tokenizer.json, for errors */
+    const char *pool;
+    uint64_t cap;                  /* units allocated */
+    uint64_t low;                  /* no free unit stands before */
+    uint64_t end;                  /* all behind are free */
+    dsv3__bpe_item *items, *spare; /* PERF: copied about, so that a branch's strings lie together */
+    dsv3__bpe_branch *stack;
+    uint64_t n_stack, stack_cap;
+    uint32_t count[256]; /* strings of a branch by the byte they go on with; 0 between calls */
+} dsv3__bpe_builder;
+
+#define DSV3__BPE_IS_BASE ((uint64_t)1 << 31)
+
+/* The first place from `at` on, before `stop`, where the first of n bytes may go, if the others follow. */
+static uint64_t dsv3__bpe_trie_fit(const uint64_t *units, uint64_t at, uint64_t stop, const uint8_t *bytes, uint32_t n)
+{
+    for (; at < stop; at++) {
+        uint64_t base = at - bytes[0];
+        uint32_t i = 1;
+        if (DSV3__BPE_BYTE(units[at]) || (units[base] & DSV3__BPE_IS_BASE))
+            continue;
+        while (i < n && !DSV3__BPE_BYTE(units[base + bytes[i]]))
+            i++;
+        if (i >= n)
+            break;
+    }
+    return at;
+}
+
+/* A base that nobody has, with free units for all n bytes: in one of the first holes, else behind everything. */
+static dsv3_result dsv3__bpe_trie_place(dsv3__bpe_builder *b, const uint8_t *bytes, uint32_t n, uint32_t *base)
+{
+    uint64_t cap = b->cap, first = bytes[0] + 1u, at, stop; /* 0 is no base */
+    void *grown = b->trie->units;
+    DSV3__TRY(dsv3__mem_grow(b->mem, &grown, &b->cap, cap, b->end + DSV3__BPE_TRIES + 768, sizeof(uint64_t), "tokens",
+                             b->err));
+    b->trie->units = (uint64_t *)grown;
+    memset(b->trie->units + cap, 0, (size_t)(b->cap - cap) * sizeof(uint64_t));
+    while (b->low < b->end && DSV3__BPE_BYTE(b->trie->units[b->low]))
+        b->low++;
+    at = b->low > first ? b->low : first;
+    stop = at + DSV3__BPE_TRIES;
+    at = dsv3__bpe_trie_fit(b->trie->units, at, stop, bytes, n);
+    if (at == stop) {
+        b->low++; /* a hole that is hard to fill */
+        at = b->end > first ? b->end : first;
+        at = dsv3__bpe_trie_fit(b->trie->units, at, at + 512, bytes, n); /* found: no base is at or behind b->end */
+    }
+    *base = (uint32_t)(at - bytes[0]);
+    return DSV3_OK;
+}
+
+/* The string that ends at this unit, if there is one, gives its value, and leaves the branch. */
+static dsv3_result dsv3__bpe_trie_value(dsv3__bpe_builder *b, dsv3__bpe_branch *at)
+{
+    for (uint32_t i = at->from; i < at->to; i++) {
+        dsv3__bpe_item item = b->items[i];
+        if (item.n != at->depth)
+            continue;
+        if (DSV3__BPE_VALUE(b->trie->units[at->place])) {
+            dsv3__str text;
+            text.p = b->pool + item.at;
+            text.n = item.n;
+            return DSV3__BPE_FAIL(b->err, "%s: \"%S\" stands there twice", b->what, &text);
+        }
+        b->trie->units[at->place] |= (uint64_t)(item.value + 1) << 9;
+        b->items[i] = b->items[at->from++];
+        if (b->trie->depth < at->depth)
+            b->trie->depth = at->depth;
+    }
+    return DSV3_OK;
+}
+
+/* Sorts the branch's strings by the byte they go on with: bytes [n] are those in use, b->count how often. */
+static uint32_t dsv3__bpe_trie_sort(dsv3__bpe_builder *b, const dsv3__bpe_branch *at, uint8_t *bytes)
+{
+    const char *pool = b->pool + at->depth;
+    uint32_t first[256], n = 0, next = at->from;
+    for (uint32_t i = at->from; i < at->to; i++) {
+        uint8_t byte = (uint8_t)pool[b->items[i].at];
+        if (b->count[byte]++ == 0)
+            bytes[n++] = byte;
+    }
+    if (n < 2)
+        return n;
+    for (uint32_t i = 0; i < n; i++) {
+        first[bytes[i]] = next;
+        next += b->count[bytes[i]];
+    }
+    for (uint32_t i = at->from; i < at->to; i++)
+        b->spare[first[(uint8_t)pool[b->items[i].at]]++] = b->items[i];
+    memcpy(b->items + at->from, b->spare + at->from, (at->to - at->from) * sizeof *b->items);
+    return n;
+}
+
+/* Takes a base, for the unit at `place` of this depth, and the units of these bytes behind it. */
+static dsv3_result dsv3__bpe_trie_take(dsv3__bpe_builder *b, uint32_t place, uint32_t depth, const uint8_t *bytes,
+                                       uint32_t n, uint32_t *base)
+{
+    DSV3__TRY(dsv3__bpe_trie_place(b, bytes, n, base));
+    uint64_t *units = b->trie->units;
+    units[*base] |= DSV3__BPE_IS_BASE;
+    if (depth)
+        units[place] |= (uint64_t)*base << 32;
+    else
+        b->trie->root = *base;
+    for (uint32_t i = 0; i < n; i++) {
+        units[*base + bytes[i]] |= bytes[i] + 1u;
+        if (b->end <= (uint64_t)*base + bytes[i])
+            b->end = (uint64_t)*base + bytes[i] + 1;
+    }
+    if (b->end > DSV3__BPE_UNITS_MAX)
+        return DSV3__BPE_FAIL(b->err, "%s: more than %u beginnings of strings", b->what, (uint64_t)DSV3__BPE_UNITS_MAX);
+    return DSV3_OK;
+}
+
+/* A branch of one string: half of all units. */
+static dsv3_result dsv3__bpe_trie_tail(dsv3__bpe_builder *b, dsv3__bpe_branch at)
+{
+    dsv3__bpe_item item = b->items[at.from];
+    for (; at.depth < item.n; at.depth++) {
+        uint8_t byte = (uint8_t)b->pool[item.at + at.depth];
+        uint32_t base;
+        DSV3__TRY(dsv3__bpe_trie_take(b, at.place, at.depth, &byte, 1, &base));
+        at.place = base + byte;
+    }
+    b->trie->units[at.place] |= (uint64_t)(item.value + 1) << 9;
+    if (b->trie->depth < item.n)
+        b->trie->depth = item.n;
+    return DSV3_OK;
+}
+
+/* Gives a unit its value and its branches; these go on the stack. */
+static dsv3_result dsv3__bpe_trie_grow(dsv3__bpe_builder *b, dsv3__bpe_branch at)
+{
+    uint8_t bytes[256];
+    uint32_t n, base, from;
+    void *stack = b->stack;
+    if (at.to - at.from == 1)
+        return dsv3__bpe_trie_tail(b, at);
+    DSV3__TRY(dsv3__bpe_trie_value(b, &at));
+    n = dsv3__bpe_trie_sort(b, &at, bytes);
+    if (n == 0)
+        return DSV3_OK;
+    DSV3__TRY(
+        dsv3__mem_grow(b->mem, &stack, &b->stack_cap, b->n_stack, b->n_stack + n, sizeof *b->stack, "tokens", b->err));
+    b->stack = (dsv3__bpe_branch *)stack;
+    DSV3__TRY(dsv3__bpe_trie_take(b, at.place, at.depth, bytes, n, &base));
+    from = at.from;
+    for (uint32_t i = 0; i < n; i++) {
+        dsv3__bpe_branch *branch = &b->stack[b->n_stack++];
+        branch->place = base + bytes[i];
+        branch->depth = at.depth + 1;
+        branch->from = from;
+        from += b->count[bytes[i]];
+        branch->to = from;
+        b->count[bytes[i]] = 0;
+    }
+    return DSV3_OK;
+}
+
+/* A trie of n strings, none empty.
+   items      [2 n] the strings, and as many behind them for scratch
+   n_units    out: no unit is taken behind it */
+static dsv3_result dsv3__bpe_trie_build(dsv3__bpe_trie *trie, const char *pool, dsv3__bpe_item *items, uint32_t n,
+                                        const char *what, uint64_t *n_units, dsv3__mem *mem, dsv3_error *err)
+{
+    dsv3__bpe_builder b;
+    dsv3__bpe_branch at = {0, 0, 0, 0};
+    void *units;
+    dsv3_result r;
+    memset(&b, 0, sizeof b);
+    b.trie = trie;
+    b.mem = mem;
+    b.err = err;
+    b.what = what;
+    b.pool = pool;
+    b.cap = (uint64_t)n * 9 / 4 + 1024; /* DeepSeek-V3: 2.14 units a string */
+    b.low = b.end = 1;
+    b.items = items;
+    b.spare = items + n;
+    at.to = n;
+    DSV3__TRY(dsv3__mem_alloc(mem, &units, b.cap * sizeof *trie->units, "tokens", err));
+    memset(units, 0, (size_t)b.cap * sizeof *trie->units);
+    trie->units = (uint64_t *)units;
+    while ((r = dsv3__bpe_trie_grow(&b, at)) == DSV3_OK && b.n_stack)
+        at = b.stack[--b.n_stack];
+    dsv3__mem_free(mem, b.stack);
+    *n_units = b.end;
+    return r;
+}
+
+// ---- Building: words ----------------------------------------------------------------------------------------
+
+/* What the file says. */
+typedef struct dsv3__bpe_rule {
+    uint32_t left, right, made; /* ids */
+} dsv3__bpe_rule;
+
+typedef struct dsv3__bpe_source {
+    const dsv3__bpe_rule *rules; /* [n_rules] the merges, in order */
+    uint32_t n_rules, n_vocab;
+    const uint8_t *flags; /* [n_vocab] not 0: no word, unless a merge makes it */
+    uint64_t n_units;     /* of the trie */
+    uint32_t *word_of;    /* [n_vocab] out: id -> word, or DSV3__BPE_GONE */
+    dsv3__mem *mem;
+    dsv3_error *err;
+} dsv3__bpe_source;
+
+/* Numbers the words: b->ids, and the other way round s->word_of. */
+static dsv3_result dsv3__bpe_number(dsv3__bpe *b, const dsv3__bpe_source *s)
+{
+    void *ids;
+    DSV3__TRY(dsv3__mem_alloc(s->mem, &ids, (uint64_t)s->n_vocab * sizeof *b->ids, "words", s->err));
+    b->ids = (int32_t *)ids; /* [n_vocab]: each word is another entry of the vocabulary */
+    for (uint32_t id = 0; id < s->n_vocab; id++)
+        s->word_of[id] = DSV3__BPE_GONE;
+    for (uint32_t i = 0; i < 256; i++) {
+        char byte = (char)i;
+        int64_t id = dsv3__bpe_trie_find(&b->trie, &byte, 1);
+        if (id < 0)
+            return DSV3__BPE_FAIL(s->err, "model.vocab has no entry for the byte %u", (uint64_t)i);
+        b->ids[i] = (int32_t)id;
+        s->word_of[id] = i;
+    }
+    for (uint32_t r = 0; r < s->n_rules; r++) {
+        uint32_t made = s->rules[r].made;
+        if (s->word_of[made] != DSV3__BPE_GONE)
+            return DSV3__BPE_FAIL(s->err, "model.merges[%u] makes the token %u, as model.merges[%u] does", (uint64_t)r,
+                                  (uint64_t)made, (uint64_t)s->word_of[made] - 256);
+        b->ids[256 + r] = (int32_t)made;
+        s->word_of[made] = 256 + r;
+    }
+    b->n_words = 256 + s->n_rules;
+    for (uint32_t id = 0; id < s->n_vocab && b->whole; id++)
+        if (s->word_of[id] == DSV3__BPE_GONE && !s->flags[id]) {
+            s->word_of[id] = b->n_words;
+            b->ids[b->n_words++] = (int32_t)id;
+        }
+    return DSV3_OK;
+}
+
+/* Adds what two words make. */
+static dsv3_result dsv3__bpe_put_pair(dsv3__bpe *b, uint32_t left, uint32_t right, uint32_t made, dsv3_error *err)
+{
+    uint64_t key = (uint64_t)left << 21 | right, mask = ~(uint64_t)0 >> b->pairs_shift;
+    uint64_t i = (key * DSV3__BPE_MULTIPLIER) >> b->pairs_shift;
+    for (int probes = 0; b->pairs[i]; probes++, i = (i + 1) & mask)
+        if (probes == DSV3__BPE_PROBES_MAX)
+            return DSV3__BPE_FAIL(err, "model.merges collide in a table more than chance allows");
+    b->pairs[i] = key << DSV3__BPE_VALUE_BITS | made;
+    return DSV3_OK;
+}
+
+/* The tables of pairs and parts. b->chain: halves are made before their merge, merges make all words, none is long. */
+static dsv3_result dsv3__bpe_load_pairs(dsv3__bpe *b, const dsv3__bpe_source *s)
+{
+    void *parts, *pairs;
+    unsigned bits = 4;
+    while ((uint64_t)1 << bits < (uint64_t)s->n_rules * 2) /* half full: 2^18 slots for DeepSeek-V3 */
+        bits++;
+    DSV3__TRY(dsv3__mem_alloc(s->mem, &parts, (uint64_t)(256 + s->n_rules) * sizeof *b->parts, "merges", s->err));
+    b->parts = (dsv3__bpe_parts *)parts;
+    DSV3__TRY(dsv3__mem_alloc(s->mem, &pairs, sizeof *b->pairs << bits, "merges", s->err));
+    b->pairs = (uint64_t *)pairs;
+    b->pairs_shift = 64 - bits;
+    memset(b->pairs, 0, sizeof *b->pairs << bits);
+    b->chain = b->n_words == 256 + s->n_rules && b->trie.depth <= DSV3__BPE_CHAIN_MAX;
+    for (uint32_t i = 0; i < 256; i++)
+        b->parts[i].left = b->parts[i].right = i;
+    for (uint32_t r = 0; r < s->n_rules; r++) {
+        uint32_t left = s->word_of[s->rules[r].left], right = s->word_of[s->rules[r].right], made = 256 + r;
+        b->parts[made].left = left;
+        b->parts[made].right = right;
+        if (left >= made || right >= made)
+            b->chain = false;
+        if (left != DSV3__BPE_GONE && right != DSV3__BPE_GONE)
+            DSV3__TRY(dsv3__bpe_put_pair(b, left, right, made, s->err));
+    }
+    for (uint32_t made = 256; b->chain && made < b->n_words; made++) {
+        b->parts[b->parts[made].left & ~DSV3__BPE_JOINS].left |= DSV3__BPE_JOINS;
+        b->parts[b->parts[made].right & ~DSV3__BPE_JOINS].right |= DSV3__BPE_JOINS;
+    }
+    return DSV3_OK;
+}
+
+/* Does every word, spelled out, merge back to itself? Its halves do, being older; so it does if no pair across their
+   border merges before the word itself would. */
+static bool dsv3__bpe_sound(const dsv3__bpe *b)
+{
+    for (uint32_t w = 256; w < b->n_words; w++)
+        if (!dsv3__bpe_parts_apart(b, b->parts[w].left & ~DSV3__BPE_JOINS, b->parts[w].right & ~DSV3__BPE_JOINS, w))
+            return false;
+    return true;
+}
+
+/* From now on the trie leads to words instead of ids, and only to words. */
+static void dsv3__bpe_load_trie(dsv3__bpe *b, const dsv3__bpe_source *s)
+{
+    uint64_t *units = b->trie.units;
+    for (uint64_t i = 0; i < s->n_units; i++) {
+        uint32_t value = DSV3__BPE_VALUE(units[i]), word = value ? s->word_of[value - 1] : DSV3__BPE_GONE;
+        units[i] = (units[i] & ~((uint64_t)DSV3__BPE_VALUE_MASK << 9)) |
+                   (uint64_t)(word == DSV3__BPE_GONE ? 0 : word + 1) << 9;
+    }
+}
+
+/* Everything but the trie, which must be there and lead from bytes to ids, and `whole`, from the merges. */
+static dsv3_result dsv3__bpe_build(dsv3__bpe *b, const dsv3__bpe_source *s)
+{
+    DSV3__TRY(dsv3__bpe_number(b, s));
+    DSV3__TRY(dsv3__bpe_load_pairs(b, s));
+    b->chain = b->chain && dsv3__bpe_sound(b);
+    dsv3__bpe_load_trie(b, s);
+    return DSV3_OK;
+}
+
+static void dsv3__bpe_free(dsv3__bpe *b, dsv3__mem *mem)
+{
+    dsv3__mem_free(mem, b->ids);
+    dsv3__mem_free(mem, b->parts);
+    dsv3__mem_free(mem, b->pairs);
+    dsv3__mem_free(mem, b->trie.units);
+}
+
+#endif // DSV3_NO_TOKENIZER
+
+// =============================================================================
+// >>tok   The checkpoint's tokenizer: tokenizer.json, text to ids and back.
+//         Needs: json, split, bpe. Owns: the tokenizer, which never changes once it is open.
+// =============================================================================
+
+/* Text to ids: texts of added_tokens ("<|User|>") are cut out first, but only if the caller asks for it, since text is
+   text; >>split cuts what lies between into pieces; >>bpe merges each piece into words, whose ids are looked up. Every
+   byte string has ids, and their bytes are that string again.
+
+   Opening reads tokenizer.json front to back, without a tree. A token of the vocabulary is spelled in *byte letters* (a
+   code point that prints stands for a byte); it is turned into bytes once and for all. What this library does not do as
+   the file says, or does not know, is refused by name: ids of another tokenizer would be wrong without a sign. */
+
+enum {
+    DSV3__TOK_FILE_MAX = 64 << 20,   /* bytes of tokenizer.json */
+    DSV3__TOK_CONFIG_MAX = 16 << 20, /* bytes of tokenizer_config.json */
+    DSV3__TOK_IDS_MAX = 1 << 21,     /* ids: two words and what they make fit 64 bits */
+    DSV3__TOK_BYTES_MAX = 1024,      /* of a token (DeepSeek-V3: 128, Kimi-K2: 256): how far ahead a match looks */
+    DSV3__TOK_CHUNK = 64             /* bytes decoded at a time */
+};
+
+/* Text of ill-formed UTF-8 arrives in pieces: what is certain goes out, up to three bytes wait. Starts as {0}. */
+typedef struct dsv3__tok_stream {
+    uint8_t n; /* bytes waiting: the beginning of a well-formed sequence */
+    uint8_t bytes[3];
+} dsv3__tok_stream;
+
+/* Length (at least 1, n > 0) of the first character at p, or of the maximal part of one that is none, as Unicode
+   counts them (chapter 3, table 3-8). *state: 0 well-formed, 1 ill-formed, 2 neither yet: the bytes end within it. */
+static size_t dsv3__tok_utf8_part(const uint8_t *p, size_t n, int *state)
+{
+    size_t want = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2, i = 1;
+    uint8_t lo = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80; /* of the second byte: shortest forms */
+    uint8_t hi = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF; /* no surrogates, nothing behind U+10FFFF */
+    *state = p[0] >= 0x80;
+    if (p[0] < 0xC2 || p[0] > 0xF4)
+        return 1;
+    for (; i < want && i < n && p[i] >= lo && p[i] <= hi; i++)
+        lo = 0x80, hi = 0xBF;
+    *state = i == want ? 0 : i == n ? 2 : 1;
+    return i;
+}
+
+/* Appends n bytes and writes what is now certain: whole characters, U+FFFD for each ill-formed part. Returns how many
+   bytes that is.
+   out        [3 * (n + 3)] */
+static size_t dsv3__tok_stream_put(dsv3__tok_stream *s, const char *bytes, size_t n, char *out)
+{
+    const uint8_t *p = (const uint8_t *)bytes, *end = p + n;
+    char *o = out;
+    while (p < end) {
+        uint8_t window[4]; /* the bytes that wait and those that may complete them */
+        size_t waiting = s->n, have = waiting, part;
+        int state;
+        if (!waiting && *p < 0x80) {
+            *o++ = (char)*p++;
+            continue;
+        }
+        memcpy(window, s->bytes, waiting);
+        for (const uint8_t *q = p; have < 4 && q < end; q++)
+            window[have++] = *q;
+        part = dsv3__tok_utf8_part(window, have, &state);
+        if (state == 2) { /* part == have < 4 */
+            memcpy(s->bytes, window, part);
+            s->n = (uint8_t)part;
+            return (size_t)(o - out);
+        }
+        memcpy(o, state == 0 ? (const char *)window : "\xEF\xBF\xBD", state == 0 ? part : 3);
+        o += state == 0 ? part : 3;
+        s->n = 0;
+        p += part - waiting; /* part >= waiting: what waits is the beginning of a sequence */
+    }
+    return (size_t)(o - out);
+}
+
+/* The end: an incomplete character becomes U+FFFD. out [3]. Harmless when called again. */
+static size_t dsv3__tok_stream_flush(dsv3__tok_stream *s, char *out)
+{
+    size_t n = s->n ? 3 : 0;
+    memcpy(out, "\xEF\xBF\xBD", n);
+    s->n = 0;
+    return n;
+}
+
+#ifndef DSV3_NO_TOKENIZER
+
+/* A token's bytes in the pool. */
+typedef struct dsv3__tok_span {
+    uint32_t at, n;
+} dsv3__tok_span;
+
+typedef struct dsv3__tok_marker {
+    int32_t id;
+    bool normalized; /* matched in the second pass, in what the first one left */
+    bool special;
+} dsv3__tok_marker;
+
+/* What is to know about an id. */
+enum {
+    DSV3__TOK_RAW = 1,    /* not spelled in byte letters alone: its bytes are its text */
+    DSV3__TOK_ADDED = 2,  /* in added_tokens */
+    DSV3__TOK_SPECIAL = 4 /* and `special` there */
+};
+
+#define DSV3__TOK_UNSET UINT32_MAX /* where the bytes of an id are not known yet */
+
+struct dsv3_tokenizer {
+    dsv3__mem mem;
+    uint32_t n_tokens;
+    char *pool;            /* the bytes of all tokens */
+    dsv3__tok_span *spans; /* [n_tokens] */
+    uint8_t *flags;        /* [n_tokens] */
+    int32_t bos, eos, pad; /* -1: none */
+    bool add_bos;
+    uint32_t n_markers;
+    dsv3__tok_marker *markers; /* [n_markers] in the order of the file */
+    dsv3__tok_span *contents;  /* [n_markers] their texts, in content_pool */
+    char *content_pool;
+    dsv3__bpe_trie marker_trie; /* text -> place in `markers` */
+    bool marker_starts[256];    /* can this byte begin one? */
+    dsv3__split split;
+    dsv3__bpe bpe;
+};
 
 // ---- Text to ids -----------------------------------------------------------------------------------------
 
@@ -7255,10 +7639,10 @@ static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8
         const uint8_t *found = NULL;
         uint64_t unit = (uint64_t)t->marker_trie.root << 32;
         for (const uint8_t *q = p; q < end && t->marker_starts[*p];) {
-            unit = t->marker_trie.units[DSV3__TOK_BASE(unit) + *q];
-            if (DSV3__TOK_BYTE(unit) != *q++ + 1u)
+            unit = t->marker_trie.units[DSV3__BPE_BASE(unit) + *q];
+            if (DSV3__BPE_BYTE(unit) != *q++ + 1u)
                 break;
-            const dsv3__tok_marker *m = DSV3__TOK_VALUE(unit) ? &t->markers[DSV3__TOK_VALUE(unit) - 1] : NULL;
+            const dsv3__tok_marker *m = DSV3__BPE_VALUE(unit) ? &t->markers[DSV3__BPE_VALUE(unit) - 1] : NULL;
             if (m && m->normalized == normalized)
                 *id = m->id, found = q;
         }
@@ -7270,22 +7654,23 @@ static const uint8_t *dsv3__tok_find_marker(const dsv3_tokenizer *t, const uint8
     return NULL;
 }
 
-/* Ids of [p, end). first_pass: markers are looked for, in two passes; the second sees what the first left. */
+/* Ids of [p, end). passes: 2 looks for markers, those that are not normalized first, the others in what that left; 0:
+   text is text. What lies between markers is a text of its own. */
 static dsv3_result dsv3__tok_encode(const dsv3_tokenizer *t, const uint8_t *p, const uint8_t *end, int passes,
-                                    dsv3__tok_sink *sink)
+                                    dsv3__bpe_sink *sink)
 {
     const uint8_t *begin, *behind;
     int32_t id = 0;
     while (passes && (behind = dsv3__tok_find_marker(t, p, end, passes == 1, &begin, &id)) != NULL) {
         DSV3__TRY(dsv3__tok_encode(t, p, begin, passes - 1, sink));
-        dsv3__tok_push(sink, id);
+        dsv3__bpe_push(sink, id);
         p = behind;
     }
     if (passes)
         return dsv3__tok_encode(t, p, end, passes - 1, sink);
     while (p < end) {
-        const uint8_t *e = dsv3__tok_piece(t, p, end);
-        DSV3__TRY(dsv3__tok_merge(t, p, (size_t)(e - p), sink));
+        const uint8_t *e = dsv3__split_piece(&t->split, p, end);
+        DSV3__TRY(dsv3__bpe_merge(&t->bpe, p, (size_t)(e - p), sink));
         p = e;
     }
     return DSV3_OK;
@@ -7293,35 +7678,27 @@ static dsv3_result dsv3__tok_encode(const dsv3_tokenizer *t, const uint8_t *p, c
 
 static int32_t dsv3__tok_marker_id(const dsv3_tokenizer *t, const char *text, size_t n)
 {
-    int64_t i = dsv3__tok_trie_find(&t->marker_trie, text, n);
+    int64_t i = dsv3__bpe_trie_find(&t->marker_trie, text, n);
     return i < 0 ? -1 : t->markers[i].id;
 }
 
-// ---- Opening: what is read ------------------------------------------------------------------------------------
-
-typedef struct dsv3__tok_rule {
-    uint32_t left, right, made; /* ids */
-} dsv3__tok_rule;
+// ---- Opening: what is read ----------------------------------------------------------------------------------
 
 /* What only the opening needs. */
 typedef struct dsv3__tok_load {
     dsv3_tokenizer *t;
     dsv3_error *err;
     dsv3__json j;           /* tokenizer.json */
-    const char *what;       /* the part of it that is worked on */
     int16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, or -1 */
     uint64_t n_pool, pool_cap, spans_cap, flags_cap;
-    uint32_t n_vocab; /* entries of model.vocab */
-    dsv3__tok_trie
-        raw; /* those that are no byte letters: text -> id. t->trie has the others, until words are numbered */
-    dsv3__tok_rule *rules; /* [n_rules] the merges */
+    uint32_t n_vocab;      /* entries of model.vocab */
+    dsv3__bpe_trie raw;    /* text -> id of those that are no byte letters; the tokenizer's has the others */
+    dsv3__bpe_rule *rules; /* [n_rules] the merges */
     uint64_t n_rules;
     uint64_t n_content, content_cap, contents_cap, markers_cap;
-    uint64_t n_built;  /* units of the trie that was built last */
-    uint64_t n_units;  /* of t->trie */
-    uint32_t *next;    /* links of lists of strings */
-    uint32_t *word_of; /* [n_vocab] id -> word, or DSV3__TOK_GONE */
-    char *text;        /* a decoded string */
+    uint64_t n_units;      /* of the tokenizer's trie */
+    dsv3__bpe_item *items; /* strings of the trie that is built */
+    char *text;            /* a decoded string */
     uint64_t text_cap;
 } dsv3__tok_load;
 
@@ -7384,148 +7761,18 @@ static dsv3_result dsv3__tok_load_string(dsv3__tok_load *l, size_t at, size_t *n
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__tok_alloc_u32(dsv3__tok_load *l, uint32_t **array, uint64_t n)
+/* Room for the strings of a trie: l->items. */
+static dsv3_result dsv3__tok_load_items(dsv3__tok_load *l, uint32_t n)
 {
-    void *p;
-    *array = NULL;
-    DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &p, (n ? n : 1) * sizeof **array, "tokens", l->err));
-    *array = (uint32_t *)p;
+    void *items;
+    dsv3__mem_free(&l->t->mem, l->items);
+    l->items = NULL;
+    DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &items, ((uint64_t)n * 2 + 1) * sizeof *l->items, "tokens", l->err));
+    l->items = (dsv3__bpe_item *)items;
     return DSV3_OK;
 }
 
-// ---- Opening: a trie ------------------------------------------------------------------------------------------
-
-/* A unit, and the strings that go on from it (or end there). */
-typedef struct dsv3__tok_branch {
-    uint32_t place, list, depth; /* list: the first one, then along l->next, to DSV3__TOK_GONE */
-} dsv3__tok_branch;
-
-typedef struct dsv3__tok_builder {
-    dsv3__tok_trie *trie;
-    uint64_t cap; /* units allocated */
-    uint64_t low; /* no free unit stands before */
-    uint64_t end; /* all behind are free */
-    dsv3__tok_branch *stack;
-    uint64_t n_stack, stack_cap;
-} dsv3__tok_builder;
-
-#define DSV3__TOK_IS_BASE ((uint64_t)1 << 31)
-
-/* Can these bytes follow a unit whose base puts the first of them at `at`? */
-static bool dsv3__tok_trie_fits(const uint64_t *units, uint64_t at, const uint8_t *bytes, uint32_t n)
-{
-    uint64_t base = at - bytes[0];
-    if (units[base] & DSV3__TOK_IS_BASE)
-        return false;
-    for (uint32_t i = 0; i < n; i++)
-        if (DSV3__TOK_BYTE(units[base + bytes[i]]))
-            return false;
-    return true;
-}
-
-/* A base that nobody has, with free units for all n bytes: in one of the first holes, else behind everything. */
-static dsv3_result dsv3__tok_trie_place(dsv3__tok_load *l, dsv3__tok_builder *b, const uint8_t *bytes, uint32_t n,
-                                        uint32_t *base)
-{
-    uint64_t cap = b->cap, at, stop;
-    void *grown = b->trie->units;
-    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &grown, &b->cap, cap, b->end + DSV3__TOK_TRIES + 768, sizeof(uint64_t),
-                             "tokens", l->err));
-    b->trie->units = (uint64_t *)grown;
-    memset(b->trie->units + cap, 0, (size_t)(b->cap - cap) * sizeof(uint64_t));
-    const uint64_t *units = b->trie->units;
-    while (b->low < b->end && DSV3__TOK_BYTE(units[b->low]))
-        b->low++;
-    at = b->low > bytes[0] ? b->low : bytes[0] + 1u; /* 0 is no base */
-    stop = at + DSV3__TOK_TRIES;
-    while (at < stop && !dsv3__tok_trie_fits(units, at, bytes, n))
-        at++;
-    if (at == stop) {
-        b->low++; /* a hole that is hard to fill */
-        at = b->end > bytes[0] ? b->end : bytes[0] + 1u;
-        while (!dsv3__tok_trie_fits(units, at, bytes, n)) /* at most 511 times: no base is behind b->end */
-            at++;
-    }
-    *base = (uint32_t)(at - bytes[0]);
-    return DSV3_OK;
-}
-
-/* The unit at `place` gets its value and its branches; these go on the stack. */
-static dsv3_result dsv3__tok_trie_grow(dsv3__tok_load *l, dsv3__tok_builder *b, dsv3__tok_branch at, const char *pool,
-                                       const dsv3__tok_span *spans, uint32_t *lists)
-{
-    uint8_t bytes[256];
-    uint32_t n = 0, base;
-    void *stack = b->stack;
-    for (uint32_t i = at.list, next; i != DSV3__TOK_GONE; i = next) {
-        next = l->next[i];
-        if (spans[i].n == at.depth) {
-            if (DSV3__TOK_VALUE(b->trie->units[at.place])) {
-                dsv3__str text;
-                text.p = pool + spans[i].at;
-                text.n = spans[i].n;
-                return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: \"%S\" stands there twice",
-                                  l->what, &text);
-            }
-            b->trie->units[at.place] |= (uint64_t)(i + 1) << 9;
-            continue;
-        }
-        uint8_t byte = (uint8_t)pool[spans[i].at + at.depth];
-        if (lists[byte] == DSV3__TOK_GONE)
-            bytes[n++] = byte;
-        l->next[i] = lists[byte];
-        lists[byte] = i;
-    }
-    if (n == 0)
-        return DSV3_OK;
-    DSV3__TRY(dsv3__mem_grow(&l->t->mem, &stack, &b->stack_cap, b->n_stack, b->n_stack + n, sizeof *b->stack, "tokens",
-                             l->err));
-    b->stack = (dsv3__tok_branch *)stack;
-    DSV3__TRY(dsv3__tok_trie_place(l, b, bytes, n, &base));
-    b->trie->units[base] |= DSV3__TOK_IS_BASE;
-    if (at.depth)
-        b->trie->units[at.place] |= (uint64_t)base << 32;
-    else
-        b->trie->root = base;
-    for (uint32_t i = 0; i < n; i++) {
-        dsv3__tok_branch *branch = &b->stack[b->n_stack++];
-        branch->place = base + bytes[i];
-        branch->list = lists[bytes[i]];
-        branch->depth = at.depth + 1;
-        lists[bytes[i]] = DSV3__TOK_GONE;
-        b->trie->units[branch->place] |= bytes[i] + 1u;
-        if (b->end <= branch->place)
-            b->end = branch->place + 1;
-    }
-    if (b->end > DSV3__TOK_UNITS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: more than %u beginnings of strings",
-                          l->what, (uint64_t)DSV3__TOK_UNITS_MAX);
-    return DSV3_OK;
-}
-
-/* A trie of the strings of a list (none empty); they are numbered by their spans. what: names them in errors. */
-static dsv3_result dsv3__tok_trie_build(dsv3__tok_load *l, dsv3__tok_trie *trie, const char *pool,
-                                        const dsv3__tok_span *spans, uint32_t list, uint64_t n)
-{
-    uint32_t lists[256]; /* of a unit's strings, those that go on with a byte; all empty between calls */
-    dsv3__tok_builder b = {trie, 0, 1, 1, NULL, 0, 0};
-    dsv3__tok_branch at = {0, list, 0};
-    void *units;
-    dsv3_result r;
-    b.cap = n * 9 / 4 + 1024; /* DeepSeek-V3: 2.14 units a word */
-    DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &units, b.cap * sizeof *trie->units, "tokens", l->err));
-    memset(units, 0, (size_t)b.cap * sizeof *trie->units);
-    trie->units = (uint64_t *)units;
-    for (uint32_t i = 0; i < 256; i++)
-        lists[i] = DSV3__TOK_GONE;
-    while ((r = dsv3__tok_trie_grow(l, &b, at, pool, spans, lists)) == DSV3_OK && b.n_stack)
-        at = b.stack[--b.n_stack];
-    dsv3__mem_free(&l->t->mem, b.stack);
-    l->n_built = b.end;
-    return r;
-}
-
-// ---- Opening: the vocabulary and the merges -------------------------------------------------------------------
+// ---- Opening: the vocabulary and the merges -----------------------------------------------------------------
 
 /* Room for n ids in all. */
 static dsv3_result dsv3__tok_load_ids_room(dsv3__tok_load *l, uint64_t n)
@@ -7608,15 +7855,13 @@ static dsv3_result dsv3__tok_load_entry(dsv3__tok_load *l)
     if (!dsv3__tok_load_id(&l->j, &id))
         return l->j.result;
     if (n == 0 || n > DSV3__TOK_BYTES_MAX || id >= DSV3__TOK_IDS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: model.vocab: expected 1 to %u bytes and an id below %u, "
-                          "found %u bytes and %u, \"%S\"",
-                          (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id, &spelled);
+        return DSV3__BPE_FAIL(l->err,
+                              "model.vocab: expected 1 to %u bytes and an id below %u, found %u bytes and %u, \"%S\"",
+                              (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id, &spelled);
     if (id >= t->n_tokens)
         DSV3__TRY(dsv3__tok_load_ids(l, (uint32_t)id + 1));
     if (t->spans[id].at != DSV3__TOK_UNSET)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: model.vocab: the id %u is given twice, again to \"%S\"", id, &spelled);
+        return DSV3__BPE_FAIL(l->err, "model.vocab: the id %u is given twice, again to \"%S\"", id, &spelled);
     t->spans[id].at = (uint32_t)l->n_pool;
     t->spans[id].n = (uint32_t)n;
     t->flags[id] = raw ? DSV3__TOK_RAW : 0;
@@ -7628,8 +7873,7 @@ static dsv3_result dsv3__tok_load_entry(dsv3__tok_load *l)
 static dsv3_result dsv3__tok_load_vocab(dsv3__tok_load *l)
 {
     dsv3_tokenizer *t = l->t;
-    uint32_t lists[2] = {DSV3__TOK_GONE, DSV3__TOK_GONE}; /* of byte letters, raw */
-    uint64_t size = (uint64_t)(l->j.end - l->j.begin);    /* DeepSeek-V3: 60.9 bytes a token, 9.4 a byte of a token */
+    uint64_t size = (uint64_t)(l->j.end - l->j.begin); /* DeepSeek-V3: 60.9 bytes a token, 9.4 a byte of a token */
     DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, 0, size / 9, "token bytes"));
     DSV3__TRY(dsv3__tok_load_ids_room(l, size / 60));
     dsv3__json_open(&l->j, '{');
@@ -7639,19 +7883,21 @@ static dsv3_result dsv3__tok_load_vocab(dsv3__tok_load *l)
         return l->j.result;
     for (uint32_t id = 0; id < t->n_tokens; id++)
         if (t->spans[id].at == DSV3__TOK_UNSET)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: model.vocab: no entry has the id %u, but there is %u", (uint64_t)id,
-                              (uint64_t)t->n_tokens - 1);
-    DSV3__TRY(dsv3__tok_alloc_u32(l, &l->next, l->n_vocab));
-    for (uint32_t id = l->n_vocab; id-- > 0;) {
-        uint32_t *list = &lists[t->flags[id] & DSV3__TOK_RAW ? 1 : 0];
-        l->next[id] = *list;
-        *list = id;
+            return DSV3__BPE_FAIL(l->err, "model.vocab: no entry has the id %u, but there is %u", (uint64_t)id,
+                                  (uint64_t)t->n_tokens - 1);
+    for (int raw = 1; raw >= 0; raw--) {
+        uint32_t n = 0;
+        DSV3__TRY(dsv3__tok_load_items(l, l->n_vocab));
+        for (uint32_t id = 0; id < l->n_vocab; id++) {
+            l->items[n].at = t->spans[id].at;
+            l->items[n].n = t->spans[id].n;
+            l->items[n].value = id;
+            n += (t->flags[id] & DSV3__TOK_RAW ? 1 : 0) == raw; /* or is overwritten by the next */
+        }
+        DSV3__TRY(dsv3__bpe_trie_build(raw ? &l->raw : &t->bpe.trie, t->pool, l->items, n, "model.vocab", &l->n_units,
+                                       &t->mem, l->err));
     }
-    l->what = "model.vocab";
-    DSV3__TRY(dsv3__tok_trie_build(l, &t->trie, t->pool, t->spans, lists[0], l->n_vocab));
-    l->n_units = l->n_built;
-    return dsv3__tok_trie_build(l, &l->raw, t->pool, t->spans, lists[1], 0);
+    return DSV3_OK;
 }
 
 /* The two halves of a merge as bytes, one behind the other in l->text. */
@@ -7711,35 +7957,32 @@ static dsv3_result dsv3__tok_load_halves(dsv3__tok_load *l, dsv3__tok_halves *h)
     if (j->result)
         return j->result;
     if (!good)
-        return DSV3__FAIL(
-            l->err, DSV3_ERROR_TOKENIZER,
-            "tokenizer.json: model.merges[%u]: expected \"a b\" or [\"a\", \"b\"] in byte letters, found \"%S\"",
-            l->n_rules, &h->spelled);
+        return DSV3__BPE_FAIL(l->err,
+                              "model.merges[%u]: expected \"a b\" or [\"a\", \"b\"] in byte letters, found \"%S\"",
+                              l->n_rules, &h->spelled);
     return DSV3_OK;
 }
 
 static dsv3_result dsv3__tok_load_rule(dsv3__tok_load *l)
 {
     const dsv3_tokenizer *t = l->t;
-    dsv3__tok_rule *rule = &l->rules[l->n_rules];
+    dsv3__bpe_rule *rule = &l->rules[l->n_rules];
     dsv3__tok_halves h;
     DSV3__TRY(dsv3__tok_load_halves(l, &h));
     size_t n = h.n[0] + h.n[1];
-    int64_t left = dsv3__tok_trie_find(&t->trie, l->text, h.n[0]);
-    int64_t right = dsv3__tok_trie_find(&t->trie, l->text + h.n[0], h.n[1]);
-    uint32_t next =
-        l->n_rules ? rule[-1].made + 1 : 0; /* PERF: the result is nearly always the id behind the last one */
-    int64_t made = next;
+    int64_t left = dsv3__bpe_trie_find(&t->bpe.trie, l->text, h.n[0]);
+    int64_t right = dsv3__bpe_trie_find(&t->bpe.trie, l->text + h.n[0], h.n[1]);
+    uint32_t next = l->n_rules ? rule[-1].made + 1 : 0;
+    int64_t made = next; /* PERF: the result is nearly always the id behind the last one */
     if (next >= l->n_vocab || t->spans[next].n != n || (t->flags[next] & DSV3__TOK_RAW) ||
         memcmp(t->pool + t->spans[next].at, l->text, n) != 0)
-        made = dsv3__tok_trie_find(&t->trie, l->text, n);
+        made = dsv3__bpe_trie_find(&t->bpe.trie, l->text, n);
     if (left < 0 || right < 0 || made < 0)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: model.merges[%u]: the %s of \"%S\" is not in model.vocab", l->n_rules,
-                          left < 0    ? "first half"
-                          : right < 0 ? "second half"
-                                      : "result",
-                          &h.spelled);
+        return DSV3__BPE_FAIL(l->err, "model.merges[%u]: the %s of \"%S\" is not in model.vocab", l->n_rules,
+                              left < 0    ? "first half"
+                              : right < 0 ? "second half"
+                                          : "result",
+                              &h.spelled);
     rule->left = (uint32_t)left;
     rule->right = (uint32_t)right;
     rule->made = (uint32_t)made;
@@ -7752,123 +7995,17 @@ static dsv3_result dsv3__tok_load_merges(dsv3__tok_load *l)
     void *rules;
     DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, 2 * DSV3__TOK_BYTES_MAX, "a string of tokenizer.json"));
     DSV3__TRY(dsv3__mem_alloc(&l->t->mem, &rules, (l->n_vocab + 1) * sizeof *l->rules, "merges", l->err));
-    l->rules = (dsv3__tok_rule *)rules;
+    l->rules = (dsv3__bpe_rule *)rules;
     dsv3__json_open(&l->j, '[');
     while (dsv3__json_item(&l->j)) {
         if (l->n_rules == l->n_vocab) /* each makes a token of its own */
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: more model.merges than the %u of model.vocab", l->n_rules);
+            return DSV3__BPE_FAIL(l->err, "more model.merges than the %u of model.vocab", l->n_rules);
         DSV3__TRY(dsv3__tok_load_rule(l));
     }
     return l->j.result;
 }
 
-// ---- Opening: words and markers -------------------------------------------------------------------------------
-
-/* Numbers the words: t->ids, and the other way round l->word_of. */
-static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
-{
-    dsv3_tokenizer *t = l->t;
-    uint32_t *ids;
-    DSV3__TRY(dsv3__tok_alloc_u32(l, &l->word_of, l->n_vocab));
-    DSV3__TRY(dsv3__tok_alloc_u32(l, &ids, l->n_vocab)); /* each word is another entry of the vocabulary */
-    t->ids = (int32_t *)ids;
-    for (uint32_t id = 0; id < l->n_vocab; id++)
-        l->word_of[id] = DSV3__TOK_GONE;
-    for (uint32_t b = 0; b < 256; b++) {
-        char byte = (char)b;
-        int64_t id = dsv3__tok_trie_find(&t->trie, &byte, 1);
-        if (id < 0)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.vocab has no entry for the byte %u",
-                              (uint64_t)b);
-        ids[b] = (uint32_t)id;
-        l->word_of[id] = b;
-    }
-    for (uint32_t r = 0; r < l->n_rules; r++) {
-        uint32_t made = l->rules[r].made;
-        if (l->word_of[made] != DSV3__TOK_GONE)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: model.merges[%u] makes the token %u, as model.merges[%u] does",
-                              (uint64_t)r, (uint64_t)made, (uint64_t)l->word_of[made] - 256);
-        ids[256 + r] = made;
-        l->word_of[made] = 256 + r;
-    }
-    t->n_words = 256 + (uint32_t)l->n_rules;
-    for (uint32_t id = 0; id < l->n_vocab && t->whole; id++)
-        if (l->word_of[id] == DSV3__TOK_GONE && !(t->flags[id] & (DSV3__TOK_RAW | DSV3__TOK_ADDED))) {
-            l->word_of[id] = t->n_words;
-            ids[t->n_words++] = id;
-        }
-    return DSV3_OK;
-}
-
-/* Adds what two words make. */
-static dsv3_result dsv3__tok_load_pair(dsv3__tok_load *l, uint32_t left, uint32_t right, uint32_t made)
-{
-    dsv3_tokenizer *t = l->t;
-    uint64_t key = (uint64_t)left << 21 | right, mask = ~(uint64_t)0 >> t->pairs_shift;
-    uint64_t i = (key * DSV3__TOK_MULTIPLIER) >> t->pairs_shift;
-    for (int probes = 0; t->pairs[i]; probes++, i = (i + 1) & mask)
-        if (probes == DSV3__TOK_PROBES_MAX)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: model.merges collide in a table more than chance allows");
-    t->pairs[i] = key << DSV3__TOK_VALUE_BITS | made;
-    return DSV3_OK;
-}
-
-/* The tables of pairs and parts. t->chain: every half was made before its merge, and merges make all words. */
-static dsv3_result dsv3__tok_load_pairs(dsv3__tok_load *l)
-{
-    dsv3_tokenizer *t = l->t;
-    void *parts, *pairs;
-    unsigned bits = 4;
-    while ((uint64_t)1 << bits < l->n_rules * 2) /* half full: 2^18 slots for DeepSeek-V3 */
-        bits++;
-    DSV3__TRY(dsv3__mem_alloc(&t->mem, &parts, (256 + l->n_rules) * sizeof *t->parts, "merges", l->err));
-    t->parts = (dsv3__tok_parts *)parts;
-    DSV3__TRY(dsv3__mem_alloc(&t->mem, &pairs, sizeof *t->pairs << bits, "merges", l->err));
-    t->pairs = (uint64_t *)pairs;
-    t->pairs_shift = 64 - bits;
-    memset(t->pairs, 0, sizeof *t->pairs << bits);
-    t->chain = t->n_words == 256 + l->n_rules;
-    for (uint32_t b = 0; b < 256; b++)
-        t->parts[b].left = t->parts[b].right = b;
-    for (uint32_t r = 0; r < l->n_rules; r++) {
-        uint32_t left = l->word_of[l->rules[r].left], right = l->word_of[l->rules[r].right], made = 256 + r;
-        t->parts[made].left = left;
-        t->parts[made].right = right;
-        if (left >= made || right >= made)
-            t->chain = false;
-        if (left != DSV3__TOK_GONE && right != DSV3__TOK_GONE)
-            DSV3__TRY(dsv3__tok_load_pair(l, left, right, made));
-    }
-    for (uint32_t made = 256; t->chain && made < t->n_words; made++) {
-        t->parts[t->parts[made].left & ~DSV3__TOK_JOINS].left |= DSV3__TOK_JOINS;
-        t->parts[t->parts[made].right & ~DSV3__TOK_JOINS].right |= DSV3__TOK_JOINS;
-    }
-    return DSV3_OK;
-}
-
-/* Does every word, spelled out, merge back to itself? Its halves do, being older; so it does if no pair across their
-   border merges before the word itself would. */
-static bool dsv3__tok_check_words(const dsv3_tokenizer *t)
-{
-    for (uint32_t w = 256; w < t->n_words; w++)
-        if (!dsv3__tok_apart(t, t->parts[w].left & ~DSV3__TOK_JOINS, t->parts[w].right & ~DSV3__TOK_JOINS, w))
-            return false;
-    return true;
-}
-
-/* From now on the trie leads to words instead of ids, and only to words. */
-static void dsv3__tok_load_trie(dsv3__tok_load *l)
-{
-    uint64_t *units = l->t->trie.units;
-    for (uint64_t i = 0; i < l->n_units; i++) {
-        uint32_t value = DSV3__TOK_VALUE(units[i]), word = value ? l->word_of[value - 1] : DSV3__TOK_GONE;
-        units[i] = (units[i] & ~((uint64_t)DSV3__TOK_VALUE_MASK << 9)) |
-                   (uint64_t)(word == DSV3__TOK_GONE ? 0 : word + 1) << 9;
-    }
-}
+// ---- Opening: added tokens ----------------------------------------------------------------------------------
 
 /* Reads one of added_tokens; what it means is settled when the vocabulary is there. */
 static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
@@ -7892,8 +8029,7 @@ static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
             continue;
         }
         if (seen >> k & 1)
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u]: %s is given twice",
-                              index, names[k]);
+            return DSV3__BPE_FAIL(l->err, "added_tokens[%u]: %s is given twice", index, names[k]);
         seen |= 1u << k;
         if (k == 0)
             dsv3__json_uint(j, &id);
@@ -7906,18 +8042,15 @@ static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
         return j->result;
     for (uint32_t k = 0; k < DSV3__COUNT(names); k++) {
         if (k < 4 && !(seen >> k & 1))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: added_tokens[%u] has no %s", index,
-                              names[k]);
+            return DSV3__BPE_FAIL(l->err, "added_tokens[%u] has no %s", index, names[k]);
         if (k >= 4 && flags[k])
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: added_tokens[%u] \"%S\": %s true is not supported", index, &spelled,
-                              names[k]);
+            return DSV3__BPE_FAIL(l->err, "added_tokens[%u] \"%S\": %s true is not supported", index, &spelled,
+                                  names[k]);
     }
     if (n == 0 || n > DSV3__TOK_BYTES_MAX || id >= DSV3__TOK_IDS_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: added_tokens[%u]: expected a content of 1 to %u bytes and an id "
-                          "below %u, found %u bytes and %u",
-                          index, (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
+        return DSV3__BPE_FAIL(l->err,
+                              "added_tokens[%u]: expected 1 to %u bytes and an id below %u, found %u bytes and %u",
+                              index, (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
     DSV3__TRY(dsv3__tok_room(l, &t->content_pool, &l->content_cap, l->n_content, n, "added tokens"));
     memcpy(t->content_pool + l->n_content, l->text, n);
     t->contents[index].at = (uint32_t)l->n_content;
@@ -7948,8 +8081,8 @@ static dsv3_result dsv3__tok_load_added(dsv3__tok_load *l)
     return l->j.result;
 }
 
-/* The id of a token of model.vocab by its text; -1 if there is none. Its bytes, n of them, are left in l->text; raw: they
-   are the text itself. */
+/* The id of a token of model.vocab by its text; -1 if there is none. Its bytes, n of them, are left in l->text; raw:
+   they are the text itself. */
 static dsv3_result dsv3__tok_vocab_find(dsv3__tok_load *l, dsv3__str text, int64_t *id, size_t *n, bool *raw)
 {
     DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, text.n, "a string of tokenizer.json"));
@@ -7958,7 +8091,7 @@ static dsv3_result dsv3__tok_vocab_find(dsv3__tok_load *l, dsv3__str text, int64
         memcpy(l->text, text.p, text.n);
         *n = text.n;
     }
-    *id = dsv3__tok_trie_find(*raw ? &l->raw : &l->t->trie, l->text, *n);
+    *id = dsv3__bpe_trie_find(*raw ? &l->raw : &l->t->bpe.trie, l->text, *n);
     return DSV3_OK;
 }
 
@@ -7977,10 +8110,9 @@ static dsv3_result dsv3__tok_settle_markers(dsv3__tok_load *l)
         content.n = t->contents[i].n;
         DSV3__TRY(dsv3__tok_vocab_find(l, content, &id, &n, &raw));
         if (m->id != (id >= 0 ? id : (int64_t)t->n_tokens))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                              "tokenizer.json: added_tokens[%u] \"%S\": expected the id %u (%s), found %u", (uint64_t)i,
-                              &content, (uint64_t)(id >= 0 ? id : (int64_t)t->n_tokens),
-                              id >= 0 ? "that of model.vocab" : "the next one", (uint64_t)m->id);
+            return DSV3__BPE_FAIL(l->err, "added_tokens[%u] \"%S\": expected the id %u (%s), found %u", (uint64_t)i,
+                                  &content, (uint64_t)(id >= 0 ? id : (int64_t)t->n_tokens),
+                                  id >= 0 ? "that of model.vocab" : "the next one", (uint64_t)m->id);
         if (id < 0) {
             DSV3__TRY(dsv3__tok_load_ids(l, t->n_tokens + 1));
             DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, n, "token bytes"));
@@ -7999,22 +8131,22 @@ static dsv3_result dsv3__tok_settle_markers(dsv3__tok_load *l)
 static dsv3_result dsv3__tok_load_marker_trie(dsv3__tok_load *l)
 {
     dsv3_tokenizer *t = l->t;
-    dsv3__mem_free(&t->mem, l->next);
-    l->next = NULL;
-    DSV3__TRY(dsv3__tok_alloc_u32(l, &l->next, t->n_markers));
+    uint64_t n_units;
+    DSV3__TRY(dsv3__tok_load_items(l, t->n_markers));
     for (uint32_t i = 0; i < t->n_markers; i++) {
-        l->next[i] = i + 1 < t->n_markers ? i + 1 : DSV3__TOK_GONE;
+        l->items[i].at = t->contents[i].at;
+        l->items[i].n = t->contents[i].n;
+        l->items[i].value = i;
         t->marker_starts[(uint8_t)t->content_pool[t->contents[i].at]] = true;
     }
-    l->what = "added_tokens";
-    return dsv3__tok_trie_build(l, &t->marker_trie, t->content_pool, t->contents, t->n_markers ? 0 : DSV3__TOK_GONE,
-                                t->n_markers);
+    return dsv3__bpe_trie_build(&t->marker_trie, t->content_pool, l->items, t->n_markers, "added_tokens", &n_units,
+                                &t->mem, l->err);
 }
 
-// ---- Opening: the rest of the files --------------------------------------------------------------------------
+// ---- Opening: the rest of the files -------------------------------------------------------------------------
 
-/* The value of a key in the object that `object` stands before; `value` is left standing before it. False: no object, no
-   such key, or more than one. Reads ahead only: the caller's own reader has been, or will be, over the same text. */
+/* The value of a key in the object that `object` stands before; `value` is left standing before it. False: no object,
+   no such key, or more than one. Reads ahead only: the caller's own reader has been over the same text. */
 static bool dsv3__tok_get(const dsv3__json *object, const char *name, dsv3__json *value)
 {
     dsv3__json o = *object;
@@ -8059,20 +8191,20 @@ static dsv3_result dsv3__tok_refuse(const dsv3__tok_load *l, const dsv3__json *v
     found.p = at.p;
     dsv3__json_skip(&at);
     found.n = (size_t)(at.p - found.p);
-    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s: expected %s, found %S", field, expected,
-                      &found);
+    return DSV3__BPE_FAIL(l->err, "%s: expected %s, found %S", field, expected, &found);
 }
 
 /* The patterns that dsv3__tok_piece stands for, in their order: DeepSeek-V3, R1, V3.1 and what was made like them. */
-static const char *const dsv3__tok_patterns[] = {"\\p{N}{1,3}",
-                                                 "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-"
-                                                 "\xE3\x83\xBF]+", /* U+4E00-9FA5 3040-309F 30A0-30FF */
-                                                 "[!\"#$%&'()*+,\\-./"
-                                                 ":;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}"
-                                                 "\\p{M}]+"
-                                                 "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"};
+// clang-format off
+static const char *const dsv3__tok_patterns[] = {
+    "\\p{N}{1,3}",
+    "[\xE4\xB8\x80-\xE9\xBE\xA5\xE3\x81\x80-\xE3\x82\x9F\xE3\x82\xA0-\xE3\x83\xBF]+", /* the CJK ranges */
+    ("[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+};
+// clang-format on
 
-/* One Split of the pre_tokenizer. `index` is its place; a different one must be refused: it would give different ids. */
+/* One Split of the pre_tokenizer; `index` is its place. Another pattern would give other ids. */
 static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *split, size_t index)
 {
     dsv3__json pattern, regex;
@@ -8089,8 +8221,7 @@ static dsv3_result dsv3__tok_load_split(dsv3__tok_load *l, const dsv3__json *spl
     found.n = n;
     if (index >= DSV3__COUNT(dsv3__tok_patterns) || found.n != strlen(dsv3__tok_patterns[index]) ||
         memcmp(found.p, dsv3__tok_patterns[index], found.n) != 0)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
-                          "tokenizer.json: pre_tokenizer: no rules for split %u, pattern %S", (uint64_t)index, &found);
+        return DSV3__BPE_FAIL(l->err, "pre_tokenizer: no rules for split %u, pattern %S", (uint64_t)index, &found);
     if (!dsv3__tok_get_is(split, "behavior", "Isolated") || !dsv3__tok_get_false(split, "invert"))
         return dsv3__tok_refuse(l, split, "pre_tokenizer", "a Split with behavior Isolated, invert false");
     return DSV3_OK;
@@ -8169,8 +8300,8 @@ static dsv3_result dsv3__tok_load_post_processor(dsv3__tok_load *l, const dsv3__
                             "null, ByteLevel, or a TemplateProcessing that puts one token in front");
 }
 
-/* A field of `model` beside vocab and merges. One that would change ids must have the value that does not; one that is not
-   known might. */
+/* A field of `model` beside vocab and merges. One that would change ids must have the value that does not; one that is
+   not known might. */
 static dsv3_result dsv3__tok_load_model_field(dsv3__tok_load *l, dsv3__json_str key, const dsv3__json *value)
 {
     dsv3__json at = *value;
@@ -8189,13 +8320,11 @@ static dsv3_result dsv3__tok_load_model_field(dsv3__tok_load *l, dsv3__json_str 
         return dsv3__tok_refuse(l, value, "model.dropout", "null or 0");
     }
     if (dsv3__json_is(key, "continuing_subword_prefix") || dsv3__json_is(key, "end_of_word_suffix"))
-        return empty
-                   ? DSV3_OK
-                   : dsv3__tok_refuse(l, value, "model.continuing_subword_prefix, end_of_word_suffix", "null or \"\"");
+        return empty ? DSV3_OK : dsv3__tok_refuse(l, value, "model: prefix or suffix of words", "null or \"\"");
     if (dsv3__json_is(key, "byte_fallback"))
         return kind == 'f' ? DSV3_OK : dsv3__tok_refuse(l, value, "model.byte_fallback", "false");
     if (dsv3__json_is(key, "ignore_merges")) {
-        l->t->whole = kind == 't';
+        l->t->bpe.whole = kind == 't';
         return kind == 't' || kind == 'f' ? DSV3_OK
                                           : dsv3__tok_refuse(l, value, "model.ignore_merges", "true or false");
     }
@@ -8203,7 +8332,7 @@ static dsv3_result dsv3__tok_load_model_field(dsv3__tok_load *l, dsv3__json_str 
         return DSV3_OK;
     name.p = key.p;
     name.n = key.n;
-    return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.%S: a field that is not known here", &name);
+    return DSV3__BPE_FAIL(l->err, "model.%S: a field that is not known here", &name);
 }
 
 static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
@@ -8215,8 +8344,7 @@ static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
     while (dsv3__json_key(j, &key)) {
         bool is_vocab = dsv3__json_is(key, "vocab"), is_merges = dsv3__json_is(key, "merges");
         if ((is_vocab && vocab) || (is_merges && merges))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model.%s is given twice",
-                              is_vocab ? "vocab" : "merges");
+            return DSV3__BPE_FAIL(l->err, "model.%s is given twice", is_vocab ? "vocab" : "merges");
         vocab = vocab || is_vocab;
         merges = merges || is_merges;
         if (is_vocab) {
@@ -8236,7 +8364,7 @@ static dsv3_result dsv3__tok_load_model(dsv3__tok_load *l)
     if (j->result)
         return j->result;
     if (!vocab || !merges)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: model has no %s", vocab ? "merges" : "vocab");
+        return DSV3__BPE_FAIL(l->err, "model has no %s", vocab ? "merges" : "vocab");
     if (wait) {
         dsv3__json behind = *j;
         *j = early;
@@ -8254,8 +8382,7 @@ static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
     dsv3__json_str key;
     uint32_t seen = 0;
     if (text.n > DSV3__TOK_FILE_MAX)
-        return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %u bytes, expected at most %u",
-                          (uint64_t)text.n, (uint64_t)DSV3__TOK_FILE_MAX);
+        return DSV3__BPE_FAIL(l->err, "%u bytes, expected at most %u", (uint64_t)text.n, (uint64_t)DSV3__TOK_FILE_MAX);
     dsv3__json_init(j, text.p, text.n, "tokenizer.json", l->err);
     dsv3__json_open(j, '{');
     while (dsv3__json_key(j, &key)) {
@@ -8263,7 +8390,7 @@ static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
         while (k < DSV3__COUNT(names) && !dsv3__json_is(key, names[k]))
             k++;
         if (k < DSV3__COUNT(names) && (seen >> k & 1))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: %s is given twice", names[k]);
+            return DSV3__BPE_FAIL(l->err, "%s is given twice", names[k]);
         seen |= 1u << k;
         dsv3__json value = *j;
         if (k == 0) {
@@ -8284,11 +8411,11 @@ static dsv3_result dsv3__tok_load_file(dsv3__tok_load *l, dsv3__str text)
     DSV3__TRY(dsv3__json_end(j));
     for (uint32_t k = 0; k < 3; k++)
         if (!(seen >> k & 1))
-            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER, "tokenizer.json: it has no %s", names[k]);
+            return DSV3__BPE_FAIL(l->err, "it has no %s", names[k]);
     return DSV3_OK;
 }
 
-/* The token that a field of tokenizer_config.json names: a string, or an object with `content`. -1: null, or unknown. */
+/* The token that a field of tokenizer_config.json names: a string, or an object with `content`. -1: null, unknown. */
 static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *value, const char *name, bool must,
                                           int32_t *id)
 {
@@ -8318,7 +8445,7 @@ static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *v
     return DSV3_OK;
 }
 
-/* add_bos_token and the names of three tokens; tokenizer_class and the rest are not read (DeepSeek-V3's class is wrong). */
+/* add_bos_token and the names of three tokens. The rest is not read: DeepSeek-V3's tokenizer_class is wrong. */
 static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
 {
     static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token"};
@@ -8362,20 +8489,36 @@ static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
     return DSV3_OK;
 }
 
+static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    dsv3__bpe_source source;
+    void *word_of;
+    DSV3__TRY(dsv3__mem_alloc(&t->mem, &word_of, (uint64_t)l->n_vocab * sizeof *source.word_of, "words", l->err));
+    source.rules = l->rules;
+    source.n_rules = (uint32_t)l->n_rules;
+    source.n_vocab = l->n_vocab;
+    source.flags = t->flags;
+    source.n_units = l->n_units;
+    source.word_of = (uint32_t *)word_of;
+    source.mem = &t->mem;
+    source.err = l->err;
+    dsv3_result r = dsv3__bpe_build(&t->bpe, &source);
+    dsv3__mem_free(&t->mem, word_of);
+    return r;
+}
+
 static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, dsv3__str json, dsv3__str config_json)
 {
     dsv3_tokenizer *t = l->t;
     dsv3__tok_letters_init(l->byte_of);
-    dsv3__tok_classes_init(t);
+    dsv3__split_init(&t->split);
     DSV3__TRY(dsv3__tok_load_file(l, json));
     DSV3__TRY(dsv3__tok_settle_markers(l));
     DSV3__TRY(dsv3__tok_load_marker_trie(l));
     if (config_json.n)
         DSV3__TRY(dsv3__tok_load_config(l, config_json));
     DSV3__TRY(dsv3__tok_load_words(l));
-    DSV3__TRY(dsv3__tok_load_pairs(l));
-    t->chain = t->chain && dsv3__tok_check_words(t);
-    dsv3__tok_load_trie(l);
     if (t->bos >= (int32_t)t->n_tokens || (t->add_bos && t->bos < 0))
         return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
                           "tokenizer: a begin-of-text token is asked for, but there is no token %d", (int64_t)t->bos);
@@ -8387,20 +8530,15 @@ static void dsv3__tok_close(dsv3_tokenizer *t)
     if (!t)
         return;
     dsv3__mem mem = t->mem;
-    const void *const blocks[] = {t->pool,
-                                  t->spans,
-                                  t->flags,
-                                  t->ids,
-                                  t->parts,
-                                  t->pairs,
-                                  t->trie.units,
-                                  t->markers,
-                                  t->contents,
-                                  t->content_pool,
-                                  t->marker_trie.units,
-                                  t};
-    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
-        dsv3__mem_free(&mem, blocks[i]);
+    dsv3__mem_free(&mem, t->pool);
+    dsv3__mem_free(&mem, t->spans);
+    dsv3__mem_free(&mem, t->flags);
+    dsv3__mem_free(&mem, t->markers);
+    dsv3__mem_free(&mem, t->contents);
+    dsv3__mem_free(&mem, t->content_pool);
+    dsv3__mem_free(&mem, t->marker_trie.units);
+    dsv3__bpe_free(&t->bpe, &mem);
+    dsv3__mem_free(&mem, t);
 }
 
 /* From the texts of tokenizer.json and, if it has any length, tokenizer_config.json; neither need outlive the call.
@@ -8421,9 +8559,10 @@ static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *al
     l.t->bos = l.t->eos = l.t->pad = -1;
     l.err = err;
     dsv3_result r = dsv3__tok_load_all(&l, json, config_json);
-    const void *const blocks[] = {l.raw.units, l.rules, l.next, l.word_of, l.text};
-    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
-        dsv3__mem_free(&l.t->mem, blocks[i]);
+    dsv3__mem_free(&l.t->mem, l.raw.units);
+    dsv3__mem_free(&l.t->mem, l.rules);
+    dsv3__mem_free(&l.t->mem, l.items);
+    dsv3__mem_free(&l.t->mem, l.text);
     if (r)
         dsv3__tok_close(l.t);
     else
@@ -8436,7 +8575,7 @@ static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *al
 DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *text, size_t len, uint32_t flags,
                                    int32_t *tokens, size_t cap, size_t *count, dsv3_error *error)
 {
-    dsv3__tok_sink sink;
+    dsv3__bpe_sink sink;
     dsv3_error local;
     sink.err = error ? error : &local;
     dsv3__err_clear(sink.err);
@@ -8448,9 +8587,9 @@ DSV3_API dsv3_result dsv3_tokenize(const dsv3_tokenizer *tokenizer, const char *
     if (len > INT32_MAX || (flags & ~(uint32_t)(DSV3_TOKENIZE_BOS | DSV3_TOKENIZE_MARKERS)))
         return DSV3__FAIL(sink.err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_tokenize: %u bytes, flags %u", (uint64_t)len,
                           (uint64_t)flags);
-    dsv3__tok_sink_init(&sink, tokenizer, tokens, cap);
+    dsv3__bpe_sink_init(&sink, &tokenizer->mem, tokens, cap);
     if ((flags & DSV3_TOKENIZE_BOS) && tokenizer->add_bos)
-        dsv3__tok_push(&sink, tokenizer->bos);
+        dsv3__bpe_push(&sink, tokenizer->bos);
     const uint8_t *p = (const uint8_t *)(len ? text : "");
     dsv3_result r = dsv3__tok_encode(tokenizer, p, p + len, flags & DSV3_TOKENIZE_MARKERS ? 2 : 0, &sink);
     dsv3__mem_free(&sink.mem, sink.big);

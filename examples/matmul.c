@@ -52,8 +52,8 @@ static int multiply(const dsv3_tensor *weight)
         }
     }
     if (!result)
-        printf("%s [%zu, %zu] times %d rows: largest difference from the sum in double %.2g\n", dsv3_dtype_name(weight->dtype),
-               rows, columns, (int)N, worst);
+        printf("%s [%zu, %zu] times %d rows: largest difference from the sum in double %.2g\n",
+               dsv3_dtype_name(weight->dtype), rows, columns, (int)N, worst);
     free(in), free(out), free(row);
     return result ? failed(&error) : 0;
 }
