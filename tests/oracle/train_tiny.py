@@ -12,8 +12,8 @@ per-expert tensor names, V3's tokenizer pipeline.
     python tests/oracle/train_tiny.py --out examples/tiny            # train and export
     python tests/oracle/train_tiny.py --check examples/tiny          # reload with transformers, measure
     python tests/oracle/train_tiny.py --help                         # everything else
-    python tests/oracle/train_tiny.py --dense  --out /tmp/dense      # same active size, no experts
-    python tests/oracle/train_tiny.py --no-bias --out /tmp/nobias    # router bias kept at 0
+    python tests/oracle/train_tiny.py --dense  --out build/dense      # same active size, no experts
+    python tests/oracle/train_tiny.py --no-bias --out build/nobias    # router bias kept at 0
     python tests/oracle/train_tiny.py --bigram                       # the baseline's loss
 
 The texts (--corpus, by default ../shared/corpus beside the repository) are
