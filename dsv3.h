@@ -6345,6 +6345,7 @@ static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weigh
 {
     const uint32_t n = c->n_routed_experts, group_size = n / c->n_group;
     float *score = choice + n; /* s: what the weight comes from; choice = s + bias: what the choice comes from */
+    float poison = 0;          /* 0, or NaN if a router weight or bias is not finite: that must not pass as a choice */
     if (c->scoring_func == DSV3_SCORING_SIGMOID) {
         for (uint32_t e = 0; e < n; e++)
             score[e] = dsv3__sigmoid(z[e]);
@@ -6358,9 +6359,11 @@ static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weigh
             score[e] /= sum;
     }
     memset(taken, 0, n);
+    for (uint32_t e = 0; e < n; e++) {
+        choice[e] = score[e] + (bias ? bias[e] : 0);
+        poison += choice[e] * 0;
+    }
     if (c->topk_group < c->n_group) { /* experts of the groups left out count as taken */
-        for (uint32_t e = 0; e < n; e++)
-            choice[e] = score[e] + (bias ? bias[e] : 0);
         for (uint32_t left_out = c->n_group - c->topk_group; left_out; left_out--) {
             uint32_t worst = c->n_group; /* the smaller, and of equals the higher index */
             float worst_score = 0;
@@ -6374,8 +6377,6 @@ static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weigh
             memset(taken + worst * group_size, 2, group_size);
         }
     }
-    for (uint32_t e = 0; e < n; e++)
-        choice[e] = score[e] + (bias ? bias[e] : 0);
     for (uint32_t i = 0; i < c->num_experts_per_tok; i++)
         taken[dsv3__moe_best(choice, taken, n)] = 1;
     float sum = 0;
@@ -6383,7 +6384,7 @@ static void dsv3__moe_route(const dsv3_config *c, uint32_t *chosen, float *weigh
         if (taken[e] == 1)
             chosen[i] = e, weight[i++] = score[e], sum += score[e];
     for (uint32_t i = 0; i < c->num_experts_per_tok; i++)
-        weight[i] = (c->norm_topk_prob ? weight[i] / (sum + 1e-20f) : weight[i]) * c->routed_scaling_factor;
+        weight[i] = (c->norm_topk_prob ? weight[i] / (sum + 1e-20f) : weight[i]) * c->routed_scaling_factor + poison;
 }
 
 typedef struct dsv3__moe_task {

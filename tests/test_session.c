@@ -571,7 +571,8 @@ TEST(damaged_weights_are_named)
         int how; /* 0: BF16 NaN, 1: F8 NaN, 2: F32 NaN, 3: BF16 infinity, 4: F32 infinity */
     } cases[] = {{"model.norm.weight", 0}, {"lm_head.weight", 0}, {"model.layers.1.input_layernorm.weight", 3}, {"model.layers.0.mlp.gate_proj.weight", 1},
                  {"model.layers.1.self_attn.kv_b_proj.weight", 1}, {"model.layers.0.self_attn.o_proj.weight_scale_inv", 2},
-                 {"model.layers.1.mlp.shared_experts.down_proj.weight_scale_inv", 4}, {"model.layers.0.self_attn.q_a_layernorm.weight", 0}};
+                 {"model.layers.1.mlp.shared_experts.down_proj.weight_scale_inv", 4}, {"model.layers.0.self_attn.q_a_layernorm.weight", 0},
+                 {"model.layers.1.mlp.gate.weight", 0}, {"model.layers.1.mlp.gate.e_score_correction_bias", 2}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         int32_t ids[6];
         tiny_opts o = tiny_micro();
