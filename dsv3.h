@@ -7211,12 +7211,13 @@ static uint64_t dsv3__bpe_trie_fit(const uint64_t *units, uint64_t at, uint64_t 
 /* A base that nobody has, with free units for all n bytes: in one of the first holes, else behind everything. */
 static dsv3_result dsv3__bpe_trie_place(dsv3__bpe_builder *b, const uint8_t *bytes, uint32_t n, uint32_t *base)
 {
-    uint64_t cap = b->cap, first = bytes[0] + 1u, at, stop; /* 0 is no base */
-    void *grown = b->trie->units;
-    DSV3__TRY(dsv3__mem_grow(b->mem, &grown, &b->cap, cap, b->end + DSV3__BPE_TRIES + 768, sizeof(uint64_t), "tokens",
-                             b->err));
-    b->trie->units = (uint64_t *)grown;
-    memset(b->trie->units + cap, 0, (size_t)(b->cap - cap) * sizeof(uint64_t));
+    uint64_t cap = b->cap, room = b->end + DSV3__BPE_TRIES + 768, first = bytes[0] + 1u, at, stop; /* 0 is no base */
+    if (cap < room) {
+        void *grown = b->trie->units;
+        DSV3__TRY(dsv3__mem_grow(b->mem, &grown, &b->cap, cap, room, sizeof(uint64_t), "tokens", b->err));
+        b->trie->units = (uint64_t *)grown;
+        memset(b->trie->units + cap, 0, (size_t)(b->cap - cap) * sizeof(uint64_t));
+    }
     while (b->low < b->end && DSV3__BPE_BYTE(b->trie->units[b->low]))
         b->low++;
     at = b->low > first ? b->low : first;
@@ -7231,39 +7232,46 @@ static dsv3_result dsv3__bpe_trie_place(dsv3__bpe_builder *b, const uint8_t *byt
     return DSV3_OK;
 }
 
-/* The string that ends at this unit, if there is one, gives its value, and leaves the branch. */
-static dsv3_result dsv3__bpe_trie_value(dsv3__bpe_builder *b, dsv3__bpe_branch *at)
+/* The string that ends at this unit gives its value. */
+static dsv3_result dsv3__bpe_trie_value(dsv3__bpe_builder *b, const dsv3__bpe_branch *at, dsv3__bpe_item item)
 {
+    if (DSV3__BPE_VALUE(b->trie->units[at->place])) {
+        dsv3__str text;
+        text.p = b->pool + item.at;
+        text.n = item.n;
+        return DSV3__BPE_FAIL(b->err, "%s: \"%S\" stands there twice", b->what, &text);
+    }
+    b->trie->units[at->place] |= (uint64_t)(item.value + 1) << 9;
+    if (b->trie->depth < at->depth)
+        b->trie->depth = at->depth;
+    return DSV3_OK;
+}
+
+/* Counts the branch's strings by the byte they go on with: bytes [n] are those in use, b->count how often. One that
+   ends here leaves the branch. */
+static dsv3_result dsv3__bpe_trie_count(dsv3__bpe_builder *b, dsv3__bpe_branch *at, uint8_t *bytes, uint32_t *n)
+{
+    const char *pool = b->pool + at->depth;
+    *n = 0;
     for (uint32_t i = at->from; i < at->to; i++) {
         dsv3__bpe_item item = b->items[i];
-        if (item.n != at->depth)
+        if (item.n == at->depth) {
+            DSV3__TRY(dsv3__bpe_trie_value(b, at, item));
+            b->items[i] = b->items[at->from++];
             continue;
-        if (DSV3__BPE_VALUE(b->trie->units[at->place])) {
-            dsv3__str text;
-            text.p = b->pool + item.at;
-            text.n = item.n;
-            return DSV3__BPE_FAIL(b->err, "%s: \"%S\" stands there twice", b->what, &text);
         }
-        b->trie->units[at->place] |= (uint64_t)(item.value + 1) << 9;
-        b->items[i] = b->items[at->from++];
-        if (b->trie->depth < at->depth)
-            b->trie->depth = at->depth;
+        uint8_t byte = (uint8_t)pool[item.at];
+        if (b->count[byte]++ == 0)
+            bytes[(*n)++] = byte;
     }
     return DSV3_OK;
 }
 
-/* Sorts the branch's strings by the byte they go on with: bytes [n] are those in use, b->count how often. */
-static uint32_t dsv3__bpe_trie_sort(dsv3__bpe_builder *b, const dsv3__bpe_branch *at, uint8_t *bytes)
+/* Puts the branch's strings in the order of `bytes`. */
+static void dsv3__bpe_trie_sort(dsv3__bpe_builder *b, const dsv3__bpe_branch *at, const uint8_t *bytes, uint32_t n)
 {
     const char *pool = b->pool + at->depth;
-    uint32_t first[256], n = 0, next = at->from;
-    for (uint32_t i = at->from; i < at->to; i++) {
-        uint8_t byte = (uint8_t)pool[b->items[i].at];
-        if (b->count[byte]++ == 0)
-            bytes[n++] = byte;
-    }
-    if (n < 2)
-        return n;
+    uint32_t first[256], next = at->from;
     for (uint32_t i = 0; i < n; i++) {
         first[bytes[i]] = next;
         next += b->count[bytes[i]];
@@ -7271,7 +7279,6 @@ static uint32_t dsv3__bpe_trie_sort(dsv3__bpe_builder *b, const dsv3__bpe_branch
     for (uint32_t i = at->from; i < at->to; i++)
         b->spare[first[(uint8_t)pool[b->items[i].at]]++] = b->items[i];
     memcpy(b->items + at->from, b->spare + at->from, (at->to - at->from) * sizeof *b->items);
-    return n;
 }
 
 /* Takes a base, for the unit at `place` of this depth, and the units of these bytes behind it. */
@@ -7319,10 +7326,11 @@ static dsv3_result dsv3__bpe_trie_grow(dsv3__bpe_builder *b, dsv3__bpe_branch at
     void *stack = b->stack;
     if (at.to - at.from == 1)
         return dsv3__bpe_trie_tail(b, at);
-    DSV3__TRY(dsv3__bpe_trie_value(b, &at));
-    n = dsv3__bpe_trie_sort(b, &at, bytes);
+    DSV3__TRY(dsv3__bpe_trie_count(b, &at, bytes, &n));
     if (n == 0)
         return DSV3_OK;
+    if (n > 1)
+        dsv3__bpe_trie_sort(b, &at, bytes, n);
     DSV3__TRY(
         dsv3__mem_grow(b->mem, &stack, &b->stack_cap, b->n_stack, b->n_stack + n, sizeof *b->stack, "tokens", b->err));
     b->stack = (dsv3__bpe_branch *)stack;
@@ -7690,7 +7698,7 @@ typedef struct dsv3__tok_load {
     dsv3_tokenizer *t;
     dsv3_error *err;
     dsv3__json j;           /* tokenizer.json */
-    int16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, or -1 */
+    uint16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, + 256 if it ends or escapes a JSON string */
     uint64_t n_pool, pool_cap, spans_cap, flags_cap;
     uint32_t n_vocab;      /* entries of model.vocab */
     dsv3__bpe_trie raw;    /* text -> id of those that are no byte letters; the tokenizer's has the others */
@@ -7703,15 +7711,17 @@ typedef struct dsv3__tok_load {
     uint64_t text_cap;
 } dsv3__tok_load;
 
+#define DSV3__TOK_NO_BYTE 0xFFFF
+
 /* ByteLevel spells a byte as a code point that prints: itself where it does, else from U+0100 up. */
-static void dsv3__tok_letters_init(int16_t *byte_of)
+static void dsv3__tok_letters_init(uint16_t *byte_of)
 {
     int other = 0x100;
     for (int i = 0; i < 0x144; i++)
-        byte_of[i] = -1;
+        byte_of[i] = DSV3__TOK_NO_BYTE;
     for (int b = 0; b < 256; b++) {
         bool prints = (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
-        byte_of[prints ? b : other++] = (int16_t)b;
+        byte_of[prints ? b : other++] = (uint16_t)(b == '"' || b == '\\' ? b + 256 : b);
     }
 }
 
@@ -7722,14 +7732,18 @@ DSV3__INLINE const char *dsv3__tok_letters(const dsv3__tok_load *l, const char *
 {
     size_t i = 0;
     while (p < end && i < cap) {
-        unsigned code = (uint8_t)*p, length = 1;
-        if (code >= 0xC2 && code <= 0xC5 && end - p > 1 && ((uint8_t)p[1] & 0xC0) == 0x80)
+        unsigned code = (uint8_t)*p, length = 1, byte;
+        if (code >= 0x80) {
+            if (code < 0xC2 || code > 0xC5 || end - p < 2 || ((uint8_t)p[1] & 0xC0) != 0x80)
+                break;
             code = (code & 31) << 6 | ((uint8_t)p[1] & 63), length = 2;
-        else if (code >= 0x80 || (in_json && (code == '"' || code == '\\')))
+            if (code >= DSV3__COUNT(l->byte_of))
+                break;
+        }
+        byte = l->byte_of[code];
+        if (byte > 0xFF && (in_json || byte == DSV3__TOK_NO_BYTE))
             break;
-        if (code >= DSV3__COUNT(l->byte_of) || l->byte_of[code] < 0)
-            break;
-        out[i++] = (char)l->byte_of[code];
+        out[i++] = (char)byte;
         p += length;
     }
     *n = i;

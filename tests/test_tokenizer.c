@@ -721,11 +721,11 @@ typedef struct parts {
 /* Byte letters of n bytes, for JSON. */
 static char *letters(char *o, const char *bytes, size_t n, bool escaped)
 {
-    int16_t byte_of[0x144];
+    uint16_t byte_of[0x144];
     dsv3__tok_letters_init(byte_of);
     for (size_t i = 0; i < n; i++) {
         uint32_t code = 0;
-        while (byte_of[code] != (uint8_t)bytes[i])
+        while (byte_of[code] == DSV3__TOK_NO_BYTE || (byte_of[code] & 0xFF) != (uint8_t)bytes[i])
             code++;
         if (escaped) {
             o += sprintf(o, "\\u%04x", code);
