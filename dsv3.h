@@ -127,6 +127,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define DSV3_COMPUTE_API 1
+
 #define DSV3_VERSION_MAJOR  0
 #define DSV3_VERSION_MINOR  1
 #define DSV3_VERSION_PATCH  0
@@ -256,6 +258,27 @@ typedef enum dsv3_isa {
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
 
+/* How a weight meets its activations, tensor by tensor. Sums are f32, or exact integers, in one documented order (>>kern).
+   Router, norms, softmax, rotation and attention over the cache, W_UK and W_UV with it, are f32 in every mode.
+   AUTO   INT8 for I8 weights, BF16 for all others
+   F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
+   BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
+          published recipe, which rounds activations to 4 bits. F32, F16 and I8 weights as in F32. The same bits on all ISAs
+   FP8    as published (DeepSeek's act_quant): for F8_E4M3 weights every 128 activations of a row share a scale max / 448 (a
+          power of two where config.json says ue8m0) and become E4M3 codes; products and sums as in F32. Others as in BF16.
+          The same bits on all ISAs
+   INT8   of I8 weights with a scale a row, or for 128 columns: a row of activations, or each 128 of it, becomes codes of 8
+          bits, scale = max / 127, rounded to nearest even; integer sums, exact for at most 131,072 columns (more are computed
+          as in F32). Others as in BF16. The same bits on all ISAs */
+typedef enum dsv3_compute {
+    DSV3_COMPUTE_AUTO = 0,
+    DSV3_COMPUTE_F32 = 1,
+    DSV3_COMPUTE_BF16 = 2,
+    DSV3_COMPUTE_FP8 = 3,
+    DSV3_COMPUTE_INT8 = 4,
+    DSV3_COMPUTE_FORCE_32BIT = 0x7fffffff
+} dsv3_compute;
+
 // ---- The quantized tensor --------------------------------------------------------------------------------
 
 /* Element types of safetensors. Arithmetic is offered for F32, F16, BF16 and F8_E4M3; the others can be listed. */
@@ -303,6 +326,7 @@ typedef struct dsv3_tensor {
 typedef struct dsv3_matmul_opts {
     uint32_t struct_size;     /* 0, or sizeof(dsv3_matmul_opts) */
     dsv3_isa isa;             /* Default: AUTO */
+    dsv3_compute compute;     /* Default: AUTO. FP8 takes scales as powers of two where the tensor's are F8_E8M0 */
     dsv3_executor executor;   /* Optional: default runs on the calling thread */
     dsv3_allocator allocator; /* Optional: scratch of one call; default malloc */
 } dsv3_matmul_opts;
@@ -440,6 +464,7 @@ typedef struct dsv3_config {
 typedef struct dsv3_model_opts {
     uint32_t struct_size;     /* 0, or the caller's sizeof; unknown sizes are refused */
     dsv3_isa isa;             /* Default: AUTO */
+    dsv3_compute compute;     /* Default: AUTO */
     bool no_mmap;             /* read the weights into memory instead of mapping them; for files of a directory */
     uint64_t memory_limit;    /* bytes this model may allocate (mapped files do not count); 0: none */
     dsv3_allocator allocator; /* Default: malloc */
@@ -462,6 +487,7 @@ DSV3_API uint32_t dsv3_version(void);                      /* DSV3_VERSION of th
 DSV3_API const char *dsv3_result_name(dsv3_result result); /* "DSV3_ERROR_JSON"; never NULL; static */
 DSV3_API const char *dsv3_isa_name(dsv3_isa isa);          /* "avx2"; static */
 DSV3_API bool dsv3_isa_supported(dsv3_isa isa);            /* does this CPU, and this build, have it */
+DSV3_API const char *dsv3_compute_name(dsv3_compute mode); /* "bf16"; static */
 
 /* Opens a checkpoint directory as published: config.json, model.safetensors.index.json with its shards or one
    model.safetensors, and, if there, tokenizer.json, tokenizer_config.json, generation_config.json.
@@ -475,7 +501,8 @@ DSV3_API dsv3_result dsv3_model_open(dsv3_model **model, const char *dir, const 
 DSV3_API void dsv3_model_close(dsv3_model *model); /* NULL is fine; after its sessions */
 
 DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model);
-DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model); /* what AUTO became */
+DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model);         /* what AUTO became */
+DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model); /* INT8 where AUTO was asked for */
 
 /* The model's tokenizer, owned by it. TOKENIZER if the checkpoint has none that is known; the message says why. */
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error);
@@ -1992,7 +2019,7 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
 /* scale64[i] = the scale of columns 64 * i ... in `row`, for the 64-blocks first ... first + n - 1; 1 without scales. */
 static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row, size_t first, size_t n)
 {
-    uint64_t base, last = UINT64_MAX;
+    uint64_t base, last = UINT64_MAX, end;
     float s = 1;
     if (!t->scale) {
         for (size_t i = 0; i < n; i++)
@@ -2000,8 +2027,10 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
         return;
     }
     base = row / t->block_rows * t->scale_stride;
+    end = dsv3__ceil_div(dsv3__ten_n_cols(t), t->block_cols);
     for (size_t i = 0; i < n; i++) {
         uint64_t column = (uint64_t)(first + i) * 64 / t->block_cols;
+        column = column < end ? column : end - 1; /* padding */
         if (column != last) {
             last = column;
             s = dsv3__num_get(t->scale, t->scale_dtype, base + column);
@@ -2023,9 +2052,17 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    A NaN becomes the one NaN of DSV3__NAN_BITS. So a result has the same bits in every variant, alone or in a tile.
    Error: |err| <= (k / 64 + 8) * 2^-24 * sum |w x|, while nothing overflows and products stay above 2^-126.
 
-   POSITIONS. Of F32, F16 and BF16 weights: position = column. Of F8_E4M3: inside a block of 64 columns, position
+   POSITIONS. Of F32, F16, BF16 and I8 weights: position = column. Of F8_E4M3: inside a block of 64 columns, position
    16p + i holds column 4i + p (p < 4, i < 16), because shifting a register of 16 words decodes byte p of each. x must be
-   laid out likewise ("packed", >>mm). The value of an FP8 weight is f32(code * scale), rounded once.
+   laid out likewise ("packed", >>mm). The value of an FP8 or I8 weight is f32(code * scale), rounded once.
+
+   PAIRS. Where x was rounded to bf16, rows are padded to a multiple of 128, and the two positions of a chain in a block
+   of 128 hold the second and the first of two columns (this order, as vdpbf16ps adds them). Position 16r + i and position
+   64 + 16r + i (r < 4, i < 16) are of BF16 weights columns 32r + 2i + 1 and 32r + 2i, of F8_E4M3 columns c + 1 and c with
+   c = 64 (r / 2) + 4i + 2 (r mod 2). Scales are in x already: the value of a weight is its code.
+
+   INT8. The sum over a group of columns (all, or those of one scale) is an exact integer, the groups are added as
+   y = fmaf((float)sum, w_scale * x_scale, y), rising from +0.
 
    All variants want denormals and round-to-nearest (dsv3__fp_enter). Pointers to weights may have any alignment; reads
    never pass the end of a row. */
@@ -2072,6 +2109,12 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
                  product with the scale (as dot).
                  NaN codes give NaN elements.
    nat_fp8       out [ceil64(k)], the same with position = column, block 64, group ignored.
+   dot_..._pairs, row_..._pairs   the same for pairs: x [ceil128(k)], scale64 is not looked at, row_ writes ceil128(k).
+   round_pairs   bf16(x * scale) for n positions in pairs of F8_E4M3, n a multiple of 128, written as row_ writes.
+                 scale64 [n / 64], the scales of each 64 columns.
+   bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
+                 and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
+                 w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)].
    tile_add      sum [64 / lanes][4][tile_x][lanes], the chains of 4 rows of w times n_x <= tile_x rows of x, go on over
                  `steps` blocks, from +0 if `first`: sum[g][i][j] += sum over s of w[i][s * w_step + g * w_group] times
                  x[j][s * x_step + g * x_group], a register each.
@@ -2084,27 +2127,37 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n; out may be gate or up. silu as dsv3__silu. */
-#define DSV3__KERN_OPS(X)                                                                                           \
-    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                              \
-    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                              \
-    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                             \
-    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                              \
-    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
-    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
-    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))      \
-    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
-    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
-    X(void, tile_add,                                                                                               \
-      (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x, size_t x_step,      \
-       size_t x_group, size_t steps, size_t n_x, bool first))                                                       \
-    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                        \
-    X(void, outer,                                                                                                  \
-      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
-       size_t n_t, size_t n_c))                                                                                     \
-    X(float, exp_sum, (float *x, size_t n, float max))                                                              \
-    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                     \
-    X(void, tile,                                                                                                   \
-      (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride, \
+#define DSV3__KERN_OPS(X)                                                                                            \
+    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                               \
+    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                               \
+    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                               \
+    X(float, dot_i8, (const void *w, const float *x, const float *scale64, size_t k))                                \
+    X(float, dot_bf16_pairs, (const void *w, const float *x, const float *scale64, size_t k))                        \
+    X(float, dot_fp8_pairs, (const void *w, const float *x, const float *scale64, size_t k))                         \
+    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
+    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
+    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
+    X(void, row_i8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))         \
+    X(void, row_bf16_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)) \
+    X(void, row_fp8_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))  \
+    X(void, round_pairs, (float *out, size_t block, size_t group, const float *x, const float *scale64, size_t n))   \
+    X(void, bytes,                                                                                                   \
+      (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w,            \
+       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))                     \
+    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
+    X(void, tile_add,                                                                                                \
+      (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x, size_t x_step,       \
+       size_t x_group, size_t steps, size_t n_x, bool first))                                                        \
+    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                         \
+    X(void, outer,                                                                                                   \
+      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,      \
+       size_t n_t, size_t n_c))                                                                                      \
+    X(float, exp_sum, (float *x, size_t n, float max))                                                               \
+    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                      \
+    X(void, tile,                                                                                                    \
+      (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride,  \
        const uint32_t *index, size_t n_x, size_t k))
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
@@ -2177,12 +2230,21 @@ static float dsv3__k_tree64_scalar(const float *a)
     return t[0] == t[0] ? t[0] : dsv3__bits_float(DSV3__NAN_BITS);
 }
 
+/* Are there scales beside the codes? */
+DSV3__INLINE bool dsv3__k_scaled(dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F8_E4M3 || dtype == DSV3_DTYPE_I8;
+}
+
 /* One block of n <= 64 columns at their positions, zeros behind. */
 DSV3__INLINE void dsv3__k_block_scalar(float *out, const uint8_t *w, float scale, size_t n, dsv3_dtype dtype)
 {
     if (dtype == DSV3_DTYPE_F8_E4M3) {
         for (size_t c = 0; c < 64; c++)
             out[c % 4 * 16 + c / 4] = (c < n ? dsv3__fp8_value[w[c]] : 0.0f) * scale;
+    } else if (dtype == DSV3_DTYPE_I8) {
+        for (size_t c = 0; c < 64; c++)
+            out[c] = (c < n ? (float)(int8_t)w[c] : 0.0f) * scale;
     } else {
         for (size_t c = 0; c < 64; c++)
             out[c] = c < n ? dsv3__num_get(w, dtype, c) : 0.0f;
@@ -2191,7 +2253,7 @@ DSV3__INLINE void dsv3__k_block_scalar(float *out, const uint8_t *w, float scale
 
 DSV3__INLINE size_t dsv3__k_block_size(dsv3_dtype dtype)
 {
-    return dtype == DSV3_DTYPE_F32 ? 256 : dtype == DSV3_DTYPE_F8_E4M3 ? 64 : 128; /* bytes of 64 columns */
+    return dtype == DSV3_DTYPE_F32 ? 256 : dsv3__k_scaled(dtype) ? 64 : 128; /* bytes of 64 columns */
 }
 
 /* Also what vector variants call for rows they cannot decode: they name their lanes. */
@@ -2201,7 +2263,7 @@ static void dsv3__k_row_scalar(float *out, size_t block, size_t group, size_t la
     const uint8_t *p = (const uint8_t *)w;
     float values[64];
     for (size_t b = 0; b * 64 < k; b++) {
-        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dsv3__k_scaled(dtype) ? scale64[b] : 1.0f,
                              dsv3__min(k - b * 64, 64), dtype);
         for (size_t g = 0; g < 64 / lanes; g++)
             memcpy(out + b * block + g * group, values + g * lanes, lanes * sizeof(float));
@@ -2215,7 +2277,7 @@ DSV3__INLINE float dsv3__k_dot_scalar(const void *w, const float *x, const float
     for (int i = 0; i < 64; i++)
         a[i] = 0;
     for (size_t b = 0; b * 64 < k; b++) {
-        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dsv3__k_scaled(dtype) ? scale64[b] : 1.0f,
                              dsv3__min(k - b * 64, 64), dtype);
         for (size_t i = 0; i < 64; i++)
             a[i] = fmaf(values[i], x[b * 64 + i], a[i]);
@@ -2237,7 +2299,94 @@ DSV3__K_DTYPE_SCALAR(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_SCALAR(f16, DSV3_DTYPE_F16)
 DSV3__K_DTYPE_SCALAR(bf16, DSV3_DTYPE_BF16)
 DSV3__K_DTYPE_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
+DSV3__K_DTYPE_SCALAR(i8, DSV3_DTYPE_I8)
 #undef DSV3__K_DTYPE_SCALAR
+
+/* The column of position i of a block of 128, in pairs. */
+DSV3__INLINE size_t dsv3__k_pair_column(size_t i, dsv3_dtype dtype)
+{
+    const size_t second = i < 64 ? 1 : 0, r = i % 64 / 16, lane = i % 16;
+    return (dtype == DSV3_DTYPE_F8_E4M3 ? r / 2 * 64 + lane * 4 + r % 2 * 2 : r * 32 + lane * 2) + second;
+}
+
+/* One block of n <= 128 columns at their positions in pairs, zeros behind. */
+DSV3__INLINE void dsv3__k_pair_block_scalar(float *out, const uint8_t *w, size_t n, dsv3_dtype dtype)
+{
+    for (size_t i = 0; i < 128; i++) {
+        size_t c = dsv3__k_pair_column(i, dtype);
+        out[i] = c < n ? dsv3__num_get(w, dtype, c) : 0.0f;
+    }
+}
+
+static void dsv3__k_row_pairs_scalar(float *out, size_t block, size_t group, size_t lanes, const void *w, size_t k,
+                                     dsv3_dtype dtype)
+{
+    const uint8_t *p = (const uint8_t *)w;
+    float values[128];
+    for (size_t c = 0; c < k; c += 128, p += 2 * dsv3__k_block_size(dtype)) {
+        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 128), dtype);
+        for (size_t h = 0; h < 2; h++, out += block)
+            for (size_t g = 0; g < 64 / lanes; g++)
+                memcpy(out + g * group, values + h * 64 + g * lanes, lanes * sizeof(float));
+    }
+}
+
+DSV3__INLINE float dsv3__k_dot_pairs_scalar(const void *w, const float *x, size_t k, dsv3_dtype dtype)
+{
+    const uint8_t *p = (const uint8_t *)w;
+    float a[64], values[128];
+    for (int i = 0; i < 64; i++)
+        a[i] = 0;
+    for (size_t c = 0; c < k; c += 128, p += 2 * dsv3__k_block_size(dtype)) {
+        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 128), dtype);
+        for (size_t i = 0; i < 128; i++)
+            a[i % 64] = fmaf(values[i], x[c + i], a[i % 64]);
+    }
+    return dsv3__k_tree64_scalar(a);
+}
+
+#define DSV3__K_PAIRS_SCALAR(name, dtype)                                                                         \
+    static float dsv3__k_dot_##name##_pairs_scalar(const void *w, const float *x, const float *scale64, size_t k) \
+    {                                                                                                             \
+        (void)scale64;                                                                                            \
+        return dsv3__k_dot_pairs_scalar(w, x, k, dtype);                                                          \
+    }                                                                                                             \
+    static void dsv3__k_row_##name##_pairs_scalar(float *out, size_t block, size_t group, const void *w,          \
+                                                  const float *scale64, size_t k)                                 \
+    {                                                                                                             \
+        (void)scale64;                                                                                            \
+        dsv3__k_row_pairs_scalar(out, block, group, 8, w, k, dtype);                                              \
+    }
+DSV3__K_PAIRS_SCALAR(bf16, DSV3_DTYPE_BF16)
+DSV3__K_PAIRS_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
+#undef DSV3__K_PAIRS_SCALAR
+
+static void dsv3__k_round_pairs_scalar(float *out, size_t block, size_t group, const float *x, const float *scale64,
+                                       size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float scale = scale64[i / 128 * 2 + i % 64 / 32];
+        out[i / 64 * block + i % 64 / 8 * group + i % 8] = dsv3__bf16_decode(dsv3__bf16_encode(x[i] * scale));
+    }
+}
+
+static void dsv3__k_bytes_scalar(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
+                                 size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
+                                 size_t group)
+{
+    const size_t n_groups = (k + group - 1) / group;
+    for (size_t i = 0; i < n_w; i++, w += w_stride, w_scale += n_groups)
+        for (size_t j = 0; j < n_x; j++) {
+            float y = 0;
+            for (size_t g = 0; g < n_groups; g++) {
+                int32_t sum = 0;
+                for (size_t c = g * group; c < dsv3__min(k, (g + 1) * group); c++)
+                    sum += w[c] * x[j][c];
+                y = fmaf((float)sum, w_scale[g] * x_scale[j][g], y);
+            }
+            out[j * out_stride + i] = y == y ? y : dsv3__bits_float(DSV3__NAN_BITS);
+        }
+}
 
 static void dsv3__k_nat_fp8_scalar(float *out, size_t block, size_t group, const void *w, const float *scale64,
                                    size_t k)
@@ -2371,18 +2520,21 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree64_avx2(const __m256 *a)
     return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
 }
 
-/* 8 values of F32, F16, BF16. */
+/* 8 values of F32, F16, BF16; 8 codes of I8. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_load8_avx2(const uint8_t *w, dsv3_dtype dtype)
 {
     if (dtype == DSV3_DTYPE_F32)
         return _mm256_loadu_ps((const float *)(const void *)w);
+    if (dtype == DSV3_DTYPE_I8)
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)w)));
     __m128i h = _mm_loadu_si128((const __m128i *)(const void *)w);
     if (dtype == DSV3_DTYPE_F16)
         return _mm256_cvtph_ps(h);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); /* bits << 16 */
 }
 
-DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const float *x, size_t k, dsv3_dtype dtype)
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const float *x, const float *scale64,
+                                                      size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t block = dsv3__k_block_size(dtype), part = block / 8;
@@ -2396,7 +2548,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const
             w = tail;
             k = 64;
         }
-#define DSV3__STEP(g) a[g] = _mm256_fmadd_ps(dsv3__k_load8_avx2(w + g * part, dtype), _mm256_loadu_ps(x + 8 * g), a[g])
+        __m256 s = _mm256_set1_ps(dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f), v;
+#define DSV3__STEP(g)                            \
+    v = dsv3__k_load8_avx2(w + g * part, dtype); \
+    if (dtype == DSV3_DTYPE_I8)                  \
+        v = _mm256_mul_ps(v, s);                 \
+    a[g] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + 8 * g), a[g])
         DSV3__STEP(0);
         DSV3__STEP(1);
         DSV3__STEP(2);
@@ -2413,8 +2570,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const
     return dsv3__k_tree64_avx2(a);
 }
 
+/* Where register g of a block goes, for variants of 8 and of 16 lanes. */
+#define DSV3__REGISTER(lanes, g, group) ((lanes) == 8 ? (g) * (group) : (g) / 2 * (group) + (g) % 2 * 8)
+
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, size_t group, const void *weights,
-                                                     size_t k, dsv3_dtype dtype)
+                                                     const float *scale64, size_t k, dsv3_dtype dtype,
+                                                     const size_t lanes)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t size = dsv3__k_block_size(dtype);
@@ -2425,8 +2586,11 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, s
             memcpy(tail, w, (k - b * 64) * (size / 64));
             w = tail;
         }
-        for (size_t g = 0; g < 8; g++)
-            _mm256_storeu_ps(out + g * group, dsv3__k_load8_avx2(w + g * (size / 8), dtype));
+        __m256 s = _mm256_set1_ps(dtype == DSV3_DTYPE_I8 ? scale64[b] : 1.0f);
+        for (size_t g = 0; g < 8; g++) {
+            __m256 v = dsv3__k_load8_avx2(w + g * (size / 8), dtype);
+            _mm256_storeu_ps(out + DSV3__REGISTER(lanes, g, group), dtype == DSV3_DTYPE_I8 ? _mm256_mul_ps(v, s) : v);
+        }
     }
 }
 
@@ -2434,18 +2598,17 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, s
     DSV3__TARGET_AVX2 static float dsv3__k_dot_##name##_avx2(const void *w, const float *x, const float *scale64,  \
                                                              size_t k)                                             \
     {                                                                                                              \
-        (void)scale64;                                                                                             \
-        return dsv3__k_dot_avx2(w, x, k, dtype);                                                                   \
+        return dsv3__k_dot_avx2(w, x, scale64, k, dtype);                                                          \
     }                                                                                                              \
     DSV3__TARGET_AVX2 static void dsv3__k_row_##name##_avx2(float *out, size_t block, size_t group, const void *w, \
                                                             const float *scale64, size_t k)                        \
     {                                                                                                              \
-        (void)scale64;                                                                                             \
-        dsv3__k_row_avx2(out, block, group, w, k, dtype);                                                          \
+        dsv3__k_row_avx2(out, block, group, w, scale64, k, dtype, 8);                                              \
     }
 DSV3__K_DTYPE_AVX2(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_AVX2(f16, DSV3_DTYPE_F16)
 DSV3__K_DTYPE_AVX2(bf16, DSV3_DTYPE_BF16)
+DSV3__K_DTYPE_AVX2(i8, DSV3_DTYPE_I8)
 #undef DSV3__K_DTYPE_AVX2
 
 /* FP8: a code's 7 bits of exponent and mantissa, moved to bits 20 ... 26 of a word, are the f32 (a denormal one for
@@ -2570,6 +2733,315 @@ DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_avx2(float *out, size_t block, siz
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx2(worst) || scales != scales))
         dsv3__k_row_scalar(out, block, group, 8, weights, scale64, k, DSV3_DTYPE_F8_E4M3);
 }
+
+// ---- AVX2: pairs -------------------------------------------------------------------------------------------
+
+/* Eight codes' values * 2^-120 times 2^120: the values. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_fp8_code_avx2(__m256 v)
+{
+    return _mm256_mul_ps(v, _mm256_set1_ps(DSV3__TWO_120));
+}
+
+/* 32 columns in pairs: bytes 1, 0 of 8 words are one chain register's, bytes 3, 2 the next but one's. x: where the first
+   register's begin. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_pairs_32_avx2(__m256 *a0, __m256 *a1, const uint8_t *w,
+                                                                     const float *x, __m256i worst)
+{
+    __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)w);
+    __m256i even = dsv3__k_fp8_even_avx2(v), odd = dsv3__k_fp8_odd_avx2(v);
+    *a0 = _mm256_fmadd_ps(dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(odd)), _mm256_loadu_ps(x), *a0);
+    *a1 = _mm256_fmadd_ps(dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(odd)), _mm256_loadu_ps(x + 16), *a1);
+    *a0 = _mm256_fmadd_ps(dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(even)), _mm256_loadu_ps(x + 64), *a0);
+    *a1 = _mm256_fmadd_ps(dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(even)), _mm256_loadu_ps(x + 80), *a1);
+    return dsv3__k_fp8_worst_avx2(worst, v);
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_pairs_avx2(const void *weights, const float *x, const float *scale64,
+                                                          size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    __m256i worst = _mm256_setzero_si256();
+    __m256 a[8];
+    (void)scale64;
+    a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, x += 128) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, left);
+            w = tail;
+        } else {
+            DSV3__PREFETCH(w);
+            DSV3__PREFETCH(w + 64);
+        }
+        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[0], &a[2], w, x, worst);
+        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[1], &a[3], w + 32, x + 8, worst);
+        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[4], &a[6], w + 64, x + 32, worst);
+        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[5], &a[7], w + 96, x + 40, worst);
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx2(worst)))
+        return dsv3__bits_float(DSV3__NAN_BITS);
+    return dsv3__k_tree64_avx2(a);
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_fp8_pairs_lanes_avx2(float *out, size_t block, size_t group,
+                                                                     const void *weights, size_t k, const size_t lanes)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    __m256i worst = _mm256_setzero_si256();
+    float *to = out;
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, left);
+            w = tail;
+        }
+        for (size_t h = 0; h < 4; h++) {
+            const size_t g = h / 2 * 4 + h % 2;
+            float *first = to + DSV3__REGISTER(lanes, g, group), *next = to + DSV3__REGISTER(lanes, g + 2, group);
+            __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * h));
+            __m256i even = dsv3__k_fp8_even_avx2(v), odd = dsv3__k_fp8_odd_avx2(v);
+            worst = dsv3__k_fp8_worst_avx2(worst, v);
+            _mm256_storeu_ps(first, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(odd)));
+            _mm256_storeu_ps(next, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(odd)));
+            _mm256_storeu_ps(first + block, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(even)));
+            _mm256_storeu_ps(next + block, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(even)));
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx2(worst)))
+        dsv3__k_row_pairs_scalar(out, block, group, lanes, weights, k, DSV3_DTYPE_F8_E4M3);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_pairs_avx2(float *out, size_t block, size_t group, const void *w,
+                                                         const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_fp8_pairs_lanes_avx2(out, block, group, w, k, 8);
+}
+
+/* BF16: the second of two columns is the high half of a word, the first the low. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_second_avx2(__m256i v)
+{
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_first_avx2(__m256i v)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, const float *x, const float *scale64,
+                                                           size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    __m256 a[8];
+    __m256i v;
+    (void)scale64;
+    a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, x += 128) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * left);
+            w = tail;
+        }
+#define DSV3__STEP(g)                                                                 \
+    v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));              \
+    a[g] = _mm256_fmadd_ps(dsv3__k_second_avx2(v), _mm256_loadu_ps(x + 8 * g), a[g]); \
+    a[g] = _mm256_fmadd_ps(dsv3__k_first_avx2(v), _mm256_loadu_ps(x + 64 + 8 * g), a[g])
+        DSV3__STEP(0);
+        DSV3__STEP(1);
+        DSV3__STEP(2);
+        DSV3__STEP(3);
+        DSV3__STEP(4);
+        DSV3__STEP(5);
+        DSV3__STEP(6);
+        DSV3__STEP(7);
+#undef DSV3__STEP
+    }
+    return dsv3__k_tree64_avx2(a);
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_bf16_pairs_lanes_avx2(float *out, size_t block, size_t group,
+                                                                      const void *weights, size_t k, const size_t lanes)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, out += 2 * block) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * left);
+            w = tail;
+        }
+        for (size_t g = 0; g < 8; g++) {
+            __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));
+            float *to = out + DSV3__REGISTER(lanes, g, group);
+            _mm256_storeu_ps(to, dsv3__k_second_avx2(v));
+            _mm256_storeu_ps(to + block, dsv3__k_first_avx2(v));
+        }
+    }
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_row_bf16_pairs_avx2(float *out, size_t block, size_t group, const void *w,
+                                                          const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_bf16_pairs_lanes_avx2(out, block, group, w, k, 8);
+}
+
+/* bf16(v), as f32; no NaN but the quiet ones of the arithmetic. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_bf16_avx2(__m256 v)
+{
+    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_round_pairs_lanes_avx2(float *out, size_t block, size_t group,
+                                                                   const float *x, const float *scale64, size_t n,
+                                                                   const size_t lanes)
+{
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const __m256 s0 = _mm256_set1_ps(scale64[b / 2 * 2]), s1 = _mm256_set1_ps(scale64[b / 2 * 2 + 1]);
+        for (size_t g = 0; g < 8; g++)
+            _mm256_storeu_ps(out + DSV3__REGISTER(lanes, g, group),
+                             dsv3__k_bf16_avx2(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), g < 4 ? s0 : s1)));
+    }
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_round_pairs_avx2(float *out, size_t block, size_t group, const float *x,
+                                                       const float *scale64, size_t n)
+{
+    dsv3__k_round_pairs_lanes_avx2(out, block, group, x, scale64, n, 8);
+}
+
+// ---- AVX2: codes of 8 bits -----------------------------------------------------------------------------------
+
+/* Adds 32 products: |w| as unsigned bytes times x with w's sign. x is never -128, so a sum of two fits 16 bits. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_bytes_add_avx2(__m256i sum, __m256i w, __m256i magnitude, __m256i x)
+{
+    __m256i two = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE int32_t dsv3__k_sum8_avx2(__m256i v)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
+/* Sums of W rows of w times X rows of x over n columns: sum[i][j], W <= 2 and X <= 4 constants. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_tile_avx2(int32_t sum[2][4], const int8_t *w, size_t w_stride,
+                                                            const int8_t *const *x, size_t c, size_t n, const int W,
+                                                            const int X)
+{
+    const int8_t *w0 = w + c, *w1 = w + (W > 1 ? w_stride : 0) + c;
+    const int8_t *x0 = x[0] + c, *x1 = x[X > 1 ? 1 : 0] + c, *x2 = x[X > 2 ? 2 : 0] + c, *x3 = x[X > 3 ? 3 : 0] + c;
+    __m256i a00, a01, a02, a03, a10, a11, a12, a13, v0, v1, m0, m1, y;
+    a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = v1 = m1 = _mm256_setzero_si256();
+#define DSV3__LOAD(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define DSV3__STEP(j, from, first, next)                    \
+    if (X > j) {                                            \
+        y = DSV3__LOAD(from);                               \
+        first = dsv3__k_bytes_add_avx2(first, v0, m0, y);   \
+        if (W > 1)                                          \
+            next = dsv3__k_bytes_add_avx2(next, v1, m1, y); \
+    }
+#define DSV3__STEPS(w_0, w_1, i)                        \
+    v0 = DSV3__LOAD(w_0), m0 = _mm256_abs_epi8(v0);     \
+    if (W > 1)                                          \
+        v1 = DSV3__LOAD(w_1), m1 = _mm256_abs_epi8(v1); \
+    DSV3__STEP(0, x0 + i, a00, a10)                     \
+    DSV3__STEP(1, x1 + i, a01, a11)                     \
+    DSV3__STEP(2, x2 + i, a02, a12)                     \
+    DSV3__STEP(3, x3 + i, a03, a13)
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        DSV3__STEPS(w0 + i, w1 + i, i)
+    }
+    if (i < n) {
+        int8_t tail[2][32];
+        memset(tail, 0, sizeof tail);
+        memcpy(tail[0], w0 + i, n - i);
+        memcpy(tail[1], w1 + i, n - i);
+        DSV3__STEPS(tail[0], tail[1], i)
+    }
+#undef DSV3__LOAD
+#undef DSV3__STEP
+#undef DSV3__STEPS
+    sum[0][0] = dsv3__k_sum8_avx2(a00);
+    if (X > 1)
+        sum[0][1] = dsv3__k_sum8_avx2(a01);
+    if (X > 2)
+        sum[0][2] = dsv3__k_sum8_avx2(a02);
+    if (X > 3)
+        sum[0][3] = dsv3__k_sum8_avx2(a03);
+    if (W > 1) {
+        sum[1][0] = dsv3__k_sum8_avx2(a10);
+        if (X > 1)
+            sum[1][1] = dsv3__k_sum8_avx2(a11);
+        if (X > 2)
+            sum[1][2] = dsv3__k_sum8_avx2(a12);
+        if (X > 3)
+            sum[1][3] = dsv3__k_sum8_avx2(a13);
+    }
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_wx_avx2(float *out, size_t out_stride, const int8_t *w,
+                                                          size_t w_stride, const float *w_scale, const int8_t *const *x,
+                                                          const float *const *x_scale, size_t k, size_t group,
+                                                          const int W, const int X)
+{
+    const size_t n_groups = (k + group - 1) / group;
+    int32_t sum[2][4];
+    float y[2][4] = {{0}};
+    for (size_t g = 0, c = 0; g < n_groups; g++, c += group) {
+        dsv3__k_bytes_tile_avx2(sum, w, w_stride, x, c, dsv3__min(k - c, group), W, X);
+        for (int i = 0; i < W; i++)
+            for (int j = 0; j < X; j++)
+                y[i][j] = fmaf((float)sum[i][j], w_scale[(size_t)i * n_groups + g] * x_scale[j][g], y[i][j]);
+    }
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < X; j++)
+            out[(size_t)j * out_stride + (size_t)i] = y[i][j] == y[i][j] ? y[i][j] : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_bytes_avx2(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
+                                                 const float *w_scale, size_t n_w, const int8_t *const *x,
+                                                 const float *const *x_scale, size_t n_x, size_t k, size_t group)
+{
+    const size_t n_groups = (k + group - 1) / group;
+    for (size_t j = 0, t; j < n_x; j += t) {
+        t = n_x - j < 4 ? n_x - j : 4;
+        for (size_t i = 0; i < n_w;) {
+            const bool two = t > 1 && i + 1 < n_w; /* one row of x: one row of w after the other, at memory's speed */
+            float *to = out + j * out_stride + i;
+            const int8_t *from = w + i * w_stride;
+            const float *s = w_scale + i * n_groups;
+#define DSV3__CASE(W, X) \
+    case X: dsv3__k_bytes_wx_avx2(to, out_stride, from, w_stride, s, x + j, x_scale + j, k, group, W, X); break
+            if (two)
+                switch (t) {
+                    DSV3__CASE(2, 4);
+                    DSV3__CASE(2, 3);
+                    DSV3__CASE(2, 2);
+                }
+            else
+                switch (t) {
+                    DSV3__CASE(1, 4);
+                    DSV3__CASE(1, 3);
+                    DSV3__CASE(1, 2);
+                    DSV3__CASE(1, 1);
+                }
+#undef DSV3__CASE
+            i += two ? 2 : 1;
+        }
+    }
+}
+
+// ---- AVX2: columns in order, tiles ---------------------------------------------------------------------------
 
 /* A code's 7 bits, moved to bits 7 ... 13 of a half, are the f16 of its value * 2^-8. */
 DSV3__TARGET_AVX2 static void dsv3__k_nat_fp8_avx2(float *out, size_t block, size_t group, const void *weights,
@@ -3308,6 +3780,38 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
     }
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
+
+/* Half registers do for what no profile shows. */
+DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group, const void *w,
+                                                             const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_fp8_pairs_lanes_avx2(out, block, group, w, k, 16);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group, const void *w,
+                                                              const float *scale64, size_t k)
+{
+    (void)scale64;
+    dsv3__k_row_bf16_pairs_lanes_avx2(out, block, group, w, k, 16);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t block, size_t group, const float *x,
+                                                           const float *scale64, size_t n)
+{
+    dsv3__k_round_pairs_lanes_avx2(out, block, group, x, scale64, n, 16);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_row_i8_avx512(float *out, size_t block, size_t group, const void *w,
+                                                      const float *scale64, size_t k)
+{
+    dsv3__k_row_avx2(out, block, group, w, scale64, k, DSV3_DTYPE_I8, 16);
+}
+
+#define dsv3__k_dot_i8_avx512         dsv3__k_dot_i8_avx2
+#define dsv3__k_dot_fp8_pairs_avx512  dsv3__k_dot_fp8_pairs_avx2
+#define dsv3__k_dot_bf16_pairs_avx512 dsv3__k_dot_bf16_pairs_avx2
+#define dsv3__k_bytes_avx512          dsv3__k_bytes_avx2
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -3344,20 +3848,25 @@ static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
     return &dsv3__kern_scalar;
 }
 
-DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype)
+DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype, bool pairs)
 {
+    if (pairs)
+        return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8_pairs : k->dot_bf16_pairs;
     return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8
            : dtype == DSV3_DTYPE_BF16  ? k->dot_bf16
            : dtype == DSV3_DTYPE_F16   ? k->dot_f16
+           : dtype == DSV3_DTYPE_I8    ? k->dot_i8
                                        : k->dot_f32;
 }
 
-/* natural: position = column, for F8_E4M3 too. */
-DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, bool natural)
+DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, bool pairs)
 {
-    return dtype == DSV3_DTYPE_F8_E4M3 ? (natural ? k->nat_fp8 : k->row_fp8)
+    if (pairs)
+        return dtype == DSV3_DTYPE_F8_E4M3 ? k->row_fp8_pairs : k->row_bf16_pairs;
+    return dtype == DSV3_DTYPE_F8_E4M3 ? k->row_fp8
            : dtype == DSV3_DTYPE_BF16  ? k->row_bf16
            : dtype == DSV3_DTYPE_F16   ? k->row_f16
+           : dtype == DSV3_DTYPE_I8    ? k->row_i8
                                        : k->row_f32;
 }
 // =============================================================================
@@ -3365,35 +3874,135 @@ DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, 
 //        Needs kern, ten, thr, mem. Everything above a row or a tile is written here, once.
 // =============================================================================
 
-/* Floats from a packed row of k values to the next: whole blocks of 64, an odd number of them, so that neighbouring
-   rows (a tile reads several in step) do not fall into the same cache sets. */
-DSV3__INLINE size_t dsv3__mm_pad(size_t k)
+/* How products are made: the kernels and the arithmetic. */
+typedef struct dsv3__mm_mode {
+    const dsv3__kern *k;
+    dsv3_compute compute; /* never AUTO */
+    bool powers;          /* FP8: scales of activations are powers of two */
+} dsv3__mm_mode;
+
+/* What a row of x has to look like, before it meets a weight ("packed"). Always as many floats as dsv3__mm_pad says. */
+typedef enum dsv3__form {
+    DSV3__FORM_PLAIN, /* columns in order, zeros behind: F32, F16 weights; BF16, I8 where the mode has nothing else */
+    DSV3__FORM_QUADS, /* at the positions of F8_E4M3 */
+    DSV3__FORM_FP8,   /* the same, but rounded to what E4M3 codes and a scale for each 128 can say */
+    DSV3__FORM_PAIRS, /* at the positions of BF16 in pairs, rounded to bf16 */
+    DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs; dsv3__mm_strip multiplies by the scale and rounds */
+    DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then one float: their scale */
+    DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them */
+    DSV3__FORMS
+} dsv3__form;
+
+static dsv3__form dsv3__mm_form(const dsv3__mm_mode *mode, const dsv3_tensor *w)
 {
-    return ((k + 63) / 64 | 1) * 64;
+    const uint64_t cols = dsv3__ten_n_cols(w);
+    const bool exact = mode->compute == DSV3_COMPUTE_F32;
+    switch (w->dtype) {
+    case DSV3_DTYPE_F8_E4M3:
+        return exact ? DSV3__FORM_QUADS : mode->compute == DSV3_COMPUTE_FP8 ? DSV3__FORM_FP8 : DSV3__FORM_PAIRS_FP8;
+    case DSV3_DTYPE_BF16: return exact ? DSV3__FORM_PLAIN : DSV3__FORM_PAIRS;
+    case DSV3_DTYPE_I8:
+        if (mode->compute != DSV3_COMPUTE_INT8 || cols > 131072)
+            return DSV3__FORM_PLAIN;
+        return w->block_cols >= cols  ? DSV3__FORM_BYTES
+               : w->block_cols == 128 ? DSV3__FORM_BYTES_128
+                                      : DSV3__FORM_PLAIN;
+    default: return DSV3__FORM_PLAIN;
+    }
 }
 
-/* n rows of k values (in_stride floats apart) become packed rows for weights of w_dtype: positions as in >>kern, zeros up
-   to a multiple of 64. dst_stride >= dsv3__mm_pad(k). In place (dst == in, dst_stride == in_stride) is fine; other
-   overlap is not. */
-static void dsv3__mm_pack(float *dst, size_t dst_stride, const float *in, size_t in_stride, size_t n, size_t k,
-                          dsv3_dtype w_dtype)
+DSV3__INLINE bool dsv3__mm_is_pairs(dsv3__form form)
 {
-    for (size_t j = 0; j < n; j++) {
-        float *to = dst + j * dst_stride;
-        const float *from = in + j * in_stride;
-        if (to != from)
-            memcpy(to, from, k * sizeof(float));
-        for (size_t c = k; c % 64; c++)
-            to[c] = 0;
-        if (w_dtype != DSV3_DTYPE_F8_E4M3)
-            continue;
+    return form == DSV3__FORM_PAIRS || form == DSV3__FORM_PAIRS_FP8;
+}
+
+DSV3__INLINE bool dsv3__mm_is_bytes(dsv3__form form)
+{
+    return form == DSV3__FORM_BYTES || form == DSV3__FORM_BYTES_128;
+}
+
+/* Floats from a packed row of k values to the next: whole blocks of 128, and 64 more, so that neighbouring rows (a tile
+   reads several in step) do not fall into the same cache sets. */
+DSV3__INLINE size_t dsv3__mm_pad(size_t k)
+{
+    return (k + 127) / 128 * 128 + 64;
+}
+
+/* max |x| of n values; NaN if one is not finite. */
+static float dsv3__mm_max(const float *x, size_t n)
+{
+    float max = 0, poison = 0;
+    for (size_t i = 0; i < n; i++) {
+        float magnitude = fabsf(x[i]);
+        max = magnitude > max ? magnitude : max;
+        poison += magnitude * 0;
+    }
+    return max + poison;
+}
+
+/* The nearest codes of n values, ties to even, and the scale: max |x| / 127. */
+static float dsv3__mm_to_bytes(int8_t *codes, const float *x, size_t n)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    float max = dsv3__mm_max(x, n), scale = max / 127.0f;
+    for (size_t i = 0; i < n; i++) {
+        float v = scale > 0 ? x[i] / scale : 0;  /* not so: all are 0, or too small for a scale, or one is not finite */
+        v = v > 127 ? 127 : v < -127 ? -127 : v; /* where the scale is denormal */
+        codes[i] = (int8_t)((v + magic) - magic);
+    }
+    return scale;
+}
+
+/* DeepSeek's act_quant, and back: 128 values, or fewer. */
+static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
+{
+    float max = dsv3__mm_max(x, n), scale = (max < 1e-4f ? 1e-4f : max) / 448.0f;
+    if (powers) { /* the next power of two; scale is normal, being 2e-7 or more */
+        uint32_t bits = dsv3__float_bits(scale);
+        scale = dsv3__bits_float((bits + 0x7FFFFF) & 0xFF800000u);
+    }
+    for (size_t i = 0; i < n; i++)
+        x[i] = dsv3__fp8_value[dsv3__fp8_encode(x[i] / scale)] * scale;
+}
+
+/* row [k, a multiple of 64 behind it; of 128 in pairs] takes the form, in place; for bytes `scratch` [k] is wanted, else it may be NULL. */
+static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form, bool powers)
+{
+    const size_t end = dsv3__mm_is_pairs(form) ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64;
+    if (dsv3__mm_is_bytes(form)) {
+        const size_t group = form == DSV3__FORM_BYTES ? k : 128, padded = (k + 63) / 64 * 64;
+        int8_t *codes = (int8_t *)(void *)row;
+        memcpy(scratch, row, k * sizeof(float));
+        for (size_t c = 0; c < k; c += group) {
+            float scale = dsv3__mm_to_bytes(codes + c, scratch + c, dsv3__min(k - c, group));
+            memcpy(codes + padded + c / group * sizeof(float), &scale, sizeof scale);
+        }
+        memset(codes + k, 0, padded - k);
+        return;
+    }
+    memset(row + k, 0, (end - k) * sizeof(float));
+    if (form == DSV3__FORM_FP8)
+        for (size_t c = 0; c < k; c += 128)
+            dsv3__mm_to_fp8(row + c, dsv3__min(k - c, 128), powers);
+    if (form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8) {
         for (size_t b = 0; b < k; b += 64) {
             float block[64];
-            memcpy(block, to + b, sizeof block);
+            memcpy(block, row + b, sizeof block);
             for (size_t p = 0; p < 4; p++)
                 for (size_t i = 0; i < 16; i++)
-                    to[b + 16 * p + i] = block[4 * i + p];
+                    row[b + 16 * p + i] = block[4 * i + p];
         }
+    } else if (dsv3__mm_is_pairs(form)) {
+        const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
+        for (size_t b = 0; b < k; b += 128) {
+            float block[128];
+            for (size_t i = 0; i < 128; i++) /* a NaN of any kind becomes the one that rounding keeps */
+                block[i] = row[b + i] == row[b + i] ? row[b + i] : dsv3__bits_float(DSV3__NAN_BITS);
+            for (size_t i = 0; i < 128; i++)
+                row[b + i] = block[dsv3__k_pair_column(i, dtype)];
+        }
+        for (size_t i = 0; i < end && form == DSV3__FORM_PAIRS; i++)
+            row[i] = dsv3__bf16_decode(dsv3__bf16_encode(row[i]));
     }
 }
 
@@ -3407,9 +4016,10 @@ static void dsv3__mm_pack(float *dst, size_t dst_stride, const float *in, size_t
 /* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
-    size_t chunk = k < DSV3__MM_CHUNK ? (k + 63) / 64 * 64 : DSV3__MM_CHUNK;
+    size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
     size_t sums = k <= DSV3__MM_CHUNK ? DSV3__TILE_SUM : DSV3__MM_ROWS * DSV3__MM_TOKENS * 64;
-    return dsv3__mm_pad((k + 63) / 64) + (DSV3__MM_ROWS + 6) * chunk + sums;
+    size_t tiles = (DSV3__MM_ROWS + 6) * chunk + sums, one = dsv3__mm_pad(k);
+    return dsv3__mm_pad((k + 63) / 64) + (tiles > one ? tiles : one);
 }
 
 /* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
@@ -3426,23 +4036,25 @@ static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
 DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t row, size_t blocks, uint64_t *have)
 {
     uint64_t want = w->scale ? row / w->block_rows : 0;
-    if (w->dtype == DSV3_DTYPE_F8_E4M3 && want != *have)
+    if (dsv3__k_scaled(w->dtype) && want != *have)
         dsv3__ten_scales(scale64, w, row, 0, blocks);
     *have = want;
 }
 
 /* dsv3__mm_strip for n > 1 and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS (any number, if cols <= DSV3__MM_CHUNK) rows
-   of x. */
-static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, size_t rows,
-                           const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+   of x. In pairs of F8_E4M3 all rows have the same scales. */
+static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
+                           size_t rows, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                            size_t out_stride)
 {
-    const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 63) / 64, size = dsv3_dtype_size(w->dtype);
+    const bool pairs = dsv3__mm_is_pairs(form);
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype);
+    const size_t blocks = pairs ? (cols + 127) / 128 * 2 : (cols + 63) / 64;
     const size_t n_chunks = (blocks + DSV3__MM_CHUNK / 64 - 1) / (DSV3__MM_CHUNK / 64),
-                 chunk = (blocks + n_chunks - 1) / n_chunks;
+                 chunk = ((blocks + n_chunks - 1) / n_chunks + 1) / 2 * 2;
     const size_t lanes = k->lanes, groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W,
                  one = DSV3__TILE_W * k->tile_x * 64;
-    const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, false);
+    const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);
     float *scale64 = panel;                      /* [blocks] */
     float *wp = scale64 + dsv3__mm_pad(blocks);  /* [groups][64 / lanes][steps][4][lanes] */
     float *xp = wp + DSV3__MM_ROWS * chunk * 64; /* [64 / lanes][steps][rows of the tile][lanes] */
@@ -3463,9 +4075,12 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
             const float *wr[DSV3__TILE_W], *xr[6];
             t = dsv3__k_tile_rows(n - j, k->tile_x);
             for (size_t i = 0; i < t; i++) {
+                const float *row = x + (index ? index[j + i] : j + i) * x_stride + b0 * 64;
                 xr[i] = xp + i * lanes;
-                k->row_f32(xp + i * lanes, t * lanes, steps * t * lanes,
-                           x + (index ? index[j + i] : j + i) * x_stride + b0 * 64, NULL, steps * 64);
+                if (form == DSV3__FORM_PAIRS_FP8)
+                    k->round_pairs(xp + i * lanes, t * lanes, steps * t * lanes, row, scale64 + b0, steps * 64);
+                else
+                    k->row_f32(xp + i * lanes, t * lanes, steps * t * lanes, row, NULL, steps * 64);
             }
             for (size_t g = 0; g < groups; g++) {
                 for (size_t i = 0; i < DSV3__TILE_W; i++)
@@ -3481,39 +4096,89 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
     }
 }
 
+/* One row of x: one row of weights after the other, front to back, the one pattern that runs at memory speed. */
+static void dsv3__mm_vector(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
+                            uint64_t r1, const float *x, float *out)
+{
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 127) / 128 * 2;
+    const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype, dsv3__mm_is_pairs(form));
+    float *scale64 = panel;                        /* [blocks] */
+    float *rounded = panel + dsv3__mm_pad(blocks); /* [blocks * 64] */
+    uint64_t have = UINT64_MAX;
+    for (uint64_t r = r0; r < r1; r++) {
+        const uint64_t before = have;
+        dsv3__mm_scales(scale64, w, r, blocks, &have);
+        if (form == DSV3__FORM_PAIRS_FP8 && have != before)
+            k->round_pairs(rounded, 64, k->lanes, x, scale64, blocks * 64);
+        out[(size_t)(r - r0)] = dot(dsv3__ten_row(w, r), form == DSV3__FORM_PAIRS_FP8 ? rounded : x, scale64, cols);
+    }
+}
+
+/* Integer products: rows of w as they lie, against rows of codes. */
+static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
+                           uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+                           size_t out_stride)
+{
+    enum { ROWS = 32, TOKENS = 32 };
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), group = form == DSV3__FORM_BYTES ? cols : 128;
+    const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
+    const int8_t *codes[TOKENS];
+    const float *x_scale[TOKENS];
+    for (uint64_t r = r0; r < r1; r += ROWS) {
+        const size_t rows = (size_t)(r1 - r < ROWS ? r1 - r : ROWS);
+        for (size_t i = 0; i < rows; i++) /* [rows, n_groups] */
+            for (size_t g = 0; g < n_groups; g++)
+                panel[i * n_groups + g] =
+                    w->scale ? dsv3__num_get(w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride + g)
+                             : 1;
+        for (size_t j = 0, t; j < n; j += t) {
+            t = dsv3__min(n - j, TOKENS);
+            for (size_t i = 0; i < t; i++) {
+                const float *row = x + (index ? index[j + i] : j + i) * x_stride;
+                codes[i] = (const int8_t *)(const void *)row;
+                x_scale[i] = row + padded / 4;
+            }
+            k->bytes(out + (size_t)(r - r0) + j * out_stride, out_stride, (const int8_t *)dsv3__ten_row(w, r),
+                     (size_t)w->row_stride, panel, rows, codes, x_scale, t, cols, group);
+        }
+    }
+}
+
 /* Rows r0 ... r1 - 1 of w against n packed rows of x, on this thread, inside dsv3__fp_enter.
    w          passed dsv3__ten_check with arithmetic; k columns
    panel      [dsv3__mm_panel_floats(k)] scratch
-   x          row j: x + j * x_stride, or, with index [n], x + index[j] * x_stride; packed for w's dtype
+   x          row j: x + j * x_stride, or, with index [n], x + index[j] * x_stride; each of dsv3__mm_form(mode, w)
    out        out[j * out_stride + (r - r0)] = row r of w times row j of x */
-static void dsv3__mm_strip(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
+static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
                            const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                            size_t out_stride)
 {
-    const size_t cols = (size_t)dsv3__ten_n_cols(w);
-    if (n == 1) { /* one row of weights after the other, front to back: the one pattern that runs at memory speed */
-        const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype);
-        const float *row = x + (index ? index[0] : 0) * x_stride;
-        uint64_t have = UINT64_MAX;
-        for (uint64_t r = r0; r < r1; r++) {
-            dsv3__mm_scales(panel, w, r, (cols + 63) / 64, &have);
-            out[(size_t)(r - r0)] = dot(dsv3__ten_row(w, r), row, panel, cols);
-        }
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), most = cols <= DSV3__MM_CHUNK ? n : DSV3__MM_TOKENS;
+    const dsv3__form form = dsv3__mm_form(mode, w);
+    if (dsv3__mm_is_bytes(form)) {
+        dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride);
         return;
     }
-    const size_t most = cols <= DSV3__MM_CHUNK ? n : DSV3__MM_TOKENS;
-    for (uint64_t r = r0; r < r1; r += DSV3__MM_ROWS)
+    if (n == 1) {
+        dsv3__mm_vector(mode->k, panel, w, form, r0, r1, x + (index ? index[0] : 0) * x_stride, out);
+        return;
+    }
+    for (uint64_t r = r0, next; r < r1; r = next) {
+        next = r1 - r < DSV3__MM_ROWS ? r1 : r + DSV3__MM_ROWS;
+        if (form == DSV3__FORM_PAIRS_FP8 && w->scale && next - r > w->block_rows - r % w->block_rows)
+            next = r + (w->block_rows - r % w->block_rows); /* where the scales change */
         for (size_t j = 0; j < n; j += most)
-            dsv3__mm_block(k, panel, w, r, (size_t)(r1 - r < DSV3__MM_ROWS ? r1 - r : DSV3__MM_ROWS),
-                           index ? x : x + j * x_stride, x_stride, index ? index + j : NULL, dsv3__min(n - j, most),
-                           out + (size_t)(r - r0) + j * out_stride, out_stride);
+            dsv3__mm_block(mode->k, panel, w, form, r, (size_t)(next - r), index ? x : x + j * x_stride, x_stride,
+                           index ? index + j : NULL, dsv3__min(n - j, most), out + (size_t)(r - r0) + j * out_stride,
+                           out_stride);
+    }
 }
 
 /* out [cols] = the values of one row, columns in order. Inside dsv3__fp_enter. */
 static void dsv3__ten_row_values(const dsv3__kern *k, float *out, const dsv3_tensor *t, uint64_t row)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(t), size = dsv3_dtype_size(t->dtype);
-    const dsv3__row_fn decode = dsv3__kern_row(k, t->dtype, true);
+    const dsv3__row_fn decode = t->dtype == DSV3_DTYPE_F8_E4M3 ? k->nat_fp8 : dsv3__kern_row(k, t->dtype, false);
     const uint8_t *data = dsv3__ten_row(t, row);
     float scale64[16], tail[64];
     for (size_t c = 0; c < cols;) {
@@ -3607,6 +4272,18 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
     return DSV3_OK;
 }
 
+DSV3_API const char *dsv3_compute_name(dsv3_compute mode)
+{
+    switch (mode) {
+    case DSV3_COMPUTE_AUTO: return "auto";
+    case DSV3_COMPUTE_F32: return "f32";
+    case DSV3_COMPUTE_BF16: return "bf16";
+    case DSV3_COMPUTE_FP8: return "fp8";
+    case DSV3_COMPUTE_INT8: return "int8";
+    default: return "?";
+    }
+}
+
 DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
                                    dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols,
                                    dsv3_error *error)
@@ -3651,7 +4328,7 @@ DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint
 
 /* One call of dsv3_matmul as its tasks see it: a strip of rows each. */
 typedef struct dsv3__mm_call {
-    const dsv3__kern *k;
+    dsv3__mm_mode mode;
     const dsv3_tensor *w;
     float *panel; /* [n_threads, panel_floats] */
     size_t panel_floats;
@@ -3665,8 +4342,17 @@ static void dsv3__mm_task(void *ctx, uint32_t task, uint32_t worker)
 {
     const dsv3__mm_call *c = (const dsv3__mm_call *)ctx;
     uint64_t rows = dsv3__ten_n_rows(c->w), r0 = task * c->strip, r1 = rows - r0 < c->strip ? rows : r0 + c->strip;
-    dsv3__mm_strip(c->k, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n,
+    dsv3__mm_strip(&c->mode, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n,
                    c->out + (size_t)r0, (size_t)rows);
+}
+
+static dsv3_result dsv3__mm_resolve(dsv3_compute *compute, dsv3_compute wanted, dsv3_error *err)
+{
+    if ((int)wanted < 0 || wanted > DSV3_COMPUTE_INT8)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.compute: %d is not an arithmetic mode",
+                          (int64_t)wanted);
+    *compute = wanted == DSV3_COMPUTE_AUTO ? DSV3_COMPUTE_INT8 : wanted;
+    return DSV3_OK;
 }
 
 static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const dsv3_tensor *w,
@@ -3679,8 +4365,11 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
     uint64_t x_floats, panel_floats, floats, bytes, total;
     void *scratch;
     DSV3__TRY(dsv3__cpu_resolve(&isa, opts->isa, err));
-    c.k = dsv3__kern_get(isa);
+    c.mode.k = dsv3__kern_get(isa);
+    DSV3__TRY(dsv3__mm_resolve(&c.mode.compute, opts->compute, err));
+    c.mode.powers = w->scale_dtype == DSV3_DTYPE_F8_E8M0;
     c.w = w;
+    const dsv3__form form = dsv3__mm_form(&c.mode, w);
     c.n = dsv3__min(n, DSV3__MM_BATCH);
     c.x_stride = dsv3__mm_pad(cols);
     c.panel_floats = dsv3__mm_panel_floats(cols);
@@ -3700,7 +4389,11 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
         c.strip = dsv3__mm_strip_rows(w, c.n);
         if (rows / c.strip > UINT32_MAX / 2)
             c.strip = rows / (UINT32_MAX / 2) + 1;
-        dsv3__mm_pack(c.panel + (size_t)panel_floats, c.x_stride, in + j * cols, cols, c.n, cols, w->dtype);
+        for (size_t i = 0; i < c.n; i++) {
+            float *row = c.panel + (size_t)panel_floats + i * c.x_stride;
+            memcpy(row, in + (j + i) * cols, cols * sizeof(float));
+            dsv3__mm_pack(row, c.panel, cols, form, c.mode.powers);
+        }
         dsv3__pool_run(pool, (uint32_t)dsv3__ceil_div(rows, c.strip), dsv3__mm_task, &c);
     }
     dsv3__mem_free(mem, scratch);
@@ -5439,6 +6132,9 @@ struct dsv3_model {
     dsv3__cfg cfg;
     dsv3_config config; /* = cfg.c, as handed out */
     const dsv3__kern *k;
+    dsv3__mm_mode mode;  /* of linear maps */
+    dsv3__mm_mode exact; /* of the router and of attention's: f32 */
+    uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
     dsv3__st st;
     dsv3__layer *layers;  /* [num_hidden_layers] */
     dsv3_tensor embed;    /* [vocab_size, hidden_size] */
@@ -5614,6 +6310,26 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
     return DSV3_OK;
 }
 
+/* Which forms normalised rows are wanted in. */
+static void dsv3__wt_forms(dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    m->forms = 1u << dsv3__mm_form(&m->mode, &m->head);
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+        const dsv3__layer *l = &m->layers[i];
+        m->forms |= 1u << dsv3__mm_form(&m->mode, &l->kv_a);
+        m->forms |= 1u << dsv3__mm_form(&m->mode, c->q_lora_rank ? &l->q_a : &l->q_b);
+        if (l->has_mlp)
+            m->forms |= 1u << dsv3__mm_form(&m->mode, &l->mlp.gate) | 1u << dsv3__mm_form(&m->mode, &l->mlp.up);
+        if (!l->moe)
+            continue;
+        m->forms |= 1u << dsv3__mm_form(&m->exact, &l->router);
+        for (uint32_t e = 0; e < c->n_routed_experts; e++)
+            m->forms |=
+                1u << dsv3__mm_form(&m->mode, &l->experts[e].gate) | 1u << dsv3__mm_form(&m->mode, &l->experts[e].up);
+    }
+}
+
 static void dsv3__wt_unbind(dsv3_model *m)
 {
     for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers; i++)
@@ -5699,7 +6415,8 @@ typedef struct dsv3__mlp_group {
     uint32_t n;
     uint32_t inter;
     uint32_t first_task; /* number of its first strip */
-    float *h;            /* [n, h_stride] silu(gate) * up, packed for `down` */
+    uint32_t first_row;  /* rows of the groups before */
+    float *h;            /* [n, h_stride] silu(gate) * up, then packed for `down` */
     size_t h_stride;
 } dsv3__mlp_group;
 
@@ -5710,6 +6427,7 @@ typedef struct dsv3__worker {
     float *q;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
     float *u;       /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
     float *u_span;  /* the same, of one span of positions */
+    float *row;     /* [widest] */
     float *score;   /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
     float *w_uk;    /* [DSV3__UK_ROWS, kv_lora_rank] */
     uint8_t *taken; /* [n_routed_experts] the router's marks */
@@ -5724,8 +6442,7 @@ typedef struct dsv3__work {
     size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
     size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
     float *x;                /* [n, x_stride] the residual stream */
-    float *xn;               /* [n, x_stride] normalised, columns in order */
-    float *xp;               /* [n, x_stride] the same, packed for FP8 weights */
+    float *xn[DSV3__FORMS];  /* [n, x_stride] normalised, in each form that m->forms names */
     float *norm;             /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
     float *norm2;            /* the same, for a second norm of the step */
     float *q_a;              /* [n, q_a_stride] query latent */
@@ -5800,8 +6517,9 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     if (c->first_k_dense_replace)
         h_dense = n * dsv3__mm_pad(c->intermediate_size);
     w->x = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
-    w->xn = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
-    w->xp = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
+    for (uint32_t form = 0; form < DSV3__FORMS; form++)
+        if (m->forms >> form & 1)
+            w->xn[form] = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
     w->norm = (float *)dsv3__carve(base, &used, widest, f);
     w->norm2 = (float *)dsv3__carve(base, &used, widest, f);
     w->q_a = (float *)dsv3__carve(base, &used, n * w->q_a_stride, f);
@@ -5827,6 +6545,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->cache_stride, f);
         t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
         t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
@@ -5841,8 +6560,9 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 
 /* out [n, rows of w] = x times the transposed w, or added to out. */
 typedef struct dsv3__linear {
+    const dsv3__mm_mode *mode;
     const dsv3_tensor *w;
-    const float *x; /* [n, x_stride] packed for w's dtype */
+    const float *x; /* [n, x_stride] packed for w */
     size_t x_stride;
     float *out;
     size_t out_stride;
@@ -5866,11 +6586,11 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
     uint64_t r0 = (uint64_t)task * DSV3__STRIP,
              r1 = r0 + DSV3__STRIP < map->w->shape[0] ? r0 + DSV3__STRIP : map->w->shape[0];
     if (!map->add) {
-        dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, map->out + r0,
+        dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, map->out + r0,
                        map->out_stride);
         return;
     }
-    dsv3__mm_strip(t->w->m->k, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, mine->a, DSV3__STRIP);
     for (uint32_t i = 0; i < t->n; i++)
         for (uint64_t r = r0; r < r1; r++)
             map->out[i * map->out_stride + r] += mine->a[i * DSV3__STRIP + (r - r0)];
@@ -5909,14 +6629,17 @@ static void dsv3__nn_rmsnorm_task(void *ctx, uint32_t i, uint32_t worker)
     const dsv3__norm_task *t = (const dsv3__norm_task *)ctx;
     dsv3__work *w = t->w;
     const size_t dim = w->m->config.hidden_size;
-    float *xn = w->xn + i * w->x_stride;
-    (void)worker;
-    dsv3__nn_rmsnorm_row(w->m->k, xn, w->x + i * w->x_stride, w->norm, dim, t->eps);
-    dsv3__mm_pack(xn, w->x_stride, xn, w->x_stride, 1, dim, DSV3_DTYPE_F32);
-    dsv3__mm_pack(w->xp + i * w->x_stride, w->x_stride, xn, w->x_stride, 1, dim, DSV3_DTYPE_F8_E4M3);
+    float *y = w->workers[worker].row;
+    dsv3__nn_rmsnorm_row(w->m->k, y, w->x + i * w->x_stride, w->norm, dim, t->eps);
+    for (uint32_t form = 0; form < DSV3__FORMS; form++)
+        if (w->m->forms >> form & 1) {
+            float *xn = w->xn[form] + i * w->x_stride;
+            memcpy(xn, y, dim * sizeof(float));
+            dsv3__mm_pack(xn, y, dim, (dsv3__form)form, w->m->mode.powers);
+        }
 }
 
-/* x -> xn and xp, n rows. weight [hidden_size] */
+/* x -> xn, n rows. weight [hidden_size] */
 static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps, uint32_t n)
 {
     dsv3__norm_task t;
@@ -5926,9 +6649,17 @@ static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps
 }
 
 /* The normalised rows as this weight wants them. */
-static const float *dsv3__nn_input(const dsv3__work *w, const dsv3_tensor *weight)
+static const float *dsv3__nn_input(const dsv3__work *w, const dsv3__mm_mode *mode, const dsv3_tensor *weight)
 {
-    return weight->dtype == DSV3_DTYPE_F8_E4M3 ? w->xp : w->xn;
+    return w->xn[dsv3__mm_form(mode, weight)];
+}
+
+/* A row that only this weight will read takes the form it wants. */
+static void dsv3__nn_pack(dsv3__work *w, uint32_t worker, float *row, const dsv3__mm_mode *mode,
+                          const dsv3_tensor *weight)
+{
+    dsv3__mm_pack(row, w->workers[worker].row, (size_t)dsv3__ten_n_cols(weight), dsv3__mm_form(mode, weight),
+                  mode->powers);
 }
 
 // ---- Rotary positions ------------------------------------------------------------------------------------
@@ -6015,11 +6746,11 @@ typedef struct dsv3__mlp_task {
     uint32_t n_groups, n;
 } dsv3__mlp_task;
 
-/* One strip of one group: h = silu(gate x) * (up x), packed for `down`. */
+/* One strip of one group: h = silu(gate x) * (up x). */
 static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
 {
     const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
-    const dsv3__kern *k = t->w->m->k;
+    const dsv3_model *m = t->w->m;
     dsv3__worker *mine = &t->w->workers[worker];
     uint32_t lo = 0, hi = t->n_groups; /* the last group whose first_task <= task */
     while (hi - lo > 1) {
@@ -6033,13 +6764,28 @@ static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp *mlp = g->mlp;
     uint32_t r0 = (task - g->first_task) * DSV3__STRIP, r1 = r0 + DSV3__STRIP < g->inter ? r0 + DSV3__STRIP : g->inter;
     const size_t stride = t->w->x_stride;
-    dsv3__mm_strip(k, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &mlp->gate), stride, g->rows, g->n, mine->a,
-                   DSV3__STRIP);
-    dsv3__mm_strip(k, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &mlp->up), stride, g->rows, g->n, mine->b,
-                   DSV3__STRIP);
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &m->mode, &mlp->gate), stride,
+                   g->rows, g->n, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &m->mode, &mlp->up), stride, g->rows,
+                   g->n, mine->b, DSV3__STRIP);
     for (uint32_t i = 0; i < g->n; i++)
-        k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
-    dsv3__mm_pack(g->h + r0, g->h_stride, g->h + r0, g->h_stride, g->n, r1 - r0, mlp->down.dtype);
+        m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
+}
+
+/* One row of one group: h as `down` wants it, which may need the whole row. */
+static void dsv3__nn_mlp_pack_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
+    uint32_t lo = 0, hi = t->n_groups; /* the last group whose first_row <= task */
+    while (hi - lo > 1) {
+        uint32_t mid = (lo + hi) / 2;
+        if (t->groups[mid].first_row <= task)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    const dsv3__mlp_group *g = &t->groups[lo];
+    dsv3__nn_pack(t->w, worker, g->h + (task - g->first_row) * g->h_stride, &t->w->m->mode, &g->mlp->down);
 }
 
 /* One strip of outputs over all groups: x += the sum of weight * (down h), groups in order, a row at a time complete. */
@@ -6054,7 +6800,7 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
     memset(sum, 0, (size_t)t->n * DSV3__STRIP * sizeof(float));
     for (uint32_t j = 0; j < t->n_groups; j++) {
         const dsv3__mlp_group *g = &t->groups[j];
-        dsv3__mm_strip(w->m->k, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n, mine->a,
+        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n, mine->a,
                        DSV3__STRIP);
         for (uint32_t i = 0; i < g->n; i++) {
             float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP,
@@ -6069,17 +6815,20 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
             w->x[i * w->x_stride + r] += sum[i * DSV3__STRIP + (r - r0)];
 }
 
-/* x += all groups, n rows; xn and xp hold the normalised rows. Two joins, however many experts. */
+/* x += all groups, n rows; xn holds the normalised rows. Three joins, however many experts. */
 static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_groups, uint32_t n)
 {
     dsv3__mlp_task t;
-    uint32_t tasks = 0;
+    uint32_t tasks = 0, n_rows = 0;
     t.w = w, t.groups = groups, t.n_groups = n_groups, t.n = n;
     for (uint32_t i = 0; i < n_groups; i++) {
         groups[i].first_task = tasks;
+        groups[i].first_row = n_rows;
+        n_rows += groups[i].n;
         tasks += (groups[i].inter + DSV3__STRIP - 1) / DSV3__STRIP;
     }
     dsv3__pool_run(w->pool, tasks, dsv3__nn_mlp_up_task, &t);
+    dsv3__pool_run(w->pool, n_rows, dsv3__nn_mlp_pack_task, &t);
     dsv3__pool_run(w->pool, (w->m->config.hidden_size + DSV3__STRIP - 1) / DSV3__STRIP, dsv3__nn_mlp_down_task, &t);
 }
 // =============================================================================
@@ -6122,11 +6871,10 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     const float latent_eps = 1e-6f; /* whatever rms_norm_eps says: as transformers and the shipped code have it */
     const float *kv = w->kv + i * w->kv_stride;
     float *cache = dsv3__mla_cache(w, &t->rows[i], t->layer, t->rows[i].position);
-    (void)worker;
     if (c->q_lora_rank) {
         float *q_a = w->q_a + i * w->q_a_stride;
         dsv3__nn_rmsnorm_row(w->m->k, q_a, q_a, w->norm, c->q_lora_rank, latent_eps);
-        dsv3__mm_pack(q_a, w->q_a_stride, q_a, w->q_a_stride, 1, c->q_lora_rank, t->l->q_b.dtype);
+        dsv3__nn_pack(w, worker, q_a, &w->m->mode, &t->l->q_b);
     }
     dsv3__nn_rmsnorm_row(w->m->k, cache, kv, w->norm2, c->kv_lora_rank, latent_eps);
     dsv3__nn_rope(w->m, cache + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
@@ -6257,8 +7005,9 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
         uint64_t w_uv =
             (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
         float *u = mine->q + j * w->cache_stride;
-        dsv3__mm_pack(u, head_stride, u, head_stride, n_rows, c->kv_lora_rank, t->l->kv_b.dtype);
-        dsv3__mm_strip(w->m->k, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
+        for (uint32_t i = 0; i < n_rows; i++)
+            dsv3__nn_pack(w, worker, u + i * head_stride, &w->m->exact, &t->l->kv_b);
+        dsv3__mm_strip(&w->m->exact, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
                        w->o + row0 * w->o_stride + (size_t)(h0 + j) * c->v_head_dim, w->o_stride);
     }
 }
@@ -6266,13 +7015,10 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
 static void dsv3__mla_pack_task(void *ctx, uint32_t i, uint32_t worker)
 {
     const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
-    float *o = t->w->o + i * t->w->o_stride;
-    (void)worker;
-    dsv3__mm_pack(o, t->w->o_stride, o, t->w->o_stride, 1,
-                  (size_t)t->w->m->config.num_attention_heads * t->w->m->config.v_head_dim, t->l->o.dtype);
+    dsv3__nn_pack(t->w, worker, t->w->o + i * t->w->o_stride, &t->w->m->mode, &t->l->o);
 }
 
-/* x += attention of layer l over rows [n]; xn and xp hold the normalised rows. */
+/* x += attention of layer l over rows [n]; xn holds the normalised rows. */
 static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t layer, const dsv3__row *rows, uint32_t n)
 {
     const dsv3_config *c = &w->m->config;
@@ -6281,9 +7027,11 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
     dsv3__linear first[2], q_b, o;
     dsv3__mla_task t;
 
-    first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, &l->kv_a), first[0].x_stride = w->x_stride;
+    const dsv3__mm_mode *mode = &w->m->mode;
+    first[0].mode = first[1].mode = q_b.mode = o.mode = mode;
+    first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, mode, &l->kv_a), first[0].x_stride = w->x_stride;
     first[0].out = w->kv, first[0].out_stride = w->kv_stride, first[0].add = false;
-    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, first[1].w),
+    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, mode, first[1].w),
     first[1].x_stride = w->x_stride;
     first[1].out = q_lora ? w->q_a : w->q, first[1].out_stride = q_lora ? w->q_a_stride : w->q_stride,
     first[1].add = false;
@@ -6414,7 +7162,8 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
     if (l->moe) {
         dsv3__linear router;
         dsv3__moe_task t;
-        router.w = &l->router, router.x = dsv3__nn_input(w, &l->router), router.x_stride = w->x_stride;
+        router.mode = &w->m->exact, router.w = &l->router;
+        router.x = dsv3__nn_input(w, &w->m->exact, &l->router), router.x_stride = w->x_stride;
         router.out = w->router, router.out_stride = experts, router.add = false;
         dsv3__nn_linear(w, &router, 1, n);
         t.w = w, t.bias = NULL;
@@ -6488,8 +7237,8 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__worker *mine = &w->workers[worker];
     uint32_t vocab = w->m->config.vocab_size, r0 = task * DSV3__STRIP,
              r1 = r0 + DSV3__STRIP < vocab ? r0 + DSV3__STRIP : vocab;
-    dsv3__mm_strip(w->m->k, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->head), w->x_stride, t->asked,
-                   t->n, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(&w->m->mode, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->mode, &w->m->head),
+                   w->x_stride, t->asked, t->n, mine->a, DSV3__STRIP);
     for (uint32_t i = 0; i < t->n; i++)
         memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
 }
@@ -7697,7 +8446,7 @@ static int32_t dsv3__tok_marker_id(const dsv3_tokenizer *t, const char *text, si
 typedef struct dsv3__tok_load {
     dsv3_tokenizer *t;
     dsv3_error *err;
-    dsv3__json j;           /* tokenizer.json */
+    dsv3__json j;            /* tokenizer.json */
     uint16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, + 256 if it ends or escapes a JSON string */
     uint64_t n_pool, pool_cap, spans_cap, flags_cap;
     uint32_t n_vocab;      /* entries of model.vocab */
@@ -9535,10 +10284,15 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     dsv3_isa isa = DSV3_ISA_SCALAR;
     DSV3__TRY(dsv3__cpu_resolve(&isa, o->isa, err));
     m->k = dsv3__kern_get(isa);
+    m->mode.k = m->exact.k = m->k;
+    m->exact.compute = DSV3_COMPUTE_F32;
+    DSV3__TRY(dsv3__mm_resolve(&m->mode.compute, o->compute, err));
     m->logger = o->logger;
     DSV3__TRY(dsv3__api_config(m, reader, err));
     DSV3__TRY(dsv3__st_open(&m->st, &m->mem, reader, &o->progress, err));
+    m->mode.powers = strcmp(m->config.scale_fmt, "ue8m0") == 0;
     DSV3__TRY(dsv3__wt_bind(m, err));
+    dsv3__wt_forms(m);
     if (m->st.progress_total > m->st.progress_done) /* tensors that nobody needs were not read */
         DSV3__TRY(dsv3__st_report(&m->st, m->st.progress_total - m->st.progress_done, err));
     DSV3__TRY(
@@ -9557,9 +10311,9 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     if (m->st.n_unlisted)
         dsv3__log(&m->logger, DSV3_LOG_WARNING, "%u tensors in the shards are not in the index: ignored",
                   m->st.n_unlisted);
-    dsv3__log(&m->logger, DSV3_LOG_INFO, "%s: %u layers, %u tensors in %u files, %u bytes, kernels %s",
+    dsv3__log(&m->logger, DSV3_LOG_INFO, "%s: %u layers, %u tensors in %u files, %u bytes, kernels %s, compute %s",
               m->config.model_type, (uint64_t)m->config.num_hidden_layers, m->st.n_tensors, m->st.n_shards,
-              m->st.data_bytes, dsv3_isa_name(m->k->isa));
+              m->st.data_bytes, dsv3_isa_name(m->k->isa), dsv3_compute_name(m->mode.compute));
     return DSV3_OK;
 }
 
@@ -9615,6 +10369,11 @@ DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model)
 DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model)
 {
     return model->k->isa;
+}
+
+DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model)
+{
+    return model->mode.compute;
 }
 
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error)

@@ -276,7 +276,8 @@ typedef enum option_kind {
     OPTION_REAL,  /* float, from min to max */
     OPTION_TEXT,  /* const char * */
     OPTION_TEXTS, /* texts, each use adds one */
-    OPTION_ISA    /* dsv3_isa */
+    OPTION_ISA,   /* dsv3_isa */
+    OPTION_COMPUTE /* dsv3_compute */
 } option_kind;
 
 typedef struct option {
@@ -336,6 +337,13 @@ static void option_set(const char *command, const option *o, const char *arg)
             }
         usage("%s: --isa wants auto, scalar, avx2 or avx512, found '%s'", command, arg);
     }
+    case OPTION_COMPUTE:
+        for (int i = DSV3_COMPUTE_AUTO; i <= DSV3_COMPUTE_INT8; i++)
+            if (strcmp(arg, dsv3_compute_name((dsv3_compute)i)) == 0) {
+                *(dsv3_compute *)o->value = (dsv3_compute)i;
+                return;
+            }
+        usage("%s: --compute wants auto, f32, bf16, fp8 or int8, found '%s'", command, arg);
     }
 }
 

@@ -23,13 +23,14 @@
 
 // ---- Opening ---------------------------------------------------------------------------------------------
 
-static dsv3_model *model_open(const char *dir, dsv3_isa isa)
+static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute compute)
 {
     dsv3_model_opts opts;
     dsv3_model *model;
     dsv3_error error;
     memset(&opts, 0, sizeof opts);
     opts.isa = isa;
+    opts.compute = compute;
     opts.logger.fn = log_warning;
     opts.progress = bar("opening");
     check(dsv3_model_open(&model, dir, &opts, &error), &error);
@@ -79,7 +80,8 @@ static const char generate_help[] =
     "  --ids                    the prompt is token ids, separated by white space; nothing is put in front\n"
     "  --json                   a JSON object a token: id, text, logprob; a last one with stats\n"
     "  --threads N              default: as many as cores\n"
-    "  --isa NAME               auto, scalar, avx2, avx512 (the results are the same)\n";
+    "  --isa NAME               auto, scalar, avx2, avx512 (the results are the same)\n"
+    "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n";
 
 /* What token_fn works on. */
 typedef struct writer {
@@ -205,6 +207,7 @@ static int generate(int argc, char **argv)
     uint32_t context = 0, n_threads = 0;
     bool by_ids = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
+    dsv3_compute compute = DSV3_COMPUTE_AUTO;
     sampling given = {false, UINT32_MAX, -1, -1, -1, -1, -1000, (uint64_t)time(NULL) % 1000000007u};
     texts stops;
     writer w;
@@ -232,7 +235,7 @@ static int generate(int argc, char **argv)
         {"--ids", OPTION_FLAG, &by_ids, 0, 0},
         {"--json", OPTION_FLAG, &w.json, 0, 0},
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},
-        {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--isa", OPTION_ISA, &isa, 0, 0}, {"--compute", OPTION_COMPUTE, &compute, 0, 0},
     };
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
@@ -248,7 +251,7 @@ static int generate(int argc, char **argv)
     if (by_ids && (prompt_ids = ids_parse(prompt.p, prompt.n, file ? file : "generate --ids")).n == 0)
         usage("generate: --ids wants at least one token id as the prompt");
 
-    dsv3_model *model = model_open(words[0], isa);
+    dsv3_model *model = model_open(words[0], isa, compute);
     dsv3_error error;
     const dsv3_tokenizer *tokenizer;
     w.text = dsv3_model_tokenizer(model, &tokenizer, &error) == DSV3_OK;
@@ -438,17 +441,19 @@ static const char logits_help[] =
     "  --experts FILE   int32 [n, MoE layers, num_experts_per_tok]: the chosen experts, ascending\n"
     "  --rows N         tokens run at a time (default 512; the results are the same)\n"
     "  --threads N      default: as many as cores\n"
-    "  --isa NAME       auto, scalar, avx2, avx512 (the results are the same)\n";
+    "  --isa NAME       auto, scalar, avx2, avx512 (the results are the same)\n"
+    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n";
 
 static int logits(int argc, char **argv)
 {
     const char *ids_path = NULL, *out_path = NULL, *experts_path = NULL, *dir;
     uint32_t rows = 0, n_threads = 0;
     dsv3_isa isa = DSV3_ISA_AUTO;
+    dsv3_compute compute = DSV3_COMPUTE_AUTO;
     const option options[] = {
         {"--ids", OPTION_TEXT, &ids_path, 0, 0},         {"--out", OPTION_TEXT, &out_path, 0, 0},
         {"--experts", OPTION_TEXT, &experts_path, 0, 0}, {"--rows", OPTION_COUNT, &rows, 0, 0},
-        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0}, {"--compute", OPTION_COMPUTE, &compute, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)
@@ -460,7 +465,7 @@ static int logits(int argc, char **argv)
     if (!list.n || list.n > UINT32_MAX)
         usage("logits: %s: at least one token id is needed", ids_path);
 
-    dsv3_model *model = model_open(dir, isa);
+    dsv3_model *model = model_open(dir, isa, compute);
     const dsv3_config *config = dsv3_model_config(model);
     dsv3_session *session = session_open(model, (uint32_t)list.n, rows, n_threads);
     bool moe = config->n_routed_experts && config->num_hidden_layers > config->first_k_dense_replace;
@@ -818,7 +823,7 @@ static int inspect(int argc, char **argv)
     memset(&x, 0, sizeof x);
     memset(&opts, 0, sizeof opts);
     opts.max_tokens = context;
-    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO);
+    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO, DSV3_COMPUTE_AUTO);
     x.model = model;
     x.config = dsv3_model_config(model);
     check(dsv3_session_memory(model, &opts, &x.memory, &error), &error);

@@ -136,6 +136,7 @@ static dsv3_matmul_opts options(dsv3_isa isa)
     dsv3_matmul_opts o;
     memset(&o, 0, sizeof o);
     o.isa = isa;
+    o.compute = DSV3_COMPUTE_F32;
     return o;
 }
 
@@ -183,13 +184,14 @@ TEST(bits)
 /* These bits must never change, whatever the compiler, the flags, the machine. */
 TEST(bits_are_frozen)
 {
+    const dsv3_matmul_opts exact = options(DSV3_ISA_AUTO);
     static const uint64_t golden[] = {0xA2331CF87CFA1534, 0xC3D643A9EDEBE187, 0xD235DDDF3F4DC726, 0xB1CE09A7F39DA017};
     for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
         random_state = 22 + d;
         owned w = make(dtypes[d], 150, 1000);
         float *in = random_rows(9 * 1000), *out = floats(9 * 150);
         dsv3_error e;
-        CHECK_OK(dsv3_matmul(out, in, 9, &w.t, NULL, &e), e);
+        CHECK_OK(dsv3_matmul(out, in, 9, &w.t, &exact, &e), e);
         uint64_t hash = 14695981039346656037ull;
         for (size_t i = 0; i < 9 * 150; i++)
             hash = (hash ^ dsv3__float_bits(out[i])) * 1099511628211ull;
@@ -203,6 +205,7 @@ TEST(bits_are_frozen)
 /* The stated bound, against double, over the values as dequantize gives them. */
 TEST(accuracy)
 {
+    const dsv3_matmul_opts exact = options(DSV3_ISA_AUTO);
     enum { ROWS = 60, COLS = 3000, N = 4 };
     random_state = 26;
     for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
@@ -210,7 +213,7 @@ TEST(accuracy)
         float *in = random_rows(N * COLS), *out = floats(N * ROWS), *values = floats(ROWS * COLS);
         double worst = 0;
         dsv3_error e;
-        CHECK_OK(dsv3_matmul(out, in, N, &w.t, NULL, &e), e);
+        CHECK_OK(dsv3_matmul(out, in, N, &w.t, &exact, &e), e);
         CHECK_OK(dsv3_dequantize(values, &w.t, 0, ROWS, &e), e);
         for (size_t j = 0; j < N; j++)
             for (size_t r = 0; r < ROWS; r++) {
@@ -312,10 +315,11 @@ TEST(executors)
 {
     enum { ROWS = 700, COLS = 900, N = 3 };
     random_state = 28;
+    const dsv3_matmul_opts exact = options(DSV3_ISA_AUTO);
     owned w = make(DSV3_DTYPE_F8_E4M3, ROWS, COLS);
     float *in = random_rows(N * COLS), *expected = floats(N * ROWS), *out = floats(N * ROWS);
     dsv3_error e;
-    CHECK_OK(dsv3_matmul(expected, in, N, &w.t, NULL, &e), e);
+    CHECK_OK(dsv3_matmul(expected, in, N, &w.t, &exact, &e), e);
     for (uint32_t n_threads = 0; n_threads < 6; n_threads++)
         for (size_t n = 1; n <= N; n += 2)
             for (int at_once = 0; at_once < 2; at_once++) {
@@ -471,6 +475,7 @@ TEST(errors)
 /* Block sizes, dtypes of scales, strides, alignments: the value is code times the scale of its block. */
 TEST(blocks_and_strides)
 {
+    const dsv3_matmul_opts exact = options(DSV3_ISA_AUTO);
     static const uint32_t blocks[][2] = {{128, 128}, {64, 64}, {1, 128}, {100, 192}, {256, 64}, {7, 1000}, {1000, 1000}, {3, 450}};
     enum { ROWS = 203, COLS = 450, STRIDE = 471, SCALES = 203 * 9 };
     static uint8_t data[ROWS * STRIDE + 3], scale[SCALES * 4 + 3];
@@ -523,9 +528,9 @@ TEST(blocks_and_strides)
             CHECK(out[449] == dsv3__fp8_value[data[3 + 130 * STRIDE + 449]] *
                                   (kind < 3 ? dsv3__num_get(scale + 1, kinds[kind], 130 / blocks[b][0] * (size_t)t.scale_stride + 449 / blocks[b][1]) : 1.0f));
             reference(expected, in, 5, &t);
-            CHECK_OK(dsv3_matmul(result, in, 5, &t, NULL, &e), e);
+            CHECK_OK(dsv3_matmul(result, in, 5, &t, &exact, &e), e);
             CHECK(memcmp(result, expected, 5 * ROWS * sizeof(float)) == 0);
-            CHECK_OK(dsv3_matmul(result, in, 1, &t, NULL, &e), e);
+            CHECK_OK(dsv3_matmul(result, in, 1, &t, &exact, &e), e);
             CHECK(memcmp(result, expected, ROWS * sizeof(float)) == 0);
         }
     free(out), free(in), free(result), free(expected);
@@ -562,8 +567,12 @@ TEST(strips)
           *expected = floats(N * ROWS);
     uint32_t index[N];
     dsv3_error e;
+    dsv3__mm_mode mode = {NULL, DSV3_COMPUTE_BF16, false};
     CHECK_OK(dsv3_matmul(expected, in, N, &w.t, NULL, &e), e);
-    dsv3__mm_pack(x, stride, in, COLS, N, COLS, DSV3_DTYPE_F8_E4M3);
+    for (size_t j = 0; j < N; j++) {
+        memcpy(x + j * stride, in + j * COLS, COLS * sizeof(float));
+        dsv3__mm_pack(x + j * stride, NULL, COLS, dsv3__mm_form(&mode, &w.t), false);
+    }
     for (uint32_t i = 0; i < N; i++)
         index[i] = random_bits() % N;
     for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa = (dsv3_isa)(isa + 1)) {
@@ -572,8 +581,9 @@ TEST(strips)
         for (size_t n = 1; n <= (isa == DSV3_ISA_SCALAR ? 4 : N); n = n * 4 - (n == 16 ? 4 : 0))
             for (int indexed = 0; indexed < 2; indexed++) {
                 uint32_t saved = dsv3__fp_enter();
+                mode.k = dsv3__kern_get(isa);
                 for (size_t i = 0; i + 1 < DSV3__COUNT(cuts); i++)
-                    dsv3__mm_strip(dsv3__kern_get(isa), panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed ? index : NULL, n,
+                    dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed ? index : NULL, n,
                                    out + cuts[i], ROWS);
                 dsv3__fp_leave(saved);
                 for (size_t j = 0; j < n; j++)
@@ -585,31 +595,36 @@ TEST(strips)
     free(in), free(x), free(panel), free(out), free(expected);
 }
 
-/* Packed rows: where each column goes, zeros behind, in place or not; strides that do not fall together. */
+/* Packed rows: where each column goes, zeros behind; strides that do not fall together. */
 TEST(packing)
 {
     static const size_t widths[] = {1, 63, 64, 65, 200, 1024};
     for (size_t i = 0; i < DSV3__COUNT(widths); i++)
-        for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
-            size_t k = widths[i], stride = dsv3__mm_pad(k), blocks = (k + 63) / 64;
-            float *in = floats(3 * k), *a = floats(3 * stride), *b = floats(3 * stride);
+        for (int form = DSV3__FORM_PLAIN; form < DSV3__FORMS; form++) {
+            size_t k = widths[i], stride = dsv3__mm_pad(k);
+            bool pairs = dsv3__mm_is_pairs((dsv3__form)form);
+            float *row = floats(stride), *scratch = floats(k);
+            if (form == DSV3__FORM_FP8 || dsv3__mm_is_bytes((dsv3__form)form)) {
+                free(row), free(scratch);
+                continue; /* values change: see rounding_of_activations */
+            }
             CHECK(stride % 64 == 0 && stride >= k && stride * sizeof(float) % 4096 != 0);
-            for (size_t j = 0; j < 3 * k; j++)
-                in[j] = (float)(j + 1);
-            memset(a, 0x33, 3 * stride * sizeof(float));
-            memset(b, 0x33, 3 * stride * sizeof(float));
-            dsv3__mm_pack(a, stride, in, k, 3, k, dtypes[d]);
-            for (size_t j = 0; j < 3; j++)
-                memcpy(b + j * stride, in + j * k, k * sizeof(float));
-            dsv3__mm_pack(b, stride, b, stride, 3, k, dtypes[d]);
-            for (size_t j = 0; j < 3; j++)
-                for (size_t p = 0; p < blocks * 64; p++) {
-                    size_t c = dtypes[d] == DSV3_DTYPE_F8_E4M3 ? p / 64 * 64 + p % 16 * 4 + p % 64 / 16 : p;
-                    float expected = c < k ? in[j * k + c] : 0.0f;
-                    if (!CHECK(a[j * stride + p] == expected && b[j * stride + p] == expected))
-                        return;
-                }
-            free(in), free(a), free(b);
+            memset(row, 0x33, stride * sizeof(float));
+            for (size_t c = 0; c < k; c++)
+                row[c] = (float)(c % 251 + 1); /* bf16 has them all */
+            dsv3__mm_pack(row, scratch, k, (dsv3__form)form, false);
+            for (size_t p = 0; p < (pairs ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64); p++) {
+                size_t q = p % 64, c = p;
+                if (form == DSV3__FORM_QUADS)
+                    c = p - q + q % 16 * 4 + q / 16;
+                else if (form == DSV3__FORM_PAIRS)
+                    c = p / 128 * 128 + q / 16 * 32 + q % 16 * 2 + (p % 128 < 64);
+                else if (form == DSV3__FORM_PAIRS_FP8)
+                    c = p / 128 * 128 + q / 32 * 64 + q % 16 * 4 + q / 16 % 2 * 2 + (p % 128 < 64);
+                if (!CHECK(row[p] == (c < k ? (float)(c % 251 + 1) : 0.0f)))
+                    return;
+            }
+            free(row), free(scratch);
         }
 }
 
