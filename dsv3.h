@@ -268,8 +268,8 @@ typedef enum dsv3_isa {
           power of two where config.json says ue8m0) and become E4M3 codes; products and sums as in F32. Others as in BF16.
           The same bits on all ISAs
    INT8   of I8 weights with a scale a row, or for 128 columns: a row of activations, or each 128 of it, becomes codes of 8
-          bits, scale = max / 127, rounded to nearest even; integer sums, exact for at most 131,072 columns (more are computed
-          as in F32). Others as in BF16. The same bits on all ISAs */
+          bits, scale = max / 127, rounded to nearest even; integer sums, exact (above 131,072 columns all is as in F32).
+          Others as in BF16. The same bits on all ISAs */
 typedef enum dsv3_compute {
     DSV3_COMPUTE_AUTO = 0,
     DSV3_COMPUTE_F32 = 1,
@@ -3965,7 +3965,8 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
         x[i] = dsv3__fp8_value[dsv3__fp8_encode(x[i] / scale)] * scale;
 }
 
-/* row [k, a multiple of 64 behind it; of 128 in pairs] takes the form, in place; for bytes `scratch` [k] is wanted, else it may be NULL. */
+/* row takes the form, in place: [k], and room up to a multiple of 64, of 128 in pairs, which becomes zeros. For bytes
+   `scratch` [k] is wanted, else it may be NULL. */
 static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form, bool powers)
 {
     const size_t end = dsv3__mm_is_pairs(form) ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64;
