@@ -29,7 +29,7 @@
        os     files, time, cores                          fwd    the model, n rows at once
        cpu    instruction sets, floating-point state      split  where a text is cut before merging
        thr    atomics, parallel-for                       bpe    byte-pair merging
-       num    scalar formats: E4M3, E8M0, F16, BF16       tok    tokenizer: text to ids and back
+       num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
        ten    the quantized tensor                        smp    logits to a token
        kern   inner loops, per instruction set            ses    a timeline: cache, tokens, generation
        mm     matrix products over quantized tensors      api    the public calls
@@ -258,7 +258,7 @@ typedef enum dsv3_isa {
 
 // ---- The quantized tensor --------------------------------------------------------------------------------
 
-/* Element types of safetensors. Arithmetic is offered for F32, F16, BF16 and F8_E4M3; the others can be listed. */
+/* Element types of safetensors. Arithmetic is offered for F32, F16, BF16, F8_E4M3 and I8; the others can be listed. */
 typedef enum dsv3_dtype {
     DSV3_DTYPE_UNKNOWN = 0,
     DSV3_DTYPE_F32 = 1,
@@ -267,7 +267,7 @@ typedef enum dsv3_dtype {
     DSV3_DTYPE_F8_E4M3 = 4, /* OCP "fn": no infinities, 0x7F and 0xFF are NaN, largest 448 */
     DSV3_DTYPE_F8_E8M0 = 5, /* 2^(byte - 127): a scale */
     DSV3_DTYPE_F8_E5M2 = 6,
-    DSV3_DTYPE_I8 = 7,
+    DSV3_DTYPE_I8 = 7, /* -128 ... 127; as a weight always with scales beside it */
     DSV3_DTYPE_U8 = 8,
     DSV3_DTYPE_I16 = 9,
     DSV3_DTYPE_U16 = 10,
@@ -284,16 +284,18 @@ typedef enum dsv3_dtype {
 
 /* A view of a weight: nothing is owned, nothing is copied, `data` may have any alignment.
    The value of element [i, j] is data[i, j] * scale[i / block_rows, j / block_cols], the product taken in f32;
-   without scales it is data[i, j]. DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last
-   ones ragged (DeepSeek-V3, README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). */
+   without scales it is data[i, j]. F8_E4M3 may have scales, I8 must, the others have none.
+   DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last ones ragged (DeepSeek-V3,
+   README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). Checkpoints in I8 have one
+   scale a row (block_rows 1, block_cols >= shape[1]), or blocks likewise. */
 typedef struct dsv3_tensor {
     const void *data;  /* [shape[0], shape[1], ...], row-major */
     const void *scale; /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
     dsv3_dtype dtype;
-    dsv3_dtype scale_dtype;        /* F32, BF16 or F8_E8M0; UNKNOWN without scales */
+    dsv3_dtype scale_dtype;        /* F32, F16, BF16 or F8_E8M0; UNKNOWN without scales */
     uint32_t rank;                 /* 0 ... DSV3_MAX_RANK; matmul and dequantize want 1 (one row) or 2 */
     uint32_t block_rows;           /* rows that share a scale; 0 without scales */
-    uint32_t block_cols;           /* columns that share a scale; 0 without scales */
+    uint32_t block_cols;           /* columns that share a scale: a multiple of 64, or all; 0 without scales */
     uint32_t reserved;             /* 0 */
     uint64_t shape[DSV3_MAX_RANK]; /* slowest first; 0 behind `rank` */
     uint64_t row_stride;           /* bytes from a row to the next */
@@ -315,11 +317,14 @@ DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype);
 
 /* Writes `values` [n_rows, n_cols] as `dtype` into `data`, and describes it in `tensor`.
    F32, F16 and BF16 round to nearest even. F8_E4M3 takes blocks of 128 x 128, scale = max|block| / 448 (1 where the
-   block is all zero), code = e4m3(value / scale), as the checkpoints were made.
+   block is all zero), code = e4m3(value / scale), as the checkpoints were made. I8 takes rows: scale = max|row| / 127 (1
+   where the row is all zero), code = value / scale rounded to nearest even, -127 ... 127; block_cols is then n_cols.
    tensor     out; views `data` and `scale`, which stay the caller's and must outlive it
    data       [n_rows, n_cols] elements of dtype, data_size bytes or more (else BUFFER_TOO_SMALL)
-   scale      [ceil(n_rows / 128), ceil(n_cols / 128)], scale_count floats or more; NULL, 0 where dtype has none
-   Errors: INVALID_ARGUMENT (a dtype without arithmetic, sizes of 0), BUFFER_TOO_SMALL. Any thread. */
+   scale      [ceil(n_rows / 128), ceil(n_cols / 128)] of F8_E4M3, [n_rows, 1] of I8: scale_count floats or more; NULL, 0
+              where dtype has none
+   Errors: INVALID_ARGUMENT (a dtype without arithmetic, sizes of 0, I8 with 2^32 columns; F8_E4M3 and I8: a value that
+   is not finite), BUFFER_TOO_SMALL. Any thread. */
 DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
                                    dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols,
                                    dsv3_error *error);
@@ -330,7 +335,7 @@ DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint
 
 /* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, f32 arithmetic, one fixed order of summation: a row
    of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
-   weight     rank 2 (or 1: one output), dtype F32, F16, BF16 or F8_E4M3
+   weight     rank 2 (or 1: one output), dtype F32, F16, BF16, F8_E4M3 or I8
    opts       NULL: AUTO kernels on this thread
    Errors: INVALID_ARGUMENT, INVALID_OPTIONS, UNSUPPORTED_CPU, OUT_OF_MEMORY. Any thread. */
 DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight,
@@ -1746,7 +1751,7 @@ static void dsv3__pool_run(dsv3__pool *pool, uint32_t n_tasks, dsv3__task_fn fn,
     dsv3__pool_work(pool, 0);
 }
 // =============================================================================
-// >>num   Number formats: FP8 (E4M3 "fn"), F16, BF16, E8M0, to f32 and back. Needs base alone.
+// >>num   Number formats: FP8 (E4M3 "fn"), F16, BF16, E8M0, I8, to f32 and back. Needs base alone.
 //         Decoding is exact. Encoding rounds to nearest, ties to even, and leans on no floating-point mode.
 // =============================================================================
 
@@ -1882,7 +1887,22 @@ static float dsv3__e8m0_decode(uint8_t code)
     return dsv3__bits_float(code == 255 ? DSV3__NAN_BITS : code == 0 ? 0x400000u : (uint32_t)code << 23);
 }
 
-/* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3 or F8_E8M0. */
+/* Nearest integer, ties to even, in -127 ... 127: -128 has no opposite, so a code that is written never is it. NaN
+   becomes 0. */
+static int8_t dsv3__i8_encode(float value)
+{
+    if (!(value > -127.0f && value < 127.0f))
+        return (int8_t)(value >= 127.0f ? 127 : value <= -127.0f ? -127 : 0);
+    int whole = (int)value;            /* toward zero */
+    float rest = value - (float)whole; /* exact */
+    if (rest > 0.5f || (rest == 0.5f && whole % 2 != 0))
+        whole++;
+    if (rest < -0.5f || (rest == -0.5f && whole % 2 != 0))
+        whole--;
+    return (int8_t)whole;
+}
+
+/* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3, I8 or F8_E8M0. */
 static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 {
     const uint8_t *p = (const uint8_t *)array;
@@ -1891,6 +1911,7 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
     case DSV3_DTYPE_F16: return dsv3__f16_decode(dsv3__load16(p + 2 * i));
     case DSV3_DTYPE_BF16: return dsv3__bf16_decode(dsv3__load16(p + 2 * i));
     case DSV3_DTYPE_F8_E4M3: return dsv3__fp8_value[p[i]];
+    case DSV3_DTYPE_I8: return (float)(p[i] < 128 ? p[i] : p[i] - 256);
     default: return dsv3__e8m0_decode(p[i]);
     }
 }
@@ -1904,7 +1925,13 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 static bool dsv3__ten_dtype_ok(dsv3_dtype dtype)
 {
     return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 ||
-           dtype == DSV3_DTYPE_F8_E4M3;
+           dtype == DSV3_DTYPE_F8_E4M3 || dtype == DSV3_DTYPE_I8;
+}
+
+static bool dsv3__ten_scale_dtype_ok(dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 ||
+           dtype == DSV3_DTYPE_F8_E8M0;
 }
 
 DSV3__INLINE uint64_t dsv3__ten_n_rows(const dsv3_tensor *t)
@@ -1945,7 +1972,7 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
         return DSV3_OK;
 
     if (!dsv3__ten_dtype_ok(t->dtype))
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype %s, expected F32, F16, BF16 or F8_E4M3", name,
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype %s, expected F32, F16, BF16, F8_E4M3 or I8", name,
                           dsv3_dtype_name(t->dtype));
     if (t->rank != 1 && t->rank != 2)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: shape %D, expected rank 1 or 2", name, t->shape, t->rank);
@@ -1967,14 +1994,17 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
         if (t->scale_dtype != DSV3_DTYPE_UNKNOWN || t->block_rows || t->block_cols)
             return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: blocks of %u x %u, but scale is NULL", name,
                               (uint64_t)t->block_rows, (uint64_t)t->block_cols);
+        /* Integers without a scale are indices or masks: as weights they mean that a scale was lost. */
+        if (t->dtype == DSV3_DTYPE_I8)
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype I8, but scale is NULL", name);
         return DSV3_OK;
     }
-    if (t->dtype != DSV3_DTYPE_F8_E4M3)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales beside dtype %s; only F8_E4M3 has them", name,
+    if (t->dtype != DSV3_DTYPE_F8_E4M3 && t->dtype != DSV3_DTYPE_I8)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales beside dtype %s; only F8_E4M3 and I8 have them", name,
                           dsv3_dtype_name(t->dtype));
-    if (t->scale_dtype != DSV3_DTYPE_F32 && t->scale_dtype != DSV3_DTYPE_BF16 && t->scale_dtype != DSV3_DTYPE_F8_E8M0)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales of dtype %s, expected F32, BF16 or F8_E8M0", name,
-                          dsv3_dtype_name(t->scale_dtype));
+    if (!dsv3__ten_scale_dtype_ok(t->scale_dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales of dtype %s, expected F32, F16, BF16 or F8_E8M0",
+                          name, dsv3_dtype_name(t->scale_dtype));
     if (!t->block_rows || !t->block_cols)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales for blocks of %u x %u", name, (uint64_t)t->block_rows,
                           (uint64_t)t->block_cols);
@@ -3537,19 +3567,20 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
                                       size_t scale_count, dsv3_dtype dtype, const float *values, uint64_t n_rows,
                                       uint64_t n_cols, dsv3_error *err)
 {
-    const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
+    const bool i8 = dtype == DSV3_DTYPE_I8;
     uint8_t *bytes = (uint8_t *)data;
     uint64_t count, need;
     if (!dsv3__ten_dtype_ok(dtype))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: dtype %s, expected F32, F16, BF16 or F8_E4M3",
-                          dsv3_dtype_name(dtype));
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "quantize: dtype %s, expected F32, F16, BF16, F8_E4M3 or I8", dsv3_dtype_name(dtype));
     if (!data || !values || n_rows == 0 || n_cols == 0)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %s",
                           !data         ? "data is NULL"
                           : !values     ? "values is NULL"
                           : n_rows == 0 ? "n_rows is 0"
                                         : "n_cols is 0");
-    if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2)
+    if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2 ||
+        (i8 && n_cols > UINT32_MAX))
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %u rows of %u columns are too many", n_rows,
                           n_cols);
     need = count * dsv3_dtype_size(dtype);
@@ -3563,7 +3594,7 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
     tensor->shape[0] = n_rows;
     tensor->shape[1] = n_cols;
     tensor->row_stride = n_cols * dsv3_dtype_size(dtype);
-    if (!fp8) {
+    if (!i8 && dtype != DSV3_DTYPE_F8_E4M3) {
         for (uint64_t i = 0; i < count; i++) {
             if (dtype == DSV3_DTYPE_F32) {
                 memcpy(bytes + 4 * i, values + i, 4);
@@ -3575,34 +3606,39 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
         return DSV3_OK;
     }
 
-    uint64_t scale_rows = dsv3__ceil_div(n_rows, 128), scale_cols = dsv3__ceil_div(n_cols, 128);
+    const float largest = i8 ? 127.0f : 448.0f;
+    tensor->block_rows = i8 ? 1 : 128;
+    tensor->block_cols = i8 ? (uint32_t)n_cols : 128;
+    const uint64_t rows = tensor->block_rows, cols = tensor->block_cols; /* of a block */
+    uint64_t scale_rows = dsv3__ceil_div(n_rows, rows), scale_cols = dsv3__ceil_div(n_cols, cols);
     if (!scale || scale_count < scale_rows * scale_cols)
         return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: scale_count %u, needed %u",
                           scale ? (uint64_t)scale_count : (uint64_t)0, scale_rows * scale_cols);
     tensor->scale = scale;
     tensor->scale_dtype = DSV3_DTYPE_F32;
-    tensor->block_rows = tensor->block_cols = 128;
     tensor->scale_stride = scale_cols;
     for (uint64_t br = 0; br < scale_rows; br++)
         for (uint64_t bc = 0; bc < scale_cols; bc++) {
-            uint64_t r1 = n_rows - br * 128 < 128 ? n_rows : (br + 1) * 128,
-                     c1 = n_cols - bc * 128 < 128 ? n_cols : (bc + 1) * 128;
+            uint64_t r1 = n_rows - br * rows < rows ? n_rows : (br + 1) * rows,
+                     c1 = n_cols - bc * cols < cols ? n_cols : (bc + 1) * cols;
             float max = 0, s;
-            for (uint64_t r = br * 128; r < r1; r++)
-                for (uint64_t c = bc * 128; c < c1; c++) {
+            for (uint64_t r = br * rows; r < r1; r++)
+                for (uint64_t c = bc * cols; c < c1; c++) {
                     float magnitude = fabsf(values[r * n_cols + c]);
                     if (!(magnitude < INFINITY))
                         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r,
                                           c);
                     max = magnitude > max ? magnitude : max;
                 }
-            s = max / 448.0f;
+            s = max / largest;
             if (s == 0) /* all zero, or too small for any scale */
                 s = 1;
             scale[br * scale_cols + bc] = s;
-            for (uint64_t r = br * 128; r < r1; r++)
-                for (uint64_t c = bc * 128; c < c1; c++)
-                    bytes[r * n_cols + c] = dsv3__fp8_encode(values[r * n_cols + c] / s);
+            for (uint64_t r = br * rows; r < r1; r++)
+                for (uint64_t c = bc * cols; c < c1; c++) {
+                    float v = values[r * n_cols + c] / s;
+                    bytes[r * n_cols + c] = i8 ? (uint8_t)dsv3__i8_encode(v) : dsv3__fp8_encode(v);
+                }
         }
     return DSV3_OK;
 }
@@ -7697,7 +7733,7 @@ static int32_t dsv3__tok_marker_id(const dsv3_tokenizer *t, const char *text, si
 typedef struct dsv3__tok_load {
     dsv3_tokenizer *t;
     dsv3_error *err;
-    dsv3__json j;           /* tokenizer.json */
+    dsv3__json j;            /* tokenizer.json */
     uint16_t byte_of[0x144]; /* byte letter (a code point) -> its byte, + 256 if it ends or escapes a JSON string */
     uint64_t n_pool, pool_cap, spans_cap, flags_cap;
     uint32_t n_vocab;      /* entries of model.vocab */

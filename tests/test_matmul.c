@@ -447,7 +447,7 @@ TEST(errors)
     BAD(shape[1], 65, DSV3_ERROR_BAD_TENSOR, "row_stride 64");
     BAD(row_stride, UINT64_MAX / 2, DSV3_ERROR_BAD_TENSOR, "row_stride");
     BAD(scale, NULL, DSV3_ERROR_BAD_TENSOR, "scale is NULL");
-    BAD(scale_dtype, DSV3_DTYPE_F16, DSV3_ERROR_BAD_TENSOR, "scales of dtype F16");
+    BAD(scale_dtype, DSV3_DTYPE_I8, DSV3_ERROR_BAD_TENSOR, "scales of dtype I8");
     BAD(block_rows, 0, DSV3_ERROR_BAD_TENSOR, "0 x 128");
     BAD(block_cols, 32, DSV3_ERROR_BAD_TENSOR, "block_cols 32");
     t = good;
@@ -460,6 +460,13 @@ TEST(errors)
     t.row_stride = 128;
     CHECK_RESULT(dsv3_matmul(out, in, 1, &t, NULL, &e), DSV3_ERROR_BAD_TENSOR, e);
     CHECK_CONTAINS(e.message, "scales beside dtype BF16");
+    t = good;
+    t.dtype = DSV3_DTYPE_I8;
+    t.scale = NULL;
+    t.scale_dtype = DSV3_DTYPE_UNKNOWN;
+    t.block_rows = t.block_cols = 0;
+    CHECK_RESULT(dsv3_matmul(out, in, 1, &t, NULL, &e), DSV3_ERROR_BAD_TENSOR, e);
+    CHECK_CONTAINS(e.message, "dtype I8, but scale is NULL");
     CHECK_RESULT(dsv3_dequantize(out, &good, 7, 2, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_dequantize(out, &good, 9, 0, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_dequantize(NULL, &good, 0, 1, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
@@ -648,7 +655,7 @@ TEST(quantize_fp8)
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS - 1, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 5, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, NULL, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
-    CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_I8, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_I16, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, 0, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, 0, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, NULL, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
