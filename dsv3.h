@@ -2213,6 +2213,9 @@ DSV3__INLINE void dsv3__k_block_scalar(float *out, const uint8_t *w, float scale
     if (dtype == DSV3_DTYPE_F8_E4M3) {
         for (size_t c = 0; c < 64; c++)
             out[c % 4 * 16 + c / 4] = (c < n ? dsv3__fp8_value[w[c]] : 0.0f) * scale;
+    } else if (dtype == DSV3_DTYPE_I8) {
+        for (size_t c = 0; c < 64; c++)
+            out[c] = c < n ? dsv3__num_get(w, dtype, c) * scale : 0.0f;
     } else {
         for (size_t c = 0; c < 64; c++)
             out[c] = c < n ? dsv3__num_get(w, dtype, c) : 0.0f;
@@ -2221,7 +2224,7 @@ DSV3__INLINE void dsv3__k_block_scalar(float *out, const uint8_t *w, float scale
 
 DSV3__INLINE size_t dsv3__k_block_size(dsv3_dtype dtype)
 {
-    return dtype == DSV3_DTYPE_F32 ? 256 : dtype == DSV3_DTYPE_F8_E4M3 ? 64 : 128; /* bytes of 64 columns */
+    return 64 * dsv3_dtype_size(dtype); /* bytes of 64 columns */
 }
 
 /* Also what vector variants call for rows they cannot decode: they name their lanes. */
@@ -2231,7 +2234,7 @@ static void dsv3__k_row_scalar(float *out, size_t block, size_t group, size_t la
     const uint8_t *p = (const uint8_t *)w;
     float values[64];
     for (size_t b = 0; b * 64 < k; b++) {
-        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dsv3_dtype_size(dtype) == 1 ? scale64[b] : 1.0f,
                              dsv3__min(k - b * 64, 64), dtype);
         for (size_t g = 0; g < 64 / lanes; g++)
             memcpy(out + b * block + g * group, values + g * lanes, lanes * sizeof(float));
@@ -2245,7 +2248,7 @@ DSV3__INLINE float dsv3__k_dot_scalar(const void *w, const float *x, const float
     for (int i = 0; i < 64; i++)
         a[i] = 0;
     for (size_t b = 0; b * 64 < k; b++) {
-        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dtype == DSV3_DTYPE_F8_E4M3 ? scale64[b] : 1.0f,
+        dsv3__k_block_scalar(values, p + b * dsv3__k_block_size(dtype), dsv3_dtype_size(dtype) == 1 ? scale64[b] : 1.0f,
                              dsv3__min(k - b * 64, 64), dtype);
         for (size_t i = 0; i < 64; i++)
             a[i] = fmaf(values[i], x[b * 64 + i], a[i]);
@@ -2267,6 +2270,11 @@ DSV3__K_DTYPE_SCALAR(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_SCALAR(f16, DSV3_DTYPE_F16)
 DSV3__K_DTYPE_SCALAR(bf16, DSV3_DTYPE_BF16)
 DSV3__K_DTYPE_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
+DSV3__K_DTYPE_SCALAR(i8, DSV3_DTYPE_I8)
+static void dsv3__k_row_i8_16(float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)
+{
+    dsv3__k_row_scalar(out, block, group, 16, w, scale64, k, DSV3_DTYPE_I8);
+}
 #undef DSV3__K_DTYPE_SCALAR
 
 static void dsv3__k_nat_fp8_scalar(float *out, size_t block, size_t group, const void *w, const float *scale64,
@@ -3379,6 +3387,7 @@ DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype)
     return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8
            : dtype == DSV3_DTYPE_BF16  ? k->dot_bf16
            : dtype == DSV3_DTYPE_F16   ? k->dot_f16
+           : dtype == DSV3_DTYPE_I8    ? dsv3__k_dot_i8_scalar
                                        : k->dot_f32;
 }
 
@@ -3388,6 +3397,7 @@ DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, 
     return dtype == DSV3_DTYPE_F8_E4M3 ? (natural ? k->nat_fp8 : k->row_fp8)
            : dtype == DSV3_DTYPE_BF16  ? k->row_bf16
            : dtype == DSV3_DTYPE_F16   ? k->row_f16
+           : dtype == DSV3_DTYPE_I8    ? (k->lanes == 16 ? dsv3__k_row_i8_16 : dsv3__k_row_i8_scalar)
                                        : k->row_f32;
 }
 // =============================================================================
@@ -3456,7 +3466,7 @@ static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
 DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t row, size_t blocks, uint64_t *have)
 {
     uint64_t want = w->scale ? row / w->block_rows : 0;
-    if (w->dtype == DSV3_DTYPE_F8_E4M3 && want != *have)
+    if ((w->dtype == DSV3_DTYPE_F8_E4M3 || w->dtype == DSV3_DTYPE_I8) && want != *have)
         dsv3__ten_scales(scale64, w, row, 0, blocks);
     *have = want;
 }
