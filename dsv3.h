@@ -1,6 +1,6 @@
 /* dsv3.h - 0.1.0 - runs DeepSeek-V3-architecture language models from one C header. MIT licence, text at the end.
 
-   It opens a checkpoint directory exactly as published (FP8, BF16, F16 or F32 safetensors, mapped, not converted, not
+   It opens a checkpoint directory exactly as published (FP8, INT8, BF16, F16 or F32 safetensors, mapped, not converted, not
    copied) and gives the numbers of the reference implementation. It needs libc and libm, and pthreads unless told not to.
 
    DO THIS, in one .c file of your program:
@@ -38,7 +38,8 @@
        cfg    config.json, checked once
        wt     names to weights
 
-   WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0), and by
+   WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0; INT8 as
+   compressed-tensors W8A8 or as the published R1 sets, a scale a row or a block), and by
    configuration alone Kimi-K2, Moonlight, GigaChat3, JoyAI (no or some query latent, any head sizes, one group or many,
    plain rotary positions or YaRN), DeepSeek-V2 and V2-Lite (softmax router, greedy and group_limited_greedy), tied
    embeddings, both rotary layouts. What is not supported is refused by the name of its key: V3.2's sparse attention,
@@ -437,7 +438,7 @@ typedef struct dsv3_config {
     int32_t eos_token_id[8]; /* generation_config.json, config.json and tokenizer_config.json together */
     uint32_t n_eos;
     char dtype[16];        /* "bfloat16": a hint only; every tensor says its own */
-    char quant_method[32]; /* "fp8", or "" */
+    char quant_method[32]; /* "fp8", "compressed-tensors" (W8A8), "blockwise_int8", "w8a8_int8", or "" */
     char scale_fmt[16];    /* "ue8m0", or "" */
 } dsv3_config;
 
@@ -490,8 +491,8 @@ DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char 
                                          dsv3_error *error);
 DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
 
-/* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight that has a sibling
-   `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. Where files are read, not
+/* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight in F8_E4M3
+   or I8 carries its scales, those of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid until close. Where files are read, not
    mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
 DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
@@ -4274,7 +4275,8 @@ typedef struct dsv3__st {
     uint32_t *slots; /* [n_slots] open addressing: tensor + 1, or 0 */
     uint64_t n_slots;
     dsv3__st_chunk *chunks;
-    uint64_t n_unlisted; /* tensors in shards that the index does not name: ignored */
+    uint64_t n_unlisted;  /* tensors in shards that the index does not name: ignored */
+    uint32_t i8_block[2]; /* rows and columns of I8 weights that share a scale, as config.json says; 0: it does not */
     uint64_t data_bytes;
 } dsv3__st;
 
@@ -4895,41 +4897,75 @@ static void dsv3__st_view(const dsv3__st_tensor *t, dsv3_tensor *view)
     view->row_stride = columns * dsv3_dtype_size(view->dtype);
 }
 
-/* The view, with the scales of the sibling `<name>_scale_inv` attached if there is one: F8_E4M3 needs one. */
+/* The tensor `<name of t><suffix>`; `name` receives that text. */
+static const dsv3__st_tensor *dsv3__st_sibling(const dsv3__st *st, const dsv3__st_tensor *t, const char *suffix,
+                                               char name[DSV3__ST_NAME_MAX + 16])
+{
+    dsv3__format(name, DSV3__ST_NAME_MAX + 16, "%s%s", t->name, suffix);
+    return dsv3__st_find(st, name);
+}
+
+/* The view, with the scales of a sibling attached if there is one: F8_E4M3 and I8 need one.
+     F8_E4M3   <name>_scale_inv  [ceil(n / 128), ceil(k / 128)]
+     I8        <name>_scale_inv  [ceil(n / rows), ceil(k / cols)], blocks as config.json says, or 128 x 128
+               <name>_scale      the same where config.json says blocks; else one for each row: [n, 1] or [n] */
 static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t, dsv3_tensor *view,
                                    const dsv3__st_tensor **scale, dsv3_error *err)
 {
-    char name[DSV3__ST_NAME_MAX + 16];
-    const char *file = st->shards[t->shard].name;
+    char inverse_name[DSV3__ST_NAME_MAX + 16], plain_name[DSV3__ST_NAME_MAX + 16], zero_name[DSV3__ST_NAME_MAX + 16];
+    const char *file = st->shards[t->shard].name, *name = inverse_name;
     dsv3__st_view(t, view);
     *scale = NULL;
-    if (view->dtype != DSV3_DTYPE_F8_E4M3 && view->dtype != DSV3_DTYPE_BF16)
+    const bool i8 = view->dtype == DSV3_DTYPE_I8;
+    if (!i8 && view->dtype != DSV3_DTYPE_F8_E4M3 && view->dtype != DSV3_DTYPE_BF16)
         return DSV3_OK;
-    dsv3__format(name, sizeof name, "%s_scale_inv", t->name);
-    *scale = dsv3__st_find(st, name);
-    if (view->dtype == DSV3_DTYPE_BF16 && *scale)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s is BF16, yet %s exists", file, t->name, name);
-    if (view->dtype == DSV3_DTYPE_BF16)
+    const dsv3__st_tensor *inverse = dsv3__st_sibling(st, t, "_scale_inv", inverse_name),
+                          *plain = dsv3__st_sibling(st, t, "_scale", plain_name);
+    if (view->dtype == DSV3_DTYPE_BF16) {
+        if (inverse || plain)
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s is BF16, yet %s exists", file, t->name,
+                              inverse ? inverse_name : plain_name);
         return DSV3_OK;
+    }
+    if (i8 && dsv3__st_sibling(st, t, "_zero_point", zero_name))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: %s exists: asymmetric weights are not supported",
+                          file, zero_name);
+    if (i8 && inverse && plain)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: both %s and %s exist", file, inverse_name, plain_name);
+    *scale = inverse;
+    if (i8 && plain)
+        *scale = plain, name = plain_name;
     if (!*scale)
-        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: %s is F8_E4M3, but %s is missing", file, t->name, name);
+        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: %s is %s, but %s%s is missing", file, t->name,
+                          dsv3_dtype_name(view->dtype), i8 ? plain_name : name, i8 ? " (or ..._scale_inv)" : "");
+    if (view->rank != 2)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: %s of shape %D, expected rank 2", file, t->name,
+                          dsv3_dtype_name(view->dtype), view->shape, view->rank);
+
     dsv3_tensor s;
     dsv3__st_view(*scale, &s);
-    if (view->rank != 2 || s.rank != 2 || s.shape[0] != dsv3__ceil_div(view->shape[0], 128) ||
-        s.shape[1] != dsv3__ceil_div(view->shape[1], 128)) {
-        uint64_t want[2];
-        want[0] = dsv3__ceil_div(view->shape[0], 128);
-        want[1] = dsv3__ceil_div(view->shape[1], 128);
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of 128 x 128 of %D, found %D",
-                          file, name, want, (uint32_t)2, view->shape, view->rank, s.shape, s.rank);
-    }
-    if (s.dtype != DSV3_DTYPE_F32 && s.dtype != DSV3_DTYPE_BF16 && s.dtype != DSV3_DTYPE_F8_E8M0)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, BF16 or F8_E8M0", file, name,
-                          dsv3_dtype_name(s.dtype));
+    uint64_t block[2] = {128, 128}, want[2];
+    const bool by_rows = i8 && plain && !st->i8_block[0];
+    if (by_rows)
+        block[0] = 1, block[1] = view->shape[1];
+    else if (i8 && st->i8_block[0])
+        block[0] = st->i8_block[0], block[1] = st->i8_block[1];
+    if (by_rows && s.rank == 1)
+        s.rank = 2, s.shape[1] = 1;
+    for (int i = 0; i < 2; i++)
+        want[i] = block[i] ? dsv3__ceil_div(view->shape[i], block[i]) : 0;
+    if (s.rank != 2 || s.shape[0] != want[0] || s.shape[1] != want[1] || block[1] > UINT32_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of %u x %u of %D, found %D", file,
+                          name, want, (uint32_t)2, block[0], block[1], view->shape, view->rank, (*scale)->shape,
+                          (uint32_t)(*scale)->rank);
+    if (!dsv3__ten_scale_dtype_ok(s.dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, F16, BF16 or F8_E8M0", file,
+                          name, dsv3_dtype_name(s.dtype));
     view->scale = s.data;
     view->scale_dtype = s.dtype;
     view->scale_stride = s.shape[1];
-    view->block_rows = view->block_cols = 128;
+    view->block_rows = (uint32_t)block[0];
+    view->block_cols = (uint32_t)block[1];
     return DSV3_OK;
 }
 // =============================================================================
@@ -4937,6 +4973,16 @@ static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t,
 //         Checked once, so that no code below asks again. What is not supported is refused by the name of its key
 //         (DSV3__CFG tables and dsv3__cfg_check). Absent keys mean what they mean in transformers' configuration classes.
 // =============================================================================
+
+/* How compressed-tensors quantizes weights, or activations, of one group of tensors. */
+typedef struct dsv3__cfg_args {
+    uint32_t num_bits;
+    char type[16];
+    char strategy[16];
+    bool symmetric;
+    bool dynamic;
+    uint64_t block[2]; /* strategy block */
+} dsv3__cfg_args;
 
 /* The public configuration, and what is read only to be checked. */
 typedef struct dsv3__cfg {
@@ -4949,7 +4995,11 @@ typedef struct dsv3__cfg {
     char topk[32];
     char rope_type[32];
     char fmt[16];
+    char format[32]; /* compressed-tensors */
     char activation_scheme[16];
+    dsv3__cfg_args args; /* the last read */
+    bool has_block;      /* the blocks of weights were told; of compressed-tensors: a group was */
+    uint64_t block[2];   /* rows and columns of a weight that share a scale; 0: a scale a row */
     uint32_t moe_layer_freq, num_key_value_heads;
     bool attention_bias, mlp_bias, truncate;
     double partial_rotary_factor;
@@ -5036,6 +5086,13 @@ static const dsv3__cfg_key dsv3__cfg_quant_keys[] = {
     DSV3__CFG(TEXT, "fmt", fmt),
     DSV3__CFG(TEXT, "activation_scheme", activation_scheme),
     DSV3__CFG(TEXT, "scale_fmt", c.scale_fmt),
+    DSV3__CFG(TEXT, "format", format),
+};
+
+static const dsv3__cfg_key dsv3__cfg_args_keys[] = {
+    DSV3__CFG(U32, "num_bits", args.num_bits),  DSV3__CFG(TEXT, "type", args.type),
+    DSV3__CFG(TEXT, "strategy", args.strategy), DSV3__CFG(BOOL, "symmetric", args.symmetric),
+    DSV3__CFG(BOOL, "dynamic", args.dynamic),
 };
 
 /* What transformers takes from generation_config.json; a key that is absent switches its filter off. */
@@ -5124,6 +5181,165 @@ static void dsv3__cfg_bos(dsv3__cfg *cfg, dsv3__json *j)
         cfg->c.bos_token_id = (int32_t)id;
 }
 
+/* [rows, columns]; compressed-tensors once wrote "128x128". */
+static void dsv3__cfg_block(dsv3__json *j, const char *key, uint64_t block[2])
+{
+    uint64_t n = 0, v = 0;
+    block[0] = block[1] = 0;
+    if (dsv3__json_peek(j) == '"') {
+        dsv3__json_str text;
+        if (dsv3__json_string(j, &text) && dsv3__json_is(text, "128x128"))
+            block[0] = block[1] = 128, n = 2;
+    } else {
+        dsv3__json_open(j, '[');
+        while (dsv3__json_item(j) && dsv3__json_uint(j, &v)) {
+            if (n < 2)
+                block[n] = v;
+            n++;
+        }
+    }
+    /* Kernels apply a scale to 64 columns at a time. */
+    if (!j->result && (n != 2 || !block[0] || block[0] > 1u << 24 || !block[1] || block[1] % 64 || block[1] > 1u << 24))
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config: %s is %D, expected [128, 128] or other multiples of 64 columns",
+                        j->file, key, block, (uint32_t)(n < 2 ? n : 2));
+}
+
+/* Must be null, false, or an empty object or list. */
+static void dsv3__cfg_none(dsv3__json *j, const char *where, const char *key)
+{
+    bool some = false;
+    dsv3__json_str name;
+    char kind = dsv3__json_peek(j);
+    if (kind == '{') {
+        dsv3__json_open(j, '{');
+        while (dsv3__json_key(j, &name) && dsv3__json_skip(j))
+            some = true;
+    } else if (kind == '[') {
+        dsv3__json_open(j, '[');
+        while (dsv3__json_item(j) && dsv3__json_skip(j))
+            some = true;
+    } else if (!dsv3__json_null(j)) {
+        some = kind != 'f';
+        dsv3__json_skip(j);
+    }
+    if (some)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s%s is given: not supported",
+                        j->file, where, key);
+}
+
+/* The arguments of `what` ("weights"), which must be 8 bits, int, symmetric. */
+static void dsv3__cfg_read_args(dsv3__cfg *cfg, dsv3__json *j, const char *what)
+{
+    dsv3__json_str key;
+    uint64_t seen = 0;
+    dsv3__cfg_args *a = &cfg->args;
+    memset(a, 0, sizeof *a);
+    a->num_bits = 8;
+    a->symmetric = true;
+    memcpy(a->type, "int", 4);
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        char kind = dsv3__json_peek(j);
+        if (dsv3__json_is(key, "actorder"))
+            dsv3__cfg_none(j, what, ".actorder");
+        else if (dsv3__json_is(key, "block_structure")) {
+            if (!dsv3__json_null(j))
+                dsv3__cfg_block(j, "block_structure", a->block);
+        } else if (dsv3__json_is(key, "num_bits") && (kind == '{' || kind == '"')) /* a number for each module */
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.num_bits is not a number",
+                            j->file, what);
+        else if (dsv3__json_is(key, "dynamic") && kind == '"') /* "local": of 4-bit floats */
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                            "%s: quantization_config: %s.dynamic is neither true nor false", j->file, what);
+        else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_args_keys, DSV3__COUNT(dsv3__cfg_args_keys), &seen))
+            dsv3__json_skip(j);
+    }
+    if (a->num_bits != 8)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.num_bits is %u, expected 8",
+                        j->file, what, (uint64_t)a->num_bits);
+    if (strcmp(a->type, "int") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.type is \"%s\", expected \"int\"",
+                        j->file, what, a->type);
+    if (!a->symmetric)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config: %s.symmetric is false, expected true", j->file, what);
+}
+
+/* One of config_groups. Which tensors it speaks of, the headers say: `targets` and `ignore` are not looked at. */
+static void dsv3__cfg_group(dsv3__cfg *cfg, dsv3__json *j)
+{
+    dsv3__json_str key;
+    const dsv3__cfg_args *a = &cfg->args;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        if (dsv3__json_is(key, "weights") && !dsv3__json_null(j)) {
+            dsv3__cfg_read_args(cfg, j, "weights");
+            const bool blocks = strcmp(a->strategy, "block") == 0;
+            if (!blocks && strcmp(a->strategy, "channel") != 0)
+                DSV3__JSON_FAIL(
+                    j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                    "%s: quantization_config: weights.strategy is \"%s\", expected \"channel\" or \"block\"", j->file,
+                    a->strategy);
+            else if (a->dynamic)
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.dynamic is true, expected false", j->file);
+            else if (blocks != (a->block[0] != 0))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.strategy is \"%s\", but block_structure is %s",
+                                j->file, a->strategy, blocks ? "missing" : "given");
+            else if (cfg->has_block && (cfg->block[0] != a->block[0] || cfg->block[1] != a->block[1]))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.strategy differs between the groups", j->file);
+            cfg->has_block = true;
+            cfg->block[0] = a->block[0];
+            cfg->block[1] = a->block[1];
+        } else if (dsv3__json_is(key, "input_activations") && !dsv3__json_null(j)) {
+            dsv3__cfg_read_args(cfg, j, "input_activations");
+            if (!a->dynamic)
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: input_activations.dynamic is false, expected true", j->file);
+        } else if (dsv3__json_is(key, "output_activations")) {
+            dsv3__cfg_none(j, "", "output_activations");
+        } else if (dsv3__json_is(key, "format") && dsv3__json_peek(j) == '"') {
+            dsv3__json_str format;
+            if (dsv3__json_string(j, &format) && !dsv3__json_is(format, "int-quantized") &&
+                !dsv3__json_is(format, "naive-quantized"))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: format of a group, expected \"int-quantized\"", j->file);
+        } else if (!j->result && !dsv3__json_is(key, "weights") && !dsv3__json_is(key, "input_activations")) {
+            dsv3__json_skip(j);
+        }
+    }
+}
+
+static void dsv3__cfg_check_quantization(dsv3__cfg *cfg, dsv3__json *j)
+{
+    const char *method = cfg->c.quant_method;
+    const bool fp8 = strcmp(method, "fp8") == 0, groups = strcmp(method, "compressed-tensors") == 0,
+               blocks = strcmp(method, "blockwise_int8") == 0;
+    if (!fp8 && !groups && !blocks && strcmp(method, "w8a8_int8") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.quant_method is \"%s\", expected \"fp8\", \"compressed-tensors\", "
+                        "\"blockwise_int8\" or \"w8a8_int8\"",
+                        j->file, method);
+    else if (groups && strcmp(cfg->format, "int-quantized") != 0 && strcmp(cfg->format, "naive-quantized") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.format is \"%s\" (compressed-tensors), expected \"int-quantized\"",
+                        j->file, cfg->format);
+    else if (fp8 && cfg->has_block && (cfg->block[0] != 128 || cfg->block[1] != 128))
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.weight_block_size is %D, expected [128, 128]", j->file, cfg->block,
+                        (uint32_t)2);
+    else if (fp8 && cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"",
+                        j->file, cfg->fmt);
+    else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"", j->file,
+                        cfg->activation_scheme);
+}
+
 static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
 {
     dsv3__json_str key;
@@ -5131,36 +5347,24 @@ static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
     dsv3__json_open(j, '{');
     while (dsv3__json_key(j, &key)) {
         if (dsv3__json_is(key, "weight_block_size")) {
-            uint64_t block[2] = {0, 0}, n = 0, v = 0;
             if (dsv3__json_null(j))
                 continue;
-            dsv3__json_open(j, '[');
-            while (dsv3__json_item(j) && dsv3__json_uint(j, &v)) {
-                if (n < 2)
-                    block[n] = v;
-                n++;
-            }
-            if (!j->result && (n != 2 || block[0] != 128 || block[1] != 128))
-                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                                "%s: quantization_config.weight_block_size is %D, expected [128, 128]", j->file, block,
-                                (uint32_t)(n < 2 ? n : 2));
+            dsv3__cfg_block(j, "weight_block_size", cfg->block);
+            cfg->has_block = true;
+        } else if (dsv3__json_is(key, "config_groups")) {
+            dsv3__json_open(j, '{');
+            while (dsv3__json_key(j, &key))
+                dsv3__cfg_group(cfg, j);
+        } else if (dsv3__json_is(key, "kv_cache_scheme")) {
+            dsv3__cfg_none(j, "", "kv_cache_scheme");
+        } else if (dsv3__json_is(key, "transform_config")) {
+            dsv3__cfg_none(j, "", "transform_config");
         } else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_quant_keys, DSV3__COUNT(dsv3__cfg_quant_keys), &seen)) {
             dsv3__json_skip(j);
         }
     }
-    if (j->result)
-        return;
-    if (strcmp(cfg->c.quant_method, "fp8") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                        "%s: quantization_config.quant_method is \"%s\", expected \"fp8\"", j->file,
-                        cfg->c.quant_method);
-    else if (cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"",
-                        j->file, cfg->fmt);
-    else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                        "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"", j->file,
-                        cfg->activation_scheme);
+    if (!j->result)
+        dsv3__cfg_check_quantization(cfg, j);
 }
 
 /* Keys whose mere presence means another network. */
@@ -5634,6 +5838,8 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
 {
     const dsv3_config *c = &m->config;
     void *layers;
+    m->st.i8_block[0] = (uint32_t)m->cfg.block[0];
+    m->st.i8_block[1] = (uint32_t)m->cfg.block[1];
     DSV3__TRY(dsv3__wt_q_lora(m, err));
     DSV3__TRY(dsv3__wt_get(m, &m->embed, "model.embed_tokens.weight", c->vocab_size, c->hidden_size, err));
     DSV3__TRY(dsv3__wt_get(m, &m->norm, "model.norm.weight", c->hidden_size, 0, err));
