@@ -501,6 +501,10 @@ DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model);
 DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index, const char **name, dsv3_tensor *tensor,
                                           dsv3_error *error);
 
+/* The name of the file that holds tensor `index`, "model-00001-of-000163.safetensors"; NULL where there is no such tensor.
+   Owned by the model. */
+DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t index);
+
 // ---- Session ---------------------------------------------------------------------------------------------
 
 typedef struct dsv3_session_opts {
@@ -9922,6 +9926,11 @@ DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index,
         return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "tensor %u of %u", (uint64_t)index, model->st.n_tensors);
     *name = model->st.tensors[index].name;
     return dsv3__api_tensor(model, &model->st.tensors[index], tensor);
+}
+
+DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t index)
+{
+    return index < model->st.n_tensors ? model->st.shards[model->st.tensors[index].shard].name : NULL;
 }
 
 DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,

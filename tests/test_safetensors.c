@@ -95,6 +95,9 @@ TEST(lists_all_tensors)
             seen[x - t.tensors] = true;
             CHECK_EQ_STR(dsv3_dtype_name(v.dtype), x->dtype);
             CHECK_EQ_UINT(v.rank, x->rank);
+            char file[64];
+            snprintf(file, sizeof file, shards ? "model-%05u-of-%06u.safetensors" : FILE1, (unsigned)x->shard, 3u);
+            CHECK_EQ_STR(dsv3_model_tensor_file(model, i), file);
             for (uint32_t d = 0; d < DSV3_MAX_RANK; d++)
                 CHECK_EQ_UINT(v.shape[d], d < x->rank ? x->shape[d] : 0);
             CHECK_BYTES(v.data, x->size, x->data, x->size);
@@ -114,6 +117,7 @@ TEST(lists_all_tensors)
                 CHECK(v.scale == NULL && v.scale_dtype == DSV3_DTYPE_UNKNOWN && v.block_rows == 0 && v.block_cols == 0);
             }
         }
+        CHECK(dsv3_model_tensor_file(model, t.n_tensors) == NULL);
         free(seen);
         done();
     }
