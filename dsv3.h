@@ -1,6 +1,6 @@
 /* dsv3.h - 0.1.0 - runs DeepSeek-V3-architecture language models from one C header. MIT licence, text at the end.
 
-   It opens a checkpoint directory exactly as published (FP8, BF16, F16 or F32 safetensors, mapped, not converted, not
+   It opens a checkpoint directory exactly as published (FP8, INT8, BF16, F16 or F32 safetensors, mapped, not converted, not
    copied) and gives the numbers of the reference implementation. It needs libc and libm, and pthreads unless told not to.
 
    DO THIS, in one .c file of your program:
@@ -29,7 +29,7 @@
        os     files, time, cores                          fwd    the model, n rows at once
        cpu    instruction sets, floating-point state      split  where a text is cut before merging
        thr    atomics, parallel-for                       bpe    byte-pair merging
-       num    scalar formats: E4M3, E8M0, F16, BF16       tok    tokenizer: text to ids and back
+       num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
        ten    the quantized tensor                        smp    logits to a token
        kern   inner loops, per instruction set            ses    a timeline: cache, tokens, generation
        mm     matrix products over quantized tensors      api    the public calls
@@ -38,7 +38,8 @@
        cfg    config.json, checked once
        wt     names to weights
 
-   WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0), and by
+   WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0; INT8 as
+   compressed-tensors W8A8 or as the published R1 sets, a scale a row or a block), and by
    configuration alone Kimi-K2, Moonlight, GigaChat3, JoyAI (no or some query latent, any head sizes, one group or many,
    plain rotary positions or YaRN), DeepSeek-V2 and V2-Lite (softmax router, greedy and group_limited_greedy), tied
    embeddings, both rotary layouts. What is not supported is refused by the name of its key: V3.2's sparse attention,
@@ -281,7 +282,7 @@ typedef enum dsv3_compute {
 
 // ---- The quantized tensor --------------------------------------------------------------------------------
 
-/* Element types of safetensors. Arithmetic is offered for F32, F16, BF16 and F8_E4M3; the others can be listed. */
+/* Element types of safetensors. Arithmetic is offered for F32, F16, BF16, F8_E4M3 and I8; the others can be listed. */
 typedef enum dsv3_dtype {
     DSV3_DTYPE_UNKNOWN = 0,
     DSV3_DTYPE_F32 = 1,
@@ -290,7 +291,7 @@ typedef enum dsv3_dtype {
     DSV3_DTYPE_F8_E4M3 = 4, /* OCP "fn": no infinities, 0x7F and 0xFF are NaN, largest 448 */
     DSV3_DTYPE_F8_E8M0 = 5, /* 2^(byte - 127): a scale */
     DSV3_DTYPE_F8_E5M2 = 6,
-    DSV3_DTYPE_I8 = 7,
+    DSV3_DTYPE_I8 = 7, /* -128 ... 127; as a weight always with scales beside it */
     DSV3_DTYPE_U8 = 8,
     DSV3_DTYPE_I16 = 9,
     DSV3_DTYPE_U16 = 10,
@@ -307,16 +308,18 @@ typedef enum dsv3_dtype {
 
 /* A view of a weight: nothing is owned, nothing is copied, `data` may have any alignment.
    The value of element [i, j] is data[i, j] * scale[i / block_rows, j / block_cols], the product taken in f32;
-   without scales it is data[i, j]. DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last
-   ones ragged (DeepSeek-V3, README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). */
+   without scales it is data[i, j]. F8_E4M3 may have scales, I8 must, the others have none.
+   DeepSeek-V3 stores F8_E4M3 with F32 scales over blocks of 128 x 128, the last ones ragged (DeepSeek-V3,
+   README_WEIGHTS.md; the name in the files, weight_scale_inv, is historical: they multiply). Checkpoints in I8 have one
+   scale a row (block_rows 1, block_cols >= shape[1]), or blocks likewise. */
 typedef struct dsv3_tensor {
     const void *data;  /* [shape[0], shape[1], ...], row-major */
     const void *scale; /* [ceil(shape[0] / block_rows), ceil(shape[1] / block_cols)] or NULL */
     dsv3_dtype dtype;
-    dsv3_dtype scale_dtype;        /* F32, BF16 or F8_E8M0; UNKNOWN without scales */
+    dsv3_dtype scale_dtype;        /* F32, F16, BF16 or F8_E8M0; UNKNOWN without scales */
     uint32_t rank;                 /* 0 ... DSV3_MAX_RANK; matmul and dequantize want 1 (one row) or 2 */
     uint32_t block_rows;           /* rows that share a scale; 0 without scales */
-    uint32_t block_cols;           /* columns that share a scale; 0 without scales */
+    uint32_t block_cols;           /* columns that share a scale: a multiple of 64, or all; 0 without scales */
     uint32_t reserved;             /* 0 */
     uint64_t shape[DSV3_MAX_RANK]; /* slowest first; 0 behind `rank` */
     uint64_t row_stride;           /* bytes from a row to the next */
@@ -339,11 +342,14 @@ DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype);
 
 /* Writes `values` [n_rows, n_cols] as `dtype` into `data`, and describes it in `tensor`.
    F32, F16 and BF16 round to nearest even. F8_E4M3 takes blocks of 128 x 128, scale = max|block| / 448 (1 where the
-   block is all zero), code = e4m3(value / scale), as the checkpoints were made.
+   block is all zero), code = e4m3(value / scale), as the checkpoints were made. I8 takes rows: scale = max|row| / 127 (1
+   where the row is all zero), code = value / scale rounded to nearest even, -127 ... 127; block_cols is then n_cols.
    tensor     out; views `data` and `scale`, which stay the caller's and must outlive it
    data       [n_rows, n_cols] elements of dtype, data_size bytes or more (else BUFFER_TOO_SMALL)
-   scale      [ceil(n_rows / 128), ceil(n_cols / 128)], scale_count floats or more; NULL, 0 where dtype has none
-   Errors: INVALID_ARGUMENT (a dtype without arithmetic, sizes of 0), BUFFER_TOO_SMALL. Any thread. */
+   scale      [ceil(n_rows / 128), ceil(n_cols / 128)] of F8_E4M3, [n_rows, 1] of I8: scale_count floats or more; NULL, 0
+              where dtype has none
+   Errors: INVALID_ARGUMENT (a dtype without arithmetic, sizes of 0, I8 with 2^32 columns; F8_E4M3 and I8: a value that
+   is not finite), BUFFER_TOO_SMALL. Any thread. */
 DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_size, float *scale, size_t scale_count,
                                    dsv3_dtype dtype, const float *values, uint64_t n_rows, uint64_t n_cols,
                                    dsv3_error *error);
@@ -354,7 +360,7 @@ DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint
 
 /* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, f32 arithmetic, one fixed order of summation: a row
    of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
-   weight     rank 2 (or 1: one output), dtype F32, F16, BF16 or F8_E4M3
+   weight     rank 2 (or 1: one output), dtype F32, F16, BF16, F8_E4M3 or I8
    opts       NULL: AUTO kernels on this thread
    Errors: INVALID_ARGUMENT, INVALID_OPTIONS, UNSUPPORTED_CPU, OUT_OF_MEMORY. Any thread. */
 DSV3_API dsv3_result dsv3_matmul(float *out, const float *in, size_t n, const dsv3_tensor *weight,
@@ -456,7 +462,7 @@ typedef struct dsv3_config {
     int32_t eos_token_id[8]; /* generation_config.json, config.json and tokenizer_config.json together */
     uint32_t n_eos;
     char dtype[16];        /* "bfloat16": a hint only; every tensor says its own */
-    char quant_method[32]; /* "fp8", or "" */
+    char quant_method[32]; /* "fp8", "compressed-tensors" (W8A8), "blockwise_int8", "w8a8_int8", or "" */
     char scale_fmt[16];    /* "ue8m0", or "" */
 } dsv3_config;
 
@@ -512,8 +518,8 @@ DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char 
                                          dsv3_error *error);
 DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
 
-/* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight that has a sibling
-   `<name>_scale_inv` carries its scales. Views into the mapped files, valid until close. Where files are read, not
+/* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight in F8_E4M3
+   or I8 carries its scales, those of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid until close. Where files are read, not
    mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
 DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
@@ -521,6 +527,10 @@ DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name
 DSV3_API size_t dsv3_model_tensor_count(const dsv3_model *model);
 DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index, const char **name, dsv3_tensor *tensor,
                                           dsv3_error *error);
+
+/* The name of the file that holds tensor `index`, "model-00001-of-000163.safetensors"; NULL where there is no such tensor.
+   Owned by the model. */
+DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t index);
 
 // ---- Session ---------------------------------------------------------------------------------------------
 
@@ -1773,7 +1783,7 @@ static void dsv3__pool_run(dsv3__pool *pool, uint32_t n_tasks, dsv3__task_fn fn,
     dsv3__pool_work(pool, 0);
 }
 // =============================================================================
-// >>num   Number formats: FP8 (E4M3 "fn"), F16, BF16, E8M0, to f32 and back. Needs base alone.
+// >>num   Number formats: FP8 (E4M3 "fn"), F16, BF16, E8M0, I8, to f32 and back. Needs base alone.
 //         Decoding is exact. Encoding rounds to nearest, ties to even, and leans on no floating-point mode.
 // =============================================================================
 
@@ -1909,7 +1919,22 @@ static float dsv3__e8m0_decode(uint8_t code)
     return dsv3__bits_float(code == 255 ? DSV3__NAN_BITS : code == 0 ? 0x400000u : (uint32_t)code << 23);
 }
 
-/* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3 or F8_E8M0. */
+/* Nearest integer, ties to even, in -127 ... 127: -128 has no opposite, so a code that is written never is it. NaN
+   becomes 0. */
+static int8_t dsv3__i8_encode(float value)
+{
+    if (!(value > -127.0f && value < 127.0f))
+        return (int8_t)(value >= 127.0f ? 127 : value <= -127.0f ? -127 : 0);
+    int whole = (int)value;            /* toward zero */
+    float rest = value - (float)whole; /* exact */
+    if (rest > 0.5f || (rest == 0.5f && whole % 2 != 0))
+        whole++;
+    if (rest < -0.5f || (rest == -0.5f && whole % 2 != 0))
+        whole--;
+    return (int8_t)whole;
+}
+
+/* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3, I8 or F8_E8M0. */
 static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 {
     const uint8_t *p = (const uint8_t *)array;
@@ -1918,6 +1943,7 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
     case DSV3_DTYPE_F16: return dsv3__f16_decode(dsv3__load16(p + 2 * i));
     case DSV3_DTYPE_BF16: return dsv3__bf16_decode(dsv3__load16(p + 2 * i));
     case DSV3_DTYPE_F8_E4M3: return dsv3__fp8_value[p[i]];
+    case DSV3_DTYPE_I8: return (float)(p[i] < 128 ? p[i] : p[i] - 256);
     default: return dsv3__e8m0_decode(p[i]);
     }
 }
@@ -1931,7 +1957,13 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
 static bool dsv3__ten_dtype_ok(dsv3_dtype dtype)
 {
     return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 ||
-           dtype == DSV3_DTYPE_F8_E4M3;
+           dtype == DSV3_DTYPE_F8_E4M3 || dtype == DSV3_DTYPE_I8;
+}
+
+static bool dsv3__ten_scale_dtype_ok(dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F32 || dtype == DSV3_DTYPE_F16 || dtype == DSV3_DTYPE_BF16 ||
+           dtype == DSV3_DTYPE_F8_E8M0;
 }
 
 DSV3__INLINE uint64_t dsv3__ten_n_rows(const dsv3_tensor *t)
@@ -1972,7 +2004,7 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
         return DSV3_OK;
 
     if (!dsv3__ten_dtype_ok(t->dtype))
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype %s, expected F32, F16, BF16 or F8_E4M3", name,
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype %s, expected F32, F16, BF16, F8_E4M3 or I8", name,
                           dsv3_dtype_name(t->dtype));
     if (t->rank != 1 && t->rank != 2)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: shape %D, expected rank 1 or 2", name, t->shape, t->rank);
@@ -1994,14 +2026,17 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
         if (t->scale_dtype != DSV3_DTYPE_UNKNOWN || t->block_rows || t->block_cols)
             return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: blocks of %u x %u, but scale is NULL", name,
                               (uint64_t)t->block_rows, (uint64_t)t->block_cols);
+        /* Integers without a scale are indices or masks: as weights they mean that a scale was lost. */
+        if (t->dtype == DSV3_DTYPE_I8)
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: dtype I8, but scale is NULL", name);
         return DSV3_OK;
     }
-    if (t->dtype != DSV3_DTYPE_F8_E4M3)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales beside dtype %s; only F8_E4M3 has them", name,
+    if (t->dtype != DSV3_DTYPE_F8_E4M3 && t->dtype != DSV3_DTYPE_I8)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales beside dtype %s; only F8_E4M3 and I8 have them", name,
                           dsv3_dtype_name(t->dtype));
-    if (t->scale_dtype != DSV3_DTYPE_F32 && t->scale_dtype != DSV3_DTYPE_BF16 && t->scale_dtype != DSV3_DTYPE_F8_E8M0)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales of dtype %s, expected F32, BF16 or F8_E8M0", name,
-                          dsv3_dtype_name(t->scale_dtype));
+    if (!dsv3__ten_scale_dtype_ok(t->scale_dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales of dtype %s, expected F32, F16, BF16 or F8_E8M0",
+                          name, dsv3_dtype_name(t->scale_dtype));
     if (!t->block_rows || !t->block_cols)
         return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: scales for blocks of %u x %u", name, (uint64_t)t->block_rows,
                           (uint64_t)t->block_cols);
@@ -4203,19 +4238,20 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
                                       size_t scale_count, dsv3_dtype dtype, const float *values, uint64_t n_rows,
                                       uint64_t n_cols, dsv3_error *err)
 {
-    const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
+    const bool i8 = dtype == DSV3_DTYPE_I8;
     uint8_t *bytes = (uint8_t *)data;
     uint64_t count, need;
     if (!dsv3__ten_dtype_ok(dtype))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: dtype %s, expected F32, F16, BF16 or F8_E4M3",
-                          dsv3_dtype_name(dtype));
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "quantize: dtype %s, expected F32, F16, BF16, F8_E4M3 or I8", dsv3_dtype_name(dtype));
     if (!data || !values || n_rows == 0 || n_cols == 0)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %s",
                           !data         ? "data is NULL"
                           : !values     ? "values is NULL"
                           : n_rows == 0 ? "n_rows is 0"
                                         : "n_cols is 0");
-    if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2)
+    if (!dsv3__mul(n_rows, n_cols, &count) || !dsv3__mul(count, 4, &need) || need > SIZE_MAX / 2 ||
+        (i8 && n_cols > UINT32_MAX))
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: %u rows of %u columns are too many", n_rows,
                           n_cols);
     need = count * dsv3_dtype_size(dtype);
@@ -4229,7 +4265,7 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
     tensor->shape[0] = n_rows;
     tensor->shape[1] = n_cols;
     tensor->row_stride = n_cols * dsv3_dtype_size(dtype);
-    if (!fp8) {
+    if (!i8 && dtype != DSV3_DTYPE_F8_E4M3) {
         for (uint64_t i = 0; i < count; i++) {
             if (dtype == DSV3_DTYPE_F32) {
                 memcpy(bytes + 4 * i, values + i, 4);
@@ -4241,34 +4277,39 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
         return DSV3_OK;
     }
 
-    uint64_t scale_rows = dsv3__ceil_div(n_rows, 128), scale_cols = dsv3__ceil_div(n_cols, 128);
+    const float largest = i8 ? 127.0f : 448.0f;
+    tensor->block_rows = i8 ? 1 : 128;
+    tensor->block_cols = i8 ? (uint32_t)n_cols : 128;
+    const uint64_t rows = tensor->block_rows, cols = tensor->block_cols; /* of a block */
+    uint64_t scale_rows = dsv3__ceil_div(n_rows, rows), scale_cols = dsv3__ceil_div(n_cols, cols);
     if (!scale || scale_count < scale_rows * scale_cols)
         return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "quantize: scale_count %u, needed %u",
                           scale ? (uint64_t)scale_count : (uint64_t)0, scale_rows * scale_cols);
     tensor->scale = scale;
     tensor->scale_dtype = DSV3_DTYPE_F32;
-    tensor->block_rows = tensor->block_cols = 128;
     tensor->scale_stride = scale_cols;
     for (uint64_t br = 0; br < scale_rows; br++)
         for (uint64_t bc = 0; bc < scale_cols; bc++) {
-            uint64_t r1 = n_rows - br * 128 < 128 ? n_rows : (br + 1) * 128,
-                     c1 = n_cols - bc * 128 < 128 ? n_cols : (bc + 1) * 128;
+            uint64_t r1 = n_rows - br * rows < rows ? n_rows : (br + 1) * rows,
+                     c1 = n_cols - bc * cols < cols ? n_cols : (bc + 1) * cols;
             float max = 0, s;
-            for (uint64_t r = br * 128; r < r1; r++)
-                for (uint64_t c = bc * 128; c < c1; c++) {
+            for (uint64_t r = br * rows; r < r1; r++)
+                for (uint64_t c = bc * cols; c < c1; c++) {
                     float magnitude = fabsf(values[r * n_cols + c]);
                     if (!(magnitude < INFINITY))
                         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r,
                                           c);
                     max = magnitude > max ? magnitude : max;
                 }
-            s = max / 448.0f;
+            s = max / largest;
             if (s == 0) /* all zero, or too small for any scale */
                 s = 1;
             scale[br * scale_cols + bc] = s;
-            for (uint64_t r = br * 128; r < r1; r++)
-                for (uint64_t c = bc * 128; c < c1; c++)
-                    bytes[r * n_cols + c] = dsv3__fp8_encode(values[r * n_cols + c] / s);
+            for (uint64_t r = br * rows; r < r1; r++)
+                for (uint64_t c = bc * cols; c < c1; c++) {
+                    float v = values[r * n_cols + c] / s;
+                    bytes[r * n_cols + c] = i8 ? (uint8_t)dsv3__i8_encode(v) : dsv3__fp8_encode(v);
+                }
         }
     return DSV3_OK;
 }
@@ -4922,7 +4963,8 @@ typedef struct dsv3__st {
     uint32_t *slots; /* [n_slots] open addressing: tensor + 1, or 0 */
     uint64_t n_slots;
     dsv3__st_chunk *chunks;
-    uint64_t n_unlisted; /* tensors in shards that the index does not name: ignored */
+    uint64_t n_unlisted;  /* tensors in shards that the index does not name: ignored */
+    uint32_t i8_block[2]; /* rows and columns of I8 weights that share a scale, as config.json says; 0: it does not */
     uint64_t data_bytes;
 } dsv3__st;
 
@@ -5543,41 +5585,75 @@ static void dsv3__st_view(const dsv3__st_tensor *t, dsv3_tensor *view)
     view->row_stride = columns * dsv3_dtype_size(view->dtype);
 }
 
-/* The view, with the scales of the sibling `<name>_scale_inv` attached if there is one: F8_E4M3 needs one. */
+/* The tensor `<name of t><suffix>`; `name` receives that text. */
+static const dsv3__st_tensor *dsv3__st_sibling(const dsv3__st *st, const dsv3__st_tensor *t, const char *suffix,
+                                               char name[DSV3__ST_NAME_MAX + 16])
+{
+    dsv3__format(name, DSV3__ST_NAME_MAX + 16, "%s%s", t->name, suffix);
+    return dsv3__st_find(st, name);
+}
+
+/* The view, with the scales of a sibling attached if there is one: F8_E4M3 and I8 need one.
+     F8_E4M3   <name>_scale_inv  [ceil(n / 128), ceil(k / 128)]
+     I8        <name>_scale_inv  [ceil(n / rows), ceil(k / cols)], blocks as config.json says, or 128 x 128
+               <name>_scale      the same where config.json says blocks; else one for each row: [n, 1] or [n] */
 static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t, dsv3_tensor *view,
                                    const dsv3__st_tensor **scale, dsv3_error *err)
 {
-    char name[DSV3__ST_NAME_MAX + 16];
-    const char *file = st->shards[t->shard].name;
+    char inverse_name[DSV3__ST_NAME_MAX + 16], plain_name[DSV3__ST_NAME_MAX + 16], zero_name[DSV3__ST_NAME_MAX + 16];
+    const char *file = st->shards[t->shard].name, *name = inverse_name;
     dsv3__st_view(t, view);
     *scale = NULL;
-    if (view->dtype != DSV3_DTYPE_F8_E4M3 && view->dtype != DSV3_DTYPE_BF16)
+    const bool i8 = view->dtype == DSV3_DTYPE_I8;
+    if (!i8 && view->dtype != DSV3_DTYPE_F8_E4M3 && view->dtype != DSV3_DTYPE_BF16)
         return DSV3_OK;
-    dsv3__format(name, sizeof name, "%s_scale_inv", t->name);
-    *scale = dsv3__st_find(st, name);
-    if (view->dtype == DSV3_DTYPE_BF16 && *scale)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s is BF16, yet %s exists", file, t->name, name);
-    if (view->dtype == DSV3_DTYPE_BF16)
+    const dsv3__st_tensor *inverse = dsv3__st_sibling(st, t, "_scale_inv", inverse_name),
+                          *plain = dsv3__st_sibling(st, t, "_scale", plain_name);
+    if (view->dtype == DSV3_DTYPE_BF16) {
+        if (inverse || plain)
+            return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s is BF16, yet %s exists", file, t->name,
+                              inverse ? inverse_name : plain_name);
         return DSV3_OK;
+    }
+    if (i8 && dsv3__st_sibling(st, t, "_zero_point", zero_name))
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: %s exists: asymmetric weights are not supported",
+                          file, zero_name);
+    if (i8 && inverse && plain)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: both %s and %s exist", file, inverse_name, plain_name);
+    *scale = inverse;
+    if (i8 && plain)
+        *scale = plain, name = plain_name;
     if (!*scale)
-        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: %s is F8_E4M3, but %s is missing", file, t->name, name);
+        return DSV3__FAIL(err, DSV3_ERROR_MISSING_TENSOR, "%s: %s is %s, but %s%s is missing", file, t->name,
+                          dsv3_dtype_name(view->dtype), i8 ? plain_name : name, i8 ? " (or ..._scale_inv)" : "");
+    if (view->rank != 2)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: %s of shape %D, expected rank 2", file, t->name,
+                          dsv3_dtype_name(view->dtype), view->shape, view->rank);
+
     dsv3_tensor s;
     dsv3__st_view(*scale, &s);
-    if (view->rank != 2 || s.rank != 2 || s.shape[0] != dsv3__ceil_div(view->shape[0], 128) ||
-        s.shape[1] != dsv3__ceil_div(view->shape[1], 128)) {
-        uint64_t want[2];
-        want[0] = dsv3__ceil_div(view->shape[0], 128);
-        want[1] = dsv3__ceil_div(view->shape[1], 128);
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of 128 x 128 of %D, found %D",
-                          file, name, want, (uint32_t)2, view->shape, view->rank, s.shape, s.rank);
-    }
-    if (s.dtype != DSV3_DTYPE_F32 && s.dtype != DSV3_DTYPE_BF16 && s.dtype != DSV3_DTYPE_F8_E8M0)
-        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, BF16 or F8_E8M0", file, name,
-                          dsv3_dtype_name(s.dtype));
+    uint64_t block[2] = {128, 128}, want[2];
+    const bool by_rows = i8 && plain && !st->i8_block[0];
+    if (by_rows)
+        block[0] = 1, block[1] = view->shape[1];
+    else if (i8 && st->i8_block[0])
+        block[0] = st->i8_block[0], block[1] = st->i8_block[1];
+    if (by_rows && s.rank == 1)
+        s.rank = 2, s.shape[1] = 1;
+    for (int i = 0; i < 2; i++)
+        want[i] = block[i] ? dsv3__ceil_div(view->shape[i], block[i]) : 0;
+    if (s.rank != 2 || s.shape[0] != want[0] || s.shape[1] != want[1] || block[1] > UINT32_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: expected %D for blocks of %u x %u of %D, found %D", file,
+                          name, want, (uint32_t)2, block[0], block[1], view->shape, view->rank, (*scale)->shape,
+                          (uint32_t)(*scale)->rank);
+    if (!dsv3__ten_scale_dtype_ok(s.dtype))
+        return DSV3__FAIL(err, DSV3_ERROR_BAD_TENSOR, "%s: %s: dtype %s, expected F32, F16, BF16 or F8_E8M0", file,
+                          name, dsv3_dtype_name(s.dtype));
     view->scale = s.data;
     view->scale_dtype = s.dtype;
     view->scale_stride = s.shape[1];
-    view->block_rows = view->block_cols = 128;
+    view->block_rows = (uint32_t)block[0];
+    view->block_cols = (uint32_t)block[1];
     return DSV3_OK;
 }
 // =============================================================================
@@ -5585,6 +5661,16 @@ static dsv3_result dsv3__st_weight(const dsv3__st *st, const dsv3__st_tensor *t,
 //         Checked once, so that no code below asks again. What is not supported is refused by the name of its key
 //         (DSV3__CFG tables and dsv3__cfg_check). Absent keys mean what they mean in transformers' configuration classes.
 // =============================================================================
+
+/* How compressed-tensors quantizes weights, or activations, of one group of tensors. */
+typedef struct dsv3__cfg_args {
+    uint32_t num_bits;
+    char type[16];
+    char strategy[16];
+    bool symmetric;
+    bool dynamic;
+    uint64_t block[2]; /* strategy block */
+} dsv3__cfg_args;
 
 /* The public configuration, and what is read only to be checked. */
 typedef struct dsv3__cfg {
@@ -5597,7 +5683,11 @@ typedef struct dsv3__cfg {
     char topk[32];
     char rope_type[32];
     char fmt[16];
+    char format[32]; /* compressed-tensors */
     char activation_scheme[16];
+    dsv3__cfg_args args; /* the last read */
+    bool has_block;      /* the blocks of weights were told; of compressed-tensors: a group was */
+    uint64_t block[2];   /* rows and columns of a weight that share a scale; 0: a scale a row */
     uint32_t moe_layer_freq, num_key_value_heads;
     bool attention_bias, mlp_bias, truncate;
     double partial_rotary_factor;
@@ -5684,6 +5774,13 @@ static const dsv3__cfg_key dsv3__cfg_quant_keys[] = {
     DSV3__CFG(TEXT, "fmt", fmt),
     DSV3__CFG(TEXT, "activation_scheme", activation_scheme),
     DSV3__CFG(TEXT, "scale_fmt", c.scale_fmt),
+    DSV3__CFG(TEXT, "format", format),
+};
+
+static const dsv3__cfg_key dsv3__cfg_args_keys[] = {
+    DSV3__CFG(U32, "num_bits", args.num_bits),  DSV3__CFG(TEXT, "type", args.type),
+    DSV3__CFG(TEXT, "strategy", args.strategy), DSV3__CFG(BOOL, "symmetric", args.symmetric),
+    DSV3__CFG(BOOL, "dynamic", args.dynamic),
 };
 
 /* What transformers takes from generation_config.json; a key that is absent switches its filter off. */
@@ -5772,6 +5869,165 @@ static void dsv3__cfg_bos(dsv3__cfg *cfg, dsv3__json *j)
         cfg->c.bos_token_id = (int32_t)id;
 }
 
+/* [rows, columns]; compressed-tensors once wrote "128x128". */
+static void dsv3__cfg_block(dsv3__json *j, const char *key, uint64_t block[2])
+{
+    uint64_t n = 0, v = 0;
+    block[0] = block[1] = 0;
+    if (dsv3__json_peek(j) == '"') {
+        dsv3__json_str text;
+        if (dsv3__json_string(j, &text) && dsv3__json_is(text, "128x128"))
+            block[0] = block[1] = 128, n = 2;
+    } else {
+        dsv3__json_open(j, '[');
+        while (dsv3__json_item(j) && dsv3__json_uint(j, &v)) {
+            if (n < 2)
+                block[n] = v;
+            n++;
+        }
+    }
+    /* Kernels apply a scale to 64 columns at a time. */
+    if (!j->result && (n != 2 || !block[0] || block[0] > 1u << 24 || !block[1] || block[1] % 64 || block[1] > 1u << 24))
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config: %s is %D, expected [128, 128] or other multiples of 64 columns",
+                        j->file, key, block, (uint32_t)(n < 2 ? n : 2));
+}
+
+/* Must be null, false, or an empty object or list. */
+static void dsv3__cfg_none(dsv3__json *j, const char *where, const char *key)
+{
+    bool some = false;
+    dsv3__json_str name;
+    char kind = dsv3__json_peek(j);
+    if (kind == '{') {
+        dsv3__json_open(j, '{');
+        while (dsv3__json_key(j, &name) && dsv3__json_skip(j))
+            some = true;
+    } else if (kind == '[') {
+        dsv3__json_open(j, '[');
+        while (dsv3__json_item(j) && dsv3__json_skip(j))
+            some = true;
+    } else if (!dsv3__json_null(j)) {
+        some = kind != 'f';
+        dsv3__json_skip(j);
+    }
+    if (some)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s%s is given: not supported",
+                        j->file, where, key);
+}
+
+/* The arguments of `what` ("weights"), which must be 8 bits, int, symmetric. */
+static void dsv3__cfg_read_args(dsv3__cfg *cfg, dsv3__json *j, const char *what)
+{
+    dsv3__json_str key;
+    uint64_t seen = 0;
+    dsv3__cfg_args *a = &cfg->args;
+    memset(a, 0, sizeof *a);
+    a->num_bits = 8;
+    a->symmetric = true;
+    memcpy(a->type, "int", 4);
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        char kind = dsv3__json_peek(j);
+        if (dsv3__json_is(key, "actorder"))
+            dsv3__cfg_none(j, what, ".actorder");
+        else if (dsv3__json_is(key, "block_structure")) {
+            if (!dsv3__json_null(j))
+                dsv3__cfg_block(j, "block_structure", a->block);
+        } else if (dsv3__json_is(key, "num_bits") && (kind == '{' || kind == '"')) /* a number for each module */
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.num_bits is not a number",
+                            j->file, what);
+        else if (dsv3__json_is(key, "dynamic") && kind == '"') /* "local": of 4-bit floats */
+            DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                            "%s: quantization_config: %s.dynamic is neither true nor false", j->file, what);
+        else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_args_keys, DSV3__COUNT(dsv3__cfg_args_keys), &seen))
+            dsv3__json_skip(j);
+    }
+    if (a->num_bits != 8)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.num_bits is %u, expected 8",
+                        j->file, what, (uint64_t)a->num_bits);
+    if (strcmp(a->type, "int") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config: %s.type is \"%s\", expected \"int\"",
+                        j->file, what, a->type);
+    if (!a->symmetric)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config: %s.symmetric is false, expected true", j->file, what);
+}
+
+/* One of config_groups. Which tensors it speaks of, the headers say: `targets` and `ignore` are not looked at. */
+static void dsv3__cfg_group(dsv3__cfg *cfg, dsv3__json *j)
+{
+    dsv3__json_str key;
+    const dsv3__cfg_args *a = &cfg->args;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        if (dsv3__json_is(key, "weights") && !dsv3__json_null(j)) {
+            dsv3__cfg_read_args(cfg, j, "weights");
+            const bool blocks = strcmp(a->strategy, "block") == 0;
+            if (!blocks && strcmp(a->strategy, "channel") != 0)
+                DSV3__JSON_FAIL(
+                    j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                    "%s: quantization_config: weights.strategy is \"%s\", expected \"channel\" or \"block\"", j->file,
+                    a->strategy);
+            else if (a->dynamic)
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.dynamic is true, expected false", j->file);
+            else if (blocks != (a->block[0] != 0))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.strategy is \"%s\", but block_structure is %s",
+                                j->file, a->strategy, blocks ? "missing" : "given");
+            else if (cfg->has_block && (cfg->block[0] != a->block[0] || cfg->block[1] != a->block[1]))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: weights.strategy differs between the groups", j->file);
+            cfg->has_block = true;
+            cfg->block[0] = a->block[0];
+            cfg->block[1] = a->block[1];
+        } else if (dsv3__json_is(key, "input_activations") && !dsv3__json_null(j)) {
+            dsv3__cfg_read_args(cfg, j, "input_activations");
+            if (!a->dynamic)
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: input_activations.dynamic is false, expected true", j->file);
+        } else if (dsv3__json_is(key, "output_activations")) {
+            dsv3__cfg_none(j, "", "output_activations");
+        } else if (dsv3__json_is(key, "format") && dsv3__json_peek(j) == '"') {
+            dsv3__json_str format;
+            if (dsv3__json_string(j, &format) && !dsv3__json_is(format, "int-quantized") &&
+                !dsv3__json_is(format, "naive-quantized"))
+                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                                "%s: quantization_config: format of a group, expected \"int-quantized\"", j->file);
+        } else if (!j->result && !dsv3__json_is(key, "weights") && !dsv3__json_is(key, "input_activations")) {
+            dsv3__json_skip(j);
+        }
+    }
+}
+
+static void dsv3__cfg_check_quantization(dsv3__cfg *cfg, dsv3__json *j)
+{
+    const char *method = cfg->c.quant_method;
+    const bool fp8 = strcmp(method, "fp8") == 0, groups = strcmp(method, "compressed-tensors") == 0,
+               blocks = strcmp(method, "blockwise_int8") == 0;
+    if (!fp8 && !groups && !blocks && strcmp(method, "w8a8_int8") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.quant_method is \"%s\", expected \"fp8\", \"compressed-tensors\", "
+                        "\"blockwise_int8\" or \"w8a8_int8\"",
+                        j->file, method);
+    else if (groups && strcmp(cfg->format, "int-quantized") != 0 && strcmp(cfg->format, "naive-quantized") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.format is \"%s\" (compressed-tensors), expected \"int-quantized\"",
+                        j->file, cfg->format);
+    else if (fp8 && cfg->has_block && (cfg->block[0] != 128 || cfg->block[1] != 128))
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.weight_block_size is %D, expected [128, 128]", j->file, cfg->block,
+                        (uint32_t)2);
+    else if (fp8 && cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"",
+                        j->file, cfg->fmt);
+    else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
+        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
+                        "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"", j->file,
+                        cfg->activation_scheme);
+}
+
 static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
 {
     dsv3__json_str key;
@@ -5779,36 +6035,24 @@ static void dsv3__cfg_quantization(dsv3__cfg *cfg, dsv3__json *j)
     dsv3__json_open(j, '{');
     while (dsv3__json_key(j, &key)) {
         if (dsv3__json_is(key, "weight_block_size")) {
-            uint64_t block[2] = {0, 0}, n = 0, v = 0;
             if (dsv3__json_null(j))
                 continue;
-            dsv3__json_open(j, '[');
-            while (dsv3__json_item(j) && dsv3__json_uint(j, &v)) {
-                if (n < 2)
-                    block[n] = v;
-                n++;
-            }
-            if (!j->result && (n != 2 || block[0] != 128 || block[1] != 128))
-                DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                                "%s: quantization_config.weight_block_size is %D, expected [128, 128]", j->file, block,
-                                (uint32_t)(n < 2 ? n : 2));
+            dsv3__cfg_block(j, "weight_block_size", cfg->block);
+            cfg->has_block = true;
+        } else if (dsv3__json_is(key, "config_groups")) {
+            dsv3__json_open(j, '{');
+            while (dsv3__json_key(j, &key))
+                dsv3__cfg_group(cfg, j);
+        } else if (dsv3__json_is(key, "kv_cache_scheme")) {
+            dsv3__cfg_none(j, "", "kv_cache_scheme");
+        } else if (dsv3__json_is(key, "transform_config")) {
+            dsv3__cfg_none(j, "", "transform_config");
         } else if (!dsv3__cfg_take(cfg, j, key, dsv3__cfg_quant_keys, DSV3__COUNT(dsv3__cfg_quant_keys), &seen)) {
             dsv3__json_skip(j);
         }
     }
-    if (j->result)
-        return;
-    if (strcmp(cfg->c.quant_method, "fp8") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                        "%s: quantization_config.quant_method is \"%s\", expected \"fp8\"", j->file,
-                        cfg->c.quant_method);
-    else if (cfg->fmt[0] && strcmp(cfg->fmt, "e4m3") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL, "%s: quantization_config.fmt is \"%s\", expected \"e4m3\"",
-                        j->file, cfg->fmt);
-    else if (cfg->activation_scheme[0] && strcmp(cfg->activation_scheme, "dynamic") != 0)
-        DSV3__JSON_FAIL(j, DSV3_ERROR_UNSUPPORTED_MODEL,
-                        "%s: quantization_config.activation_scheme is \"%s\", expected \"dynamic\"", j->file,
-                        cfg->activation_scheme);
+    if (!j->result)
+        dsv3__cfg_check_quantization(cfg, j);
 }
 
 /* Keys whose mere presence means another network. */
@@ -6285,6 +6529,8 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
 {
     const dsv3_config *c = &m->config;
     void *layers;
+    m->st.i8_block[0] = (uint32_t)m->cfg.block[0];
+    m->st.i8_block[1] = (uint32_t)m->cfg.block[1];
     DSV3__TRY(dsv3__wt_q_lora(m, err));
     DSV3__TRY(dsv3__wt_get(m, &m->embed, "model.embed_tokens.weight", c->vocab_size, c->hidden_size, err));
     DSV3__TRY(dsv3__wt_get(m, &m->norm, "model.norm.weight", c->hidden_size, 0, err));
@@ -10430,6 +10676,11 @@ DSV3_API dsv3_result dsv3_model_tensor_at(const dsv3_model *model, size_t index,
         return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "tensor %u of %u", (uint64_t)index, model->st.n_tensors);
     *name = model->st.tensors[index].name;
     return dsv3__api_tensor(model, &model->st.tensors[index], tensor);
+}
+
+DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t index)
+{
+    return index < model->st.n_tensors ? model->st.shards[model->st.tensors[index].shard].name : NULL;
 }
 
 DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,

@@ -91,7 +91,7 @@ report $work/contents-diff "CONTENTS lists the banners, in order"
 # are free.
 awk '
     BEGIN {
-        also["cpu"] = "fp"; also["thr"] = "atomic|pool"; also["num"] = "fp8|e4m3|e8m0|bf16|f16|f32"
+        also["cpu"] = "fp"; also["thr"] = "atomic|pool"; also["num"] = "fp8|e4m3|e8m0|bf16|f16|f32|i8"
         also["kern"] = "k|exp|sigmoid|silu"; also["mm"] = "ten"; also["json"] = "utf8"; also["st"] = "blob"
         also["nn"] = "work|carve"; also["ses"] = "gen"
     }

@@ -373,6 +373,75 @@ TEST(refuses_quantizations)
     done();
 }
 
+/* What is read of INT8: compressed-tensors' W8A8, and the two methods of the published R1 sets. */
+TEST(reads_int8_quantizations)
+{
+    static const char *const good[][2] = {
+        {TINY_W8A8, "compressed-tensors"},
+        {"{\"quant_method\": \"compressed-tensors\", \"format\": \"naive-quantized\", \"config_groups\": {\"group_0\": {\"weights\": {\"strategy\": \"channel\"}, "
+         "\"input_activations\": null, \"format\": \"int-quantized\"}, \"group_1\": {\"weights\": null}}, \"transform_config\": {}, \"ignore\": []}", "compressed-tensors"},
+        {"{\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", \"config_groups\": {\"group_0\": {\"weights\": {\"strategy\": \"block\", "
+         "\"block_structure\": \"128x128\", \"actorder\": false}}}}", "compressed-tensors"},
+        {"{\"quant_method\": \"blockwise_int8\", \"activation_scheme\": \"dynamic\", \"weight_block_size\": [128, 128], \"ignored_layers\": [\"lm_head\"]}", "blockwise_int8"},
+        {"{\"quant_method\": \"blockwise_int8\"}", "blockwise_int8"},
+        {"{\"quant_method\": \"w8a8_int8\", \"is_dynamic\": true}", "w8a8_int8"},
+    };
+    tiny_opts o = tiny_micro();
+    o.dtype = DSV3_DTYPE_BF16;
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        if (CHECK_OK(open_with(o, "quantization_config", good[i][0]), e))
+            CHECK_EQ_STR(dsv3_model_config(model)->quant_method, good[i][1]);
+        else
+            printf("    case %d\n", (int)i);
+        done();
+    }
+}
+
+/* One word of W8A8's configuration changed at a time. */
+TEST(refuses_int8_quantizations)
+{
+    static const char *const cases[][3] = {
+        {"\"strategy\": \"channel\"", "\"strategy\": \"group\"", "weights.strategy is \"group\""},
+        {"\"strategy\": \"channel\"", "\"strategy\": \"tensor\"", "weights.strategy"},
+        {"\"strategy\": \"channel\", ", "", "weights.strategy"},
+        {"\"strategy\": \"channel\"", "\"strategy\": \"block\"", "block_structure is missing"},
+        {"\"weights\": {\"actorder\": null, \"block_structure\": null", "\"weights\": {\"block_structure\": [128, 128]", "block_structure is given"},
+        {"\"weights\": {\"actorder\": null, \"block_structure\": null", "\"weights\": {\"block_structure\": [128, 32]", "block_structure is [128, 32]"},
+        {"\"weights\": {\"actorder\": null, \"block_structure\": null", "\"weights\": {\"block_structure\": \"64x64x\"", "block_structure"},
+        {"\"weights\": {\"actorder\": null", "\"weights\": {\"actorder\": \"weight\"", "weights.actorder"},
+        {"\"num_bits\": 8, \"observer\": \"minmax\"", "\"num_bits\": 4", "weights.num_bits is 4"},
+        {"\"num_bits\": 8, \"observer\": \"minmax\"", "\"num_bits\": {\"self_attn\": 16}", "weights.num_bits"},
+        {"\"num_bits\": 8, \"observer\": null", "\"num_bits\": 4", "input_activations.num_bits is 4"},
+        {"\"symmetric\": true, \"type\": \"int\"}}}", "\"symmetric\": false, \"type\": \"int\"}}}", "weights.symmetric is false"},
+        {"\"symmetric\": true, \"type\": \"int\"}, \"output", "\"symmetric\": false, \"type\": \"int\"}, \"output", "input_activations.symmetric"},
+        {"\"type\": \"int\"}}}", "\"type\": \"float\"}}}", "weights.type is \"float\""},
+        {"\"dynamic\": true", "\"dynamic\": false", "input_activations.dynamic is false"},
+        {"\"dynamic\": true", "\"dynamic\": \"local\"", "input_activations.dynamic"},
+        {"\"dynamic\": false", "\"dynamic\": true", "weights.dynamic is true"},
+        {"\"output_activations\": null", "\"output_activations\": {\"num_bits\": 8}", "output_activations"},
+        {"\"kv_cache_scheme\": null", "\"kv_cache_scheme\": {\"num_bits\": 8}", "kv_cache_scheme"},
+        {"\"kv_cache_scheme\": null", "\"transform_config\": {\"config_groups\": {\"u\": 1}}", "transform_config"},
+        {"\"format\": \"int-quantized\"", "\"format\": \"pack-quantized\"", "format is \"pack-quantized\""},
+        {"\"format\": \"int-quantized\", ", "", "format is \"\""},
+        {"{\"config_groups\": {\"group_0\": {", "{\"config_groups\": {\"group_0\": {\"format\": \"pack-quantized\", ", "format of a group"},
+        {"{\"config_groups\": {", "{\"config_groups\": {\"a\": {\"weights\": {\"strategy\": \"block\", \"block_structure\": [128, 128]}}, ", "differs between the groups"},
+    };
+    static const char w8a8[] = TINY_W8A8;
+    char text[2000];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *at = strstr(w8a8, cases[i][0]);
+        if (!CHECK(at != NULL))
+            continue;
+        snprintf(text, sizeof text, "%.*s%s%s", (int)(at - w8a8), w8a8, cases[i][1], at + strlen(cases[i][0]));
+        refused(tiny_micro(), "quantization_config", text, cases[i][2]);
+    }
+    refused(tiny_micro(), "quantization_config", "{\"quant_method\": \"blockwise_int8\", \"activation_scheme\": \"static\"}", "activation_scheme");
+    refused(tiny_micro(), "quantization_config", "{\"quant_method\": \"blockwise_int8\", \"weight_block_size\": [128, 100]}", "weight_block_size");
+    refused(tiny_micro(), "quantization_config", "{\"quant_method\": \"blockwise_int8\", \"weight_block_size\": [0, 128]}", "weight_block_size");
+    wrong("quantization_config", "{\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", \"config_groups\": []}");
+    wrong("quantization_config", "{\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", \"config_groups\": {\"a\": 1}}");
+}
+
 TEST(refuses_impossible_combinations)
 {
     tiny_opts m = tiny_micro(), v2 = tiny_v2();
@@ -523,6 +592,7 @@ TEST(companions)
 }
 
 TEST_MAIN(RUN(reads_every_field), RUN(reads_the_v2_family), RUN(defaults), RUN(spellings), RUN(q_lora_rank), RUN(eos_ids),
-          RUN(generation_defaults), RUN(refuses_what_it_does_not_run), RUN(refuses_rope), RUN(refuses_quantizations),
+          RUN(generation_defaults), RUN(refuses_what_it_does_not_run), RUN(refuses_rope), RUN(refuses_quantizations), RUN(reads_int8_quantizations),
+          RUN(refuses_int8_quantizations),
           RUN(refuses_impossible_combinations), RUN(refuses_sizes), RUN(config_against_tensors), RUN(not_json), RUN(duplicate_keys),
           RUN(companions))

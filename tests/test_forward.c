@@ -37,6 +37,8 @@ static double decode(const tiny_tensor *x, size_t i)
         return memcpy(&f, x->data + 4 * i, 4), (double)f;
     if (strcmp(x->dtype, "F8_E4M3") == 0)
         return tiny_f8_value(x->data[i]);
+    if (strcmp(x->dtype, "I8") == 0)
+        return (double)(int8_t)x->data[i];
     memcpy(&half, x->data + 2 * i, 2);
     return strcmp(x->dtype, "F16") == 0 ? tiny_f16_value(half) : (double)tiny_float((uint32_t)half << 16);
 }
@@ -50,16 +52,19 @@ static void reference_open(reference *r, const tiny *t, rope_settings rope)
     r->rope = rope;
     r->values = (double **)calloc(t->n_tensors, sizeof *r->values);
     for (size_t i = 0; i < t->n_tensors; i++) {
-        const tiny_tensor *x = &t->tensors[i], *scale = NULL;
+        const tiny_tensor *x = &t->tensors[i], *scale = NULL; /* of F8_E4M3 by blocks, of I8 by rows */
+        bool rows_of_scales = strcmp(x->dtype, "I8") == 0;
         char name[220];
         size_t cols = (size_t)(x->rank == 2 ? x->shape[1] : x->shape[0]), n = (size_t)(x->rank == 2 ? x->shape[0] * cols : cols);
-        snprintf(name, sizeof name, "%s_scale_inv", x->name);
+        snprintf(name, sizeof name, rows_of_scales ? "%s_scale" : "%s_scale_inv", x->name);
         for (size_t k = 0; k < t->n_tensors; k++)
             if (strcmp(t->tensors[k].name, name) == 0)
                 scale = &t->tensors[k];
         r->values[i] = (double *)malloc(n * sizeof(double));
         for (size_t e = 0; e < n; e++)
-            r->values[i][e] = decode(x, e) * (scale ? decode(scale, e / cols / 128 * (size_t)scale->shape[1] + e % cols / 128) : 1);
+            r->values[i][e] = decode(x, e) * (!scale           ? 1
+                                              : rows_of_scales ? decode(scale, e / cols)
+                                                               : decode(scale, e / cols / 128 * (size_t)scale->shape[1] + e % cols / 128));
     }
     r->k = (double *)calloc(rows * (t->o.nope + t->o.rope), sizeof(double));
     r->v = (double *)calloc(rows * t->o.v_dim, sizeof(double));
@@ -390,7 +395,7 @@ static void agrees(const char *what, tiny_opts o, rope_settings rope)
 
 TEST(dtypes)
 {
-    static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_BF16, DSV3_DTYPE_F16, DSV3_DTYPE_F32};
+    static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8, DSV3_DTYPE_BF16, DSV3_DTYPE_F16, DSV3_DTYPE_F32};
     for (int k = 0; k < 4; k++) {
         tiny_opts o = tiny_default();
         o.dtype = dtypes[k];

@@ -235,6 +235,29 @@ TEST(fp8_encode)
     }
 }
 
+/* Integers, halves (to the even one) and their neighbours; clamped at +-127; every code that can be read. */
+TEST(i8)
+{
+    for (int i = -127; i <= 127; i++) {
+        float v = (float)i, half = v + 0.5f;
+        int even = i % 2 ? i + 1 : i;
+        CHECK_EQ_INT(dsv3__i8_encode(v), i);
+        CHECK_EQ_INT(dsv3__i8_encode(nextafterf(half, -1e9f)), i);
+        CHECK_EQ_INT(dsv3__i8_encode(half), even > 127 ? 127 : even);
+        CHECK_EQ_INT(dsv3__i8_encode(nextafterf(half, 1e9f)), i < 127 ? i + 1 : 127);
+    }
+    CHECK_EQ_INT(dsv3__i8_encode(-127.5f), -127);
+    CHECK_EQ_INT(dsv3__i8_encode(-1e30f), -127);
+    CHECK_EQ_INT(dsv3__i8_encode(INFINITY), 127);
+    CHECK_EQ_INT(dsv3__i8_encode(-INFINITY), -127);
+    CHECK_EQ_INT(dsv3__i8_encode(NAN), 0);
+    CHECK_EQ_INT(dsv3__i8_encode(-1e-45f), 0);
+    for (int i = -128; i <= 127; i++) {
+        int8_t code = (int8_t)i;
+        CHECK(dsv3__num_get(&code, DSV3_DTYPE_I8, 0) == (float)i);
+    }
+}
+
 TEST(f16_and_bf16)
 {
     for (unsigned h = 0; h < 0x10000; h++) {
@@ -643,6 +666,6 @@ TEST(tables)
 #endif
 }
 
-TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
+TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
           RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
           RUN(tables))

@@ -451,7 +451,7 @@ TEST(errors)
     BAD(shape[1], 65, DSV3_ERROR_BAD_TENSOR, "row_stride 64");
     BAD(row_stride, UINT64_MAX / 2, DSV3_ERROR_BAD_TENSOR, "row_stride");
     BAD(scale, NULL, DSV3_ERROR_BAD_TENSOR, "scale is NULL");
-    BAD(scale_dtype, DSV3_DTYPE_F16, DSV3_ERROR_BAD_TENSOR, "scales of dtype F16");
+    BAD(scale_dtype, DSV3_DTYPE_I8, DSV3_ERROR_BAD_TENSOR, "scales of dtype I8");
     BAD(block_rows, 0, DSV3_ERROR_BAD_TENSOR, "0 x 128");
     BAD(block_cols, 32, DSV3_ERROR_BAD_TENSOR, "block_cols 32");
     t = good;
@@ -464,6 +464,13 @@ TEST(errors)
     t.row_stride = 128;
     CHECK_RESULT(dsv3_matmul(out, in, 1, &t, NULL, &e), DSV3_ERROR_BAD_TENSOR, e);
     CHECK_CONTAINS(e.message, "scales beside dtype BF16");
+    t = good;
+    t.dtype = DSV3_DTYPE_I8;
+    t.scale = NULL;
+    t.scale_dtype = DSV3_DTYPE_UNKNOWN;
+    t.block_rows = t.block_cols = 0;
+    CHECK_RESULT(dsv3_matmul(out, in, 1, &t, NULL, &e), DSV3_ERROR_BAD_TENSOR, e);
+    CHECK_CONTAINS(e.message, "dtype I8, but scale is NULL");
     CHECK_RESULT(dsv3_dequantize(out, &good, 7, 2, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_dequantize(out, &good, 9, 0, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_dequantize(NULL, &good, 0, 1, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
@@ -663,7 +670,7 @@ TEST(quantize_fp8)
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS - 1, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 5, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, NULL, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
-    CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_I8, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_I16, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, 0, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, data, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, 0, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_quantize(&t, NULL, ROWS * COLS, scale, 6, DSV3_DTYPE_F8_E4M3, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
@@ -685,6 +692,92 @@ TEST(quantize_fp8)
         CHECK(back[2] == 0);
     }
     free(values), free(back), free(data);
+}
+
+TEST(quantize_i8)
+{
+    enum { ROWS = 37, COLS = 200 };
+    random_state = 35;
+    float *values = floats(ROWS * COLS), *back = floats(ROWS * COLS), scale[ROWS];
+    int8_t data[ROWS * COLS];
+    dsv3_tensor t;
+    dsv3_error e;
+    for (size_t i = 0; i < ROWS * COLS; i++)
+        values[i] = i / COLS == 5 ? 0.0f : random_float() * ldexpf(1, (int)(i / COLS) - 20);
+    for (size_t c = 0; c < COLS; c++) /* scale 1, halves: ties go to the even code */
+        values[7 * COLS + c] = c == 3 ? -127.0f : (float)((int)c - 100) / 2;
+    CHECK_OK(dsv3_quantize(&t, data, sizeof data, scale, ROWS, DSV3_DTYPE_I8, values, ROWS, COLS, &e), e);
+    CHECK(t.data == data && t.scale == scale && t.dtype == DSV3_DTYPE_I8 && t.scale_dtype == DSV3_DTYPE_F32 && t.rank == 2);
+    CHECK(t.shape[0] == ROWS && t.shape[1] == COLS && t.row_stride == COLS && t.scale_stride == 1 && t.block_rows == 1 && t.block_cols == COLS);
+    CHECK_OK(dsv3_dequantize(back, &t, 0, ROWS, &e), e);
+    CHECK(scale[5] == 1 && scale[7] == 1);
+    for (size_t r = 0; r < ROWS; r++) {
+        float max = 0;
+        int most = 0;
+        for (size_t c = 0; c < COLS; c++) {
+            size_t i = r * COLS + c;
+            max = fmaxf(max, fabsf(values[i]));
+            most = abs(data[i]) > most ? abs(data[i]) : most;
+            CHECK_NEAR(back[i], values[i], 0.50001f * scale[r]);
+            CHECK(back[i] == (float)data[i] * scale[r]);
+            if (r == 7 && c != 3) {
+                int twice = (int)c - 100, down = (twice - (twice & 1)) / 2;
+                CHECK_EQ_INT(data[i], !(twice & 1) ? twice / 2 : down % 2 ? down + 1 : down);
+            }
+        }
+        if (r != 5) {
+            CHECK(scale[r] == max / 127.0f);
+            CHECK_EQ_INT(most, 127);
+        }
+    }
+    /* what is read: -128 too, scales of every dtype, rows of one scale and blocks */
+    data[3 * COLS + 199] = -128;
+    CHECK_OK(dsv3_dequantize(back, &t, 3, 1, &e), e);
+    CHECK(back[199] == -128.0f * scale[3]);
+    static const dsv3_dtype kinds[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E8M0};
+    static const uint32_t blocks[][2] = {{1, 200}, {1, 4000}, {128, 128}, {8, 64}, {1, 128}};
+    for (size_t k = 0; k < DSV3__COUNT(kinds); k++)
+        for (size_t b = 0; b < DSV3__COUNT(blocks); b++) {
+            uint8_t stored[ROWS * 4 * 4];
+            dsv3_tensor v = t;
+            bool ok = true;
+            for (size_t i = 0; i < ROWS * 4; i++) {
+                float f = 0.5f + fabsf(random_float());
+                uint16_t h = kinds[k] == DSV3_DTYPE_F16 ? dsv3__f16_encode(f) : dsv3__bf16_encode(f);
+                uint8_t c = (uint8_t)(120 + random_bits() % 10);
+                memcpy(stored + i * dsv3_dtype_size(kinds[k]), k == 0 ? (void *)&f : k == 3 ? (void *)&c : (void *)&h, dsv3_dtype_size(kinds[k]));
+            }
+            v.scale = stored;
+            v.scale_dtype = kinds[k];
+            v.block_rows = blocks[b][0];
+            v.block_cols = blocks[b][1];
+            v.scale_stride = (COLS + blocks[b][1] - 1) / blocks[b][1];
+            CHECK_OK(dsv3_dequantize(back, &v, 0, ROWS, &e), e);
+            for (size_t i = 0; i < ROWS * COLS; i++) {
+                size_t at = i / COLS / blocks[b][0] * (size_t)v.scale_stride + i % COLS / blocks[b][1];
+                volatile float expect = (float)data[i] * dsv3__num_get(stored, kinds[k], at);
+                ok = ok && back[i] == expect;
+            }
+            CHECK(ok);
+        }
+    /* what cannot be */
+    CHECK_RESULT(dsv3_quantize(&t, data, sizeof data - 1, scale, ROWS, DSV3_DTYPE_I8, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
+    CHECK_RESULT(dsv3_quantize(&t, data, sizeof data, scale, ROWS - 1, DSV3_DTYPE_I8, values, ROWS, COLS, &e), DSV3_ERROR_BUFFER_TOO_SMALL, e);
+    CHECK_RESULT(dsv3_quantize(&t, data, sizeof data, scale, 1, DSV3_DTYPE_I8, values, 1, (uint64_t)1 << 32, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    values[7 * COLS + 5] = NAN;
+    CHECK_RESULT(dsv3_quantize(&t, data, sizeof data, scale, ROWS, DSV3_DTYPE_I8, values, ROWS, COLS, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "[7, 5]");
+    /* tiny and huge values keep their scale, or lose everything, but never make a NaN */
+    for (int i = 0; i < 4; i++) {
+        static const float size[] = {3.4e38f, 1e-30f, 1e-40f, 1.4e-45f};
+        for (size_t c = 0; c < ROWS * COLS; c++)
+            values[c] = size[i] * ((float)((int)(c % 5) - 2) / 2);
+        CHECK_OK(dsv3_quantize(&t, data, sizeof data, scale, ROWS, DSV3_DTYPE_I8, values, ROWS, COLS, &e), e);
+        CHECK_OK(dsv3_dequantize(back, &t, 0, ROWS, &e), e);
+        CHECK_NEAR(back[4], size[i], i < 2 ? size[i] * 1e-6f : size[i] * 1.1f);
+        CHECK(back[2] == 0);
+    }
+    free(values), free(back);
 }
 
 TEST(quantize_floats)
@@ -729,5 +822,5 @@ TEST(dtypes_of_safetensors)
 }
 
 TEST_MAIN(RUN(bits), RUN(bits_are_frozen), RUN(accuracy), RUN(rows_are_independent), RUN(executors), RUN(allocators),
-          RUN(floating_point_state), RUN(errors), RUN(blocks_and_strides), RUN(rank_1), RUN(strips), RUN(packing), RUN(quantize_fp8),
+          RUN(floating_point_state), RUN(errors), RUN(blocks_and_strides), RUN(rank_1), RUN(strips), RUN(packing), RUN(quantize_fp8), RUN(quantize_i8),
           RUN(quantize_floats), RUN(dtypes_of_safetensors))

@@ -95,6 +95,9 @@ TEST(lists_all_tensors)
             seen[x - t.tensors] = true;
             CHECK_EQ_STR(dsv3_dtype_name(v.dtype), x->dtype);
             CHECK_EQ_UINT(v.rank, x->rank);
+            char file[64];
+            snprintf(file, sizeof file, shards ? "model-%05u-of-%06u.safetensors" : FILE1, (unsigned)x->shard, 3u);
+            CHECK_EQ_STR(dsv3_model_tensor_file(model, i), file);
             for (uint32_t d = 0; d < DSV3_MAX_RANK; d++)
                 CHECK_EQ_UINT(v.shape[d], d < x->rank ? x->shape[d] : 0);
             CHECK_BYTES(v.data, x->size, x->data, x->size);
@@ -114,6 +117,7 @@ TEST(lists_all_tensors)
                 CHECK(v.scale == NULL && v.scale_dtype == DSV3_DTYPE_UNKNOWN && v.block_rows == 0 && v.block_cols == 0);
             }
         }
+        CHECK(dsv3_model_tensor_file(model, t.n_tensors) == NULL);
         free(seen);
         done();
     }
@@ -481,6 +485,88 @@ TEST(scale_dtypes)
     }
 }
 
+#define CONFIG_BLOCKS(rows, cols) "{\"quant_method\": \"blockwise_int8\", \"activation_scheme\": \"dynamic\", \"weight_block_size\": [" rows ", " cols "]}"
+
+/* I8 as published: a scale a row, or blocks; one weight of the checkpoint is changed, and has those values then. */
+TEST(i8_weights)
+{
+    static const char weight[] = "model.layers.0.mlp.down_proj.weight";
+    static const char ct_blocks[] = "{\"quant_method\": \"compressed-tensors\", \"format\": \"int-quantized\", \"config_groups\": {\"group_0\": "
+                                    "{\"weights\": {\"strategy\": \"block\", \"block_structure\": [4, 64]}}}}";
+    static const struct {
+        const char *config, *suffix, *dtype;
+        uint64_t rank, rows, cols; /* of the scales */
+        uint32_t block_rows;       /* 0: refused */
+        const char *extra, *named;
+    } cases[] = {
+        {TINY_W8A8, "_scale", "F32", 2, 0, 1, 1, NULL, NULL},
+        {TINY_W8A8, "_scale", "BF16", 2, 0, 1, 1, NULL, NULL},
+        {TINY_W8A8, "_scale", "F16", 2, 0, 1, 1, NULL, NULL},
+        {"null", "_scale", "F32", 2, 0, 1, 1, NULL, NULL}, /* the headers alone say it */
+        {"{\"quant_method\": \"w8a8_int8\", \"is_dynamic\": true}", "_scale", "F32", 1, 0, 0, 1, NULL, NULL},
+        {"null", "_scale_inv", "F32", 2, 1, 1, 128, NULL, NULL},
+        {CONFIG_BLOCKS("128", "128"), "_scale_inv", "F32", 2, 1, 1, 128, NULL, NULL},
+        {CONFIG_BLOCKS("4", "64"), "_scale_inv", "F32", 2, 4, 1, 4, NULL, NULL},
+        {ct_blocks, "_scale", "BF16", 2, 4, 1, 4, NULL, NULL},
+        {TINY_W8A8, "", "F32", 2, 0, 1, 0, NULL, "_scale (or ..._scale_inv) is missing"},
+        {TINY_W8A8, "_scale", "F32", 2, 0, 1, 0, "_scale_inv", "both"},
+        {TINY_W8A8, "_scale", "F32", 2, 0, 1, 0, "_zero_point", "_zero_point exists: asymmetric"},
+        {TINY_W8A8, "_scale", "F32", 2, 0, 2, 0, NULL, "expected [16, 1] for blocks of 1 x 24"},
+        {TINY_W8A8, "_scale", "F32", 2, 1, 1, 0, NULL, "expected [16, 1]"},
+        {TINY_W8A8, "_scale", "I32", 2, 0, 1, 0, NULL, "dtype I32, expected F32, F16, BF16"},
+        {ct_blocks, "_scale", "F32", 2, 0, 1, 0, NULL, "expected [4, 1] for blocks of 4 x 64"},
+        {CONFIG_BLOCKS("4", "64"), "_scale_inv", "F32", 2, 1, 1, 0, NULL, "expected [4, 1]"},
+    };
+    for (size_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
+        tiny_opts o = tiny_micro();
+        o.inter = 24;
+        build(o);
+        tiny_tensor *x = tiny_find(&t, weight);
+        uint64_t rows = x->shape[0], cols = x->shape[1], n = cases[k].rows ? cases[k].rows : rows, all = n * (cases[k].cols ? cases[k].cols : 1);
+        uint8_t scales[64 * 4] = {0};
+        char name[128];
+        REQUIRE(CHECK(rows == 16 && cols == 24));
+        snprintf(x->dtype, sizeof x->dtype, "I8");
+        for (size_t i = 0; i < x->size; i++)
+            x->data[i] = (uint8_t)(i * 37 + i / 256);
+        x->data[5] = 0x80; /* -128 */
+        snprintf(name, sizeof name, "%s_scale_inv", weight);
+        tiny_remove(&t, name);
+        size_t each = strcmp(cases[k].dtype, "F32") == 0 || strcmp(cases[k].dtype, "I32") == 0 ? 4 : 2;
+        for (size_t i = 0; i < all; i++) {
+            float f = 0.25f * (float)(1 + i % 3);
+            uint16_t h = cases[k].dtype[0] == 'B' ? tiny_to_bf16(f) : tiny_to_f16(f);
+            memcpy(scales + each * i, each == 4 ? (void *)&f : (void *)&h, each);
+        }
+        snprintf(name, sizeof name, "%s%s", weight, cases[k].suffix);
+        if (cases[k].suffix[0])
+            tiny_add(&t, name, cases[k].dtype, (uint32_t)cases[k].rank, n, cases[k].cols, scales, (size_t)all * each);
+        snprintf(name, sizeof name, "%s%s", weight, cases[k].extra ? cases[k].extra : "");
+        if (cases[k].extra)
+            tiny_add(&t, name, "F32", 2, 1, 1, scales, 4);
+        tiny_set(&t, "config.json", "quantization_config", cases[k].config);
+        tiny_pack(&t);
+        dsv3_result r = reopen();
+        dsv3_tensor v;
+        float out[24];
+        bool ok;
+        if (cases[k].block_rows) {
+            ok = CHECK_OK(r, e) && CHECK_OK(dsv3_model_tensor(model, weight, &v, &e), e) && CHECK_EQ_UINT(v.block_rows, cases[k].block_rows);
+            for (uint64_t row = 0; ok && row < rows; row++) {
+                ok = CHECK_OK(dsv3_dequantize(out, &v, row, 1, &e), e);
+                for (size_t c = 0; ok && c < cols; c++)
+                    ok = CHECK(out[c] == (float)(int8_t)tiny_find(&t, weight)->data[row * cols + c] * 0.25f * (float)(1 + row / cases[k].block_rows % 3));
+            }
+        } else {
+            ok = CHECK_RESULT2(r, cases[k].extra && cases[k].extra[1] == 'z' ? DSV3_ERROR_UNSUPPORTED_MODEL : DSV3_ERROR_BAD_TENSOR,
+                               DSV3_ERROR_MISSING_TENSOR, e) && CHECK_CONTAINS(e.message, cases[k].named) && CHECK_CONTAINS(e.message, weight);
+        }
+        if (!ok)
+            printf("    case %d\n", (int)k);
+        done();
+    }
+}
+
 TEST(duplicates)
 {
     static const char *const twice[][2] = {
@@ -725,6 +811,6 @@ TEST(directories)
 
 TEST_MAIN(RUN(lists_all_tensors), RUN(views_into_the_file), RUN(tensors_of_a_reader_without_pointers), RUN(unknown_tensors),
           RUN(layouts_are_equal), RUN(harmless_headers), RUN(file_lengths), RUN(headers_that_are_no_json), RUN(entries_that_lie),
-          RUN(tensors_that_do_not_fit), RUN(every_tensor_is_needed), RUN(scales_that_do_not_fit), RUN(scale_dtypes), RUN(duplicates),
+          RUN(tensors_that_do_not_fit), RUN(every_tensor_is_needed), RUN(scales_that_do_not_fit), RUN(scale_dtypes), RUN(i8_weights), RUN(duplicates),
           RUN(strange_names), RUN(no_weights), RUN(index_variants), RUN(index_that_lies), RUN(shard_names_that_lead_away),
           RUN(reads_that_fail), RUN(directories))

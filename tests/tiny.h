@@ -28,11 +28,21 @@
 #define TINY_USER "<\xef\xbd\x9cUser\xef\xbd\x9c>"                                      /* the id behind the last merge */
 #define TINY_ASSISTANT "<\xef\xbd\x9c" "Assistant\xef\xbd\x9c>"
 
+/* config.json's quantization_config of compressed-tensors W8A8. */
+#define TINY_W8A8                                                                                                             \
+    "{\"config_groups\": {\"group_0\": {\"input_activations\": {\"actorder\": null, \"block_structure\": null, \"dynamic\": true, " \
+    "\"group_size\": null, \"num_bits\": 8, \"observer\": null, \"observer_kwargs\": {}, \"strategy\": \"token\", "                  \
+    "\"symmetric\": true, \"type\": \"int\"}, \"output_activations\": null, \"targets\": [\"Linear\"], \"weights\": {"               \
+    "\"actorder\": null, \"block_structure\": null, \"dynamic\": false, \"group_size\": null, \"num_bits\": 8, "                      \
+    "\"observer\": \"minmax\", \"observer_kwargs\": {}, \"strategy\": \"channel\", \"symmetric\": true, \"type\": \"int\"}}}, "       \
+    "\"format\": \"int-quantized\", \"global_compression_ratio\": 1.5, \"ignore\": [\"lm_head\"], \"kv_cache_scheme\": null, "       \
+    "\"quant_method\": \"compressed-tensors\", \"quantization_status\": \"compressed\"}"
+
 typedef struct tiny_opts {
     uint32_t vocab, dim, inter, moe_inter, n_layers, n_dense, n_heads, q_lora, kv_lora, nope, rope, v_dim;
     uint32_t n_experts, n_shared, top_k, n_group, topk_group, max_pos;
     float scaling; /* routed_scaling_factor */
-    dsv3_dtype dtype;   /* of the linears: F8_E4M3, BF16, F16, F32; the others are BF16 (F32 with F32), the bias F32 */
+    dsv3_dtype dtype;   /* of the linears: F8_E4M3, I8, BF16, F16, F32; the others are BF16 (F32 with F32), the bias F32 */
     uint32_t n_shards;  /* 0: model.safetensors; else shards and an index */
     bool tie, softmax /* the V2 family */, yarn, half_split /* rope_interleave false */;
     bool tokenizer;     /* tokenizer.json and tokenizer_config.json */
@@ -370,7 +380,7 @@ static inline tiny_tensor *tiny_add(tiny *t, const char *name, const char *dtype
     return x;
 }
 
-/* Values as `dtype`; F8_E4M3 adds the scales. */
+/* Values as `dtype`; F8_E4M3 adds the scales of blocks, I8 those of rows. */
 static inline void tiny_store(tiny *t, const char *name, dsv3_dtype dtype, uint32_t rank, uint64_t rows, uint64_t cols, const float *v)
 {
     size_t n = (size_t)(rows * (rank > 1 ? cols : 1));
@@ -394,6 +404,21 @@ static inline void tiny_store(tiny *t, const char *name, dsv3_dtype dtype, uint3
             x->data[i] = tiny_to_f8(v[i] / scale[i / cols / 128 * bc + i % cols / 128]);
         snprintf(scale_name, sizeof scale_name, "%s_scale_inv", name);
         tiny_add(t, scale_name, "F32", 2, br, bc, scale, br * bc * 4);
+        free(scale);
+    } else if (dtype == DSV3_DTYPE_I8) {
+        char scale_name[220];
+        float *scale = (float *)tiny_realloc(NULL, (size_t)rows * 4);
+        tiny_tensor *x = tiny_add(t, name, "I8", rank, rows, cols, NULL, n);
+        for (size_t r = 0; r < rows; r++) {
+            float most = 0;
+            for (size_t c = 0; c < cols; c++)
+                most = fabsf(v[r * cols + c]) > most ? fabsf(v[r * cols + c]) : most;
+            scale[r] = most > 0 ? most / 127 : 1;
+            for (size_t c = 0; c < cols; c++)
+                x->data[r * cols + c] = (uint8_t)(int8_t)floorf(v[r * cols + c] / scale[r] + 0.5f);
+        }
+        snprintf(scale_name, sizeof scale_name, "%s_scale", name);
+        tiny_add(t, scale_name, "F32", 2, rows, 1, scale, (size_t)rows * 4);
         free(scale);
     } else {
         tiny_tensor *x = tiny_add(t, name, dtype == DSV3_DTYPE_F16 ? "F16" : "BF16", rank, rows, cols, NULL, n * 2);
@@ -505,6 +530,8 @@ static inline void tiny_write_config(tiny *t)
     if (o->dtype == DSV3_DTYPE_F8_E4M3)
         tiny_printf(&c, "  \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", \"quant_method\": \"fp8\", "
                         "\"weight_block_size\": [128, 128]},\n");
+    if (o->dtype == DSV3_DTYPE_I8)
+        tiny_printf(&c, "  \"quantization_config\": " TINY_W8A8 ",\n");
     tiny_printf(&c, "  \"tie_word_embeddings\": %s,\n  \"torch_dtype\": \"%s\",\n  \"transformers_version\": \"4.39.3\"\n}\n", o->tie ? "true" : "false",
                 o->dtype == DSV3_DTYPE_F32 ? "float32" : o->dtype == DSV3_DTYPE_F16 ? "float16" : "bfloat16");
     tiny_put(t, "config.json", c.p, c.n);
