@@ -4431,11 +4431,13 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
         c.strip = dsv3__mm_strip_rows(w, c.n);
         if (rows / c.strip > UINT32_MAX / 2)
             c.strip = rows / (UINT32_MAX / 2) + 1;
+        uint32_t saved = dsv3__fp_enter();
         for (size_t i = 0; i < c.n; i++) {
             float *row = c.panel + (size_t)panel_floats + i * c.x_stride;
             memcpy(row, in + (j + i) * cols, cols * sizeof(float));
             dsv3__mm_pack(row, c.panel, cols, form, c.mode.powers);
         }
+        dsv3__fp_leave(saved);
         dsv3__pool_run(pool, (uint32_t)dsv3__ceil_div(rows, c.strip), dsv3__mm_task, &c);
     }
     dsv3__mem_free(mem, scratch);
