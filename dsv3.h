@@ -3992,7 +3992,7 @@ static float dsv3__mm_to_bytes(int8_t *codes, const float *x, size_t n)
 static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
 {
     float max = dsv3__mm_max(x, n), scale = (max < 1e-4f ? 1e-4f : max) / 448.0f;
-    if (powers) { /* the next power of two; scale is normal, being 2e-7 or more */
+    if (powers && scale < INFINITY) { /* the next power of two; scale is normal, being 2e-7 or more */
         uint32_t bits = dsv3__float_bits(scale);
         scale = dsv3__bits_float((bits + 0x7FFFFF) & 0xFF800000u);
     }
