@@ -1035,6 +1035,8 @@ static void heading(int argc, char **argv)
     strftime(date, sizeof date, "%Y-%m-%d %H:%M UTC", gmtime(&t));
     snprintf(chart.note, sizeof chart.note, "dsv3.h %s%s%s, %s, %ld cores, %s", DSV3_VERSION_STRING,
              *opt.commit ? ", commit " : "", opt.commit, cpu, sysconf(_SC_NPROCESSORS_ONLN), date);
+    if (opt.json)
+        return;
     printf("# Speed of dsv3.h %s\n\n- machine: %s, %ld cores, %.0f GB", DSV3_VERSION_STRING, cpu,
            sysconf(_SC_NPROCESSORS_ONLN), 1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
     if (uname(&u) == 0)
@@ -1103,7 +1105,7 @@ int main(int argc, char **argv)
         for (n = 0; i + n < argc && strcmp(argv[i + n], "--then"); n++)
             ;
         parse(n, argv + i, first);
-        if (first && !opt.json)
+        if (first)
             heading(argc, argv);
         first = false;
         run_group();

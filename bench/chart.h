@@ -13,7 +13,7 @@ static struct {
         double tok_s, bound;
     } point[MAX_POINTS]; /* the last curve measured */
     uint32_t n_bars, n_points;
-    char curve[96], note[256];
+    char curve[128], note[512];
 } chart;
 
 static void chart_bar(const char *label, double tok_s, double bound)
