@@ -25,7 +25,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 TSAN     := -O1 -g -fsanitize=thread
 FUZZ_SECONDS ?= 60
 
-.PHONY: all test run oracle bench lib sanitize tsan fuzz analyze matrix lint format install uninstall clean help
+.PHONY: all test run oracle bench bench-compilers tile-check lib sanitize tsan fuzz analyze matrix lint format install uninstall clean help
 .DEFAULT_GOAL := all
 
 all: $(EXAMPLES) ## the program build/dsv3 and the other examples
@@ -56,12 +56,28 @@ build/bench: bench/bench.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(COMPILE) -DBENCH_CFLAGS='"$(CFLAGS)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
 
-BENCH ?= --shape bench-3b --threads 1,2 --what bandwidth,open,decode,prompt --reps 3
+# About five minutes on two cores. --then: another group of measurements in the same run.
+BENCH ?= --threads 1,2 --reps 3 --what bandwidth,open,decode,prompt --context 8 --prompt 512 \
+         --then --threads 2 --what decode,prompt,rows --context 8,4096 --prompt 128,4096 --rows 1-8,12,16,24,32,48,64 \
+         --then --what kernels
 
-bench: build/bench ## speed beside the bound, into bench/RESULTS.md (writes 4.4 GB to build/; BENCH='...' for options)
-	build/bench --commit "$$(git describe --always --dirty 2> /dev/null)" $(BENCH) > build/RESULTS.md
+bench: build/bench ## speed beside the bound, into bench/RESULTS.md and bench/speed.svg (writes 4.4 GB to build/; BENCH='...' for options)
+	build/bench --commit "$$(git describe --always --dirty 2> /dev/null)" --svg build/speed.svg $(BENCH) > build/RESULTS.md
 	@mv build/RESULTS.md bench/RESULTS.md
+	@mv build/speed.svg bench/speed.svg
 	@cat bench/RESULTS.md
+
+build/bench-gcc build/bench-clang: build/bench-%: bench/bench.c $(HEADERS)
+	@mkdir -p $(@D)
+	$* $(STD) $(WARNINGS) -I. $(CFLAGS) -DBENCH_CFLAGS='"$(CFLAGS)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+ROUNDS ?= 5
+
+bench-compilers: build/bench-gcc build/bench-clang ## gcc against clang on the kernels, in turn (ROUNDS=5; COMPILERS='...' for options)
+	@sh bench/compilers.sh build/bench-gcc build/bench-clang $(ROUNDS) --threads 1 $(COMPILERS)
+
+tile-check: ## the tile loops keep their sums in registers, with gcc and clang
+	@sh tests/tile.sh
 
 # One line of C each: the header is the library.
 build/lib/dsv3.c:
@@ -115,7 +131,7 @@ analyze: build/lib/dsv3.c ## gcc -fanalyzer, clang --analyze and cppcheck, those
 matrix: build/dsv3 lib ## compilers, standards, switches, aarch64 and Windows; one hash of logits for all
 	@bash tests/matrix.sh
 
-lint: lib ## names, banners, symbols, versions
+lint: lib tile-check ## names, banners, symbols, versions, tile loops
 	@sh tests/lint.sh
 
 format: ## clang-format over examples, tests and bench
@@ -133,4 +149,4 @@ clean: ## removes build/
 	rm -rf build
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "  %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "  %-15s %s\n", $$1, $$2 }'

@@ -1,12 +1,13 @@
 /* How fast dsv3.h runs, beside what this machine allows.
 
    Writes checkpoints of named shapes with random weights once (shapes.h), and measures in one process, in turn: a plain
-   read of the same mapped bytes, the multiply-add peak of the instruction set in use, decode, prompts and batches of rows.
-   Each figure stands beside its bound, the larger of bytes / bandwidth and multiply-adds / peak. Only the public API is
-   used. bench/README.md says how to read the table. */
+   read of the same mapped bytes and the multiply-add peaks of this CPU (roof.h), decode, prompts and batches of rows, the
+   time to open, single matrix products (kernels.h), and another engine's llama-bench (peer.h). Each figure stands beside
+   its bound, the larger of bytes / bandwidth and multiply-adds / peak. Only the public API is used. bench/README.md says
+   how to read the tables. */
 
 #ifndef _GNU_SOURCE
-    #define _GNU_SOURCE /* madvise */
+#define _GNU_SOURCE /* madvise */
 #endif
 
 #define DSV3_IMPLEMENTATION
@@ -27,10 +28,10 @@
 #include <time.h>
 #include <unistd.h>
 #if defined(__GLIBC__)
-    #include <malloc.h>
+#include <malloc.h>
 #endif
 
-enum { MAX_LIST = 32, MAX_REPS = 101, MAX_THREADS = 256, MAX_BATCH = 512 };
+enum { MAX_LIST = 64, MAX_REPS = 101, MAX_THREADS = 256, MAX_BATCH = 512, ROWS_CALLS = 4 };
 
 #define FORMAT __attribute__((format(printf, 1, 2)))
 
@@ -105,9 +106,6 @@ static stats stats_of(const double *v, uint32_t n)
     return s;
 }
 
-#include "roof.h"
-#include "shapes.h"
-
 typedef struct list {
     uint32_t v[MAX_LIST];
     uint32_t n;
@@ -116,103 +114,61 @@ typedef struct list {
 enum {
     WHAT_BANDWIDTH = 1,
     WHAT_OPEN = 2,
-    WHAT_DECODE = 4,
-    WHAT_PROMPT = 8,
-    WHAT_ROWS = 16,
-    WHAT_ALL = 31,
-    WHAT_TOKENIZER = 32
+    WHAT_KERNELS = 4,
+    WHAT_DECODE = 8,
+    WHAT_PROMPT = 16,
+    WHAT_ROWS = 32,
+    WHAT_ALL = 63,
+    WHAT_TOKENIZER = 64
 };
 
-/* The command line. */
+/* The command line; one of each group between --then. */
 static struct {
-    const char *shape, *dtype, *dir, *commit;
-    list isas, threads, contexts, prompts, rows, n_decode, reps;
-    uint32_t what; /* WHAT_... */
+    const char *shape, *dtype, *head, *dir, *commit, *svg, *peer, *peer_model;
+    list isas, computes, threads, contexts, prompts, rows, n_decode, reps; /* computes: indices into COMPUTES */
+    uint32_t what;                                                         /* WHAT_... */
     bool json;
     const char *args[64]; /* for the tokenizer: DIR FILE... */
     uint32_t n_args;
 } opt;
 
-// =============================================================================
-// >>out   Records: one JSON object a line, or the rows of a table with aligned columns (in Markdown).
-//         A field has a JSON key, a heading, or both: it appears where it has a name.
-// =============================================================================
+/* Arithmetic modes, numbered as dsv3_compute. */
+static const char *const COMPUTES[] = {"auto", "f32", "bf16", "fp8", "int8"};
+enum { N_COMPUTES = sizeof COMPUTES / sizeof *COMPUTES };
 
-enum { MAX_ROWS = 128, MAX_COLUMNS = 20, MAX_CELL = 48 };
-
-static struct {
-    char cell[MAX_ROWS][MAX_COLUMNS][MAX_CELL]; /* row 0: headings */
-    bool is_text[MAX_COLUMNS];
-    uint32_t row, n_columns, column;
-    bool json_open;
-} out;
-
-static void out_cell(const char *heading, bool is_text, const char *text)
+#ifdef DSV3_COMPUTE_API
+static dsv3_compute compute_of(const char *name)
 {
-    uint32_t j = out.column++;
-    if (j >= MAX_COLUMNS || out.row + 1 >= MAX_ROWS)
-        die("the table is too large: shorter lists, please");
-    out.is_text[j] = is_text;
-    out.n_columns = j + 1 > out.n_columns ? j + 1 : out.n_columns;
-    snprintf(out.cell[0][j], MAX_CELL, "%s", heading);
-    snprintf(out.cell[out.row + 1][j], MAX_CELL, "%s", text);
+    uint32_t i = 0;
+    while (i + 1 < N_COMPUTES && strcmp(COMPUTES[i], name))
+        i++;
+    return (dsv3_compute)i;
+}
+#endif
+
+/* What AUTO means for weights of this type. */
+static const char *compute_resolve(uint32_t index, const char *dtype)
+{
+#ifdef DSV3_COMPUTE_API
+    return index ? COMPUTES[index] : strcmp(dtype, "int8") == 0 ? "int8" : strcmp(dtype, "F32") == 0 ? "f32" : "bf16";
+#else
+    (void)index, (void)dtype;
+    return "f32";
+#endif
 }
 
-static void out_text(const char *key, const char *heading, const char *text)
+/* The type of the products that a mode multiplies: its peak is that of their instruction. E4M3 times E4M3 is exact in bf16. */
+static const char *compute_products(const char *compute)
 {
-    if (opt.json && key) {
-        printf("%s\"%s\":\"", out.json_open ? "," : "{", key);
-        for (; *text; text++)
-            printf(*text == '"' || *text == '\\' ? "\\%c" : (unsigned char)*text < 0x20 ? "?" : "%c", *text);
-        printf("\"");
-        out.json_open = true;
-    } else if (!opt.json && heading) {
-        out_cell(heading, true, text);
-    }
+    return strcmp(compute, "fp8") == 0 ? "bf16" : compute;
 }
 
-static void out_number(const char *key, const char *heading, int decimals, double value)
-{
-    char text[MAX_CELL];
-    if (opt.json && key) {
-        printf(value == floor(value) && fabs(value) < 1e15 ? ",\"%s\":%.0f" : ",\"%s\":%.6g", key, value);
-    } else if (!opt.json && heading) {
-        snprintf(text, sizeof text, "%.*f", decimals, value);
-        out_cell(heading, false, text);
-    }
-}
-
-static void out_end(void)
-{
-    if (opt.json)
-        printf("}\n");
-    fflush(stdout);
-    out.row++, out.column = 0, out.json_open = false;
-}
-
-/* Prints the rows collected so far. */
-static void out_table(void)
-{
-    progress("%s", "");
-    for (uint32_t i = 0; !opt.json && out.row && i <= out.row; i++) {
-        for (uint32_t j = 0; j < out.n_columns; j++) {
-            int width = 0;
-            for (uint32_t k = 0; k <= out.row; k++)
-                width = (int)strlen(out.cell[k][j]) > width ? (int)strlen(out.cell[k][j]) : width;
-            printf(out.is_text[j] ? "| %-*s " : "| %*s ", width, out.cell[i][j]);
-            if (i == 0) /* kept for the line below the headings */
-                snprintf(out.cell[MAX_ROWS - 1][j], MAX_CELL, out.is_text[j] ? ":%.*s" : "%.*s:", width + 1,
-                         "-----------------------------------------------");
-        }
-        printf("|\n");
-        for (uint32_t j = 0; i == 0 && j < out.n_columns; j++)
-            printf("|%s%s", out.cell[MAX_ROWS - 1][j], j + 1 == out.n_columns ? "|\n" : "");
-    }
-    if (!opt.json && out.row)
-        printf("\n");
-    fflush(stdout);
-    memset(&out, 0, sizeof out);
-}
+#include "roof.h"
+#include "shapes.h"
+#include "out.h"
+#include "chart.h"
+#include "kernels.h"
+#include "peer.h"
 
 /* A number from a file of "key: number" lines such as /proc/self/status; 0 where there is none. */
 static double number_in(const char *path, const char *key)
@@ -246,12 +202,14 @@ typedef struct model {
     dsv3_model *m;
     dsv3_config c;
     const char *name, *isa_name, *dtype, *head_dtype; /* dtype: of most of the weights */
+    const char *compute;
     dsv3_isa isa;
-    spans mapped;                              /* all tensors */
-    double fixed_bytes, routed_bytes;          /* read for every token; all routed experts */
-    double fixed_macs, routed_macs, head_macs; /* a row; routed: all experts */
-    double cache_bytes;                        /* a token of context, all layers */
-    double anonymous;                          /* resident bytes that opening added, the mapping aside */
+    peak main, rest; /* the instruction for weights of `dtype`; for the router, a bf16 head and attention */
+    spans mapped;    /* all tensors */
+    double fixed_bytes, routed_bytes;                       /* read for every token; all routed experts */
+    double fixed_macs, routed_macs, head_macs, router_macs; /* a row; routed: all experts */
+    double cache_bytes;                                     /* a token of context, all layers */
+    double anonymous;                                       /* resident bytes that opening added, the mapping aside */
 } model;
 
 static int compare_span(const void *a, const void *b)
@@ -281,7 +239,8 @@ static void model_count(model *b)
         dsv3_tensor t;
         must(dsv3_model_tensor_at(b->m, i, &name, &t, &error), &error);
         size_t len = strlen(name);
-        if (len > 10 && strcmp(name + len - 10, "_scale_inv") == 0)
+        if ((len > 10 && strcmp(name + len - 10, "_scale_inv") == 0) ||
+            (len > 13 && strcmp(name + len - 13, ".weight_scale") == 0))
             continue; /* counted with its weight */
         uint64_t count = 1, scales = t.scale ? (t.shape[0] + t.block_rows - 1) / t.block_rows * t.scale_stride : 0;
         for (uint32_t j = 0; j < t.rank; j++)
@@ -301,7 +260,7 @@ static void model_count(model *b)
         } else if (strncmp(name, "model.layers.", 13) || (uint32_t)atoi(name + 13) < b->c.num_hidden_layers) {
             bool routed = strstr(name, ".mlp.experts.") != NULL; /* else: every token reads it. The MTP layer: none */
             *(routed ? &b->routed_bytes : &b->fixed_bytes) += bytes;
-            *(routed ? &b->routed_macs : &b->fixed_macs) += macs;
+            *(routed ? &b->routed_macs : strstr(name, ".mlp.gate.weight") ? &b->router_macs : &b->fixed_macs) += macs;
             if ((bytes_of[t.dtype & 31] += bytes) > most) {
                 most = bytes_of[t.dtype & 31];
                 b->dtype = dtype_word(t.dtype);
@@ -320,7 +279,7 @@ static void model_count(model *b)
     b->mapped.n = kept;
 }
 
-static void model_open(model *b, const char *dir, dsv3_isa isa)
+static void model_open(model *b, const char *dir, dsv3_isa isa, uint32_t compute)
 {
     dsv3_error error;
     dsv3_model_opts options;
@@ -329,6 +288,9 @@ static void model_open(model *b, const char *dir, dsv3_isa isa)
     memset(b, 0, sizeof *b);
     memset(&options, 0, sizeof options);
     options.isa = isa;
+#ifdef DSV3_COMPUTE_API
+    options.compute = (dsv3_compute)compute;
+#endif
     b->anonymous = anonymous_bytes();
     must(dsv3_model_open(&b->m, dir, &options, &error), &error);
     b->anonymous = anonymous_bytes() - b->anonymous;
@@ -340,6 +302,9 @@ static void model_open(model *b, const char *dir, dsv3_isa isa)
     must(dsv3_session_memory(b->m, NULL, &memory, &error), &error);
     b->cache_bytes = (double)memory.cache_bytes / memory.max_tokens;
     model_count(b);
+    b->compute = compute_resolve(compute, b->dtype);
+    b->main = peak_of(b->isa, compute_products(b->compute));
+    b->rest = peak_of(b->isa, strcmp(b->compute, "f32") ? "bf16" : "f32");
 }
 
 static void model_close(model *b)
@@ -347,6 +312,11 @@ static void model_close(model *b)
     dsv3_model_close(b->m);
     free(b->mapped.v);
 }
+
+typedef struct work { /* of one call */
+    double bytes;
+    double main, rest; /* multiply-adds, by the instruction that does them: see model */
+} work;
 
 /* The part of the routed experts that a row uses. */
 static double active_share(const model *b)
@@ -382,13 +352,15 @@ static double touched_share(const model *b, dsv3_session *s, const int32_t *ids,
 
 /* One call that appends `rows` tokens behind `context` others, logits of the last; attention in the absorbed form. touched:
    the part of the routed experts that is read, once for each piece of MAX_BATCH rows. */
-static void work_of(const model *b, uint32_t rows, double context, double touched, double *bytes, double *macs)
+static void work_of(const model *b, uint32_t rows, double context, double touched, work *w)
 {
     double pairs = rows * (context + (rows + 1) / 2.0) * b->c.num_hidden_layers * b->c.num_attention_heads;
     uint32_t pieces = (rows + MAX_BATCH - 1) / MAX_BATCH;
-    *bytes = pieces * (b->fixed_bytes + b->routed_bytes * touched + b->cache_bytes * (context + rows));
-    *macs = rows * (b->fixed_macs + b->routed_macs * active_share(b)) + b->head_macs +
-            pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
+    bool same = strcmp(b->head_dtype, b->dtype) == 0;
+    w->bytes = pieces * (b->fixed_bytes + b->routed_bytes * touched + b->cache_bytes * (context + rows));
+    w->main = rows * (b->fixed_macs + b->routed_macs * active_share(b)) + (same ? b->head_macs : 0);
+    w->rest =
+        rows * b->router_macs + (same ? 0 : b->head_macs) + pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
 }
 
 // =============================================================================
@@ -401,32 +373,40 @@ static void out_begin(const char *what, const char *heading, const model *b, uin
     out_text("shape", NULL, b->name);
     out_text("dtype", NULL, b->dtype);
     out_text("head", NULL, b->head_dtype);
-    out_text("compute", NULL, "f32");
+    out_text("compute", NULL, b->compute);
     out_text("isa", NULL, b->isa_name);
     out_number("threads", "threads", 0, threads);
 }
 
 static void run_bandwidth(model *b)
 {
-    static const char *const name[3] = {"read_mapped", "read_huge_pages", "multiply_add"};
+    enum { N_ROOFS = 2 + N_PEAKS };
     for (uint32_t k = 0; k < opt.threads.n; k++) {
-        double v[3][MAX_REPS];
+        static double v[N_ROOFS][MAX_REPS];
         uint32_t n = opt.threads.v[k], reps = opt.reps.v[0];
         read_rate(&b->mapped, n); /* page faults */
         for (uint32_t r = 0; r < reps; r++) {
             progress("bandwidth, %u threads: %u of %u", n, r + 1, reps);
             v[0][r] = 1e-9 * read_rate(&b->mapped, n);
             v[1][r] = 1e-9 * read_rate(huge_pages(), n);
-            v[2][r] = 1e-9 * peak_rate(b->isa, n);
+            for (uint32_t i = 0; i < N_PEAKS; i++)
+                v[2 + i][r] = peak_there((peak)i) ? 1e-9 * peak_rate((peak)i, n) : 0;
         }
-        for (uint32_t i = 0; i < 3; i++) {
+        for (uint32_t i = 0; i < N_ROOFS; i++) {
             stats s = stats_of(v[i], reps);
+            bool is_read = i < 2;
             if (s.high <= 0)
                 continue;
-            out_begin(name[i], "roof", b, n);
-            out_number(i == 2 ? "gmac_s_best" : "gb_s_best", "best", 1, s.high);
-            out_number(i == 2 ? "gmac_s" : "gb_s", "median", 1, s.mid);
-            out_text(NULL, "unit", i == 2 ? "GMAC/s" : "GB/s");
+            out_text("what", NULL, is_read ? "read" : "multiply_add");
+            out_text("of", "roof",
+                     i == 0   ? "read, the mapped weights"
+                     : i == 1 ? "read, huge pages"
+                              : PEAKS[i - 2].name);
+            out_text("shape", NULL, b->name);
+            out_number("threads", "threads", 0, n);
+            out_number(is_read ? "gb_s_best" : "gmac_s_best", "best", 1, s.high);
+            out_number(is_read ? "gb_s" : "gmac_s", "median", 1, s.mid);
+            out_text(NULL, "unit", is_read ? "GB/s" : "GMAC/s");
             out_number("reps", NULL, 0, reps);
             out_end();
         }
@@ -442,70 +422,203 @@ static void token_ids(int32_t *ids, uint32_t n, uint32_t vocab)
         ids[i] = (int32_t)(random64(&state) % vocab);
 }
 
-/* Appends `rows` tokens at a time, `calls` times, behind `context` tokens, and picks a token after each call. Before each
-   repetition and after the last the roofs are measured; a repetition is held against the mean of its two neighbours. */
-static void run_rows(model *b, dsv3_session *s, const char *what, uint32_t threads, uint32_t context, uint32_t rows,
-                     uint32_t calls)
+/* One measurement, repeated: `rows` tokens appended at a time, `calls` times, behind `context` tokens, a token picked after
+   each call. */
+typedef struct scene {
+    const char *what;
+    uint32_t context, rows, calls, reps;
+    work w;
+    double touched, spent; /* seconds */
+    double rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS],
+        cpu[MAX_REPS];                     /* tokens a second, the bound's, their ratio */
+    double read[MAX_REPS], peak[MAX_REPS]; /* bytes, multiply-adds a second */
+    double peers[MAX_SETTINGS][MAX_REPS];  /* tokens a second */
+} scene;
+
+/* The roofs at one moment. */
+typedef struct roofs {
+    double read, main, rest;
+} roofs;
+
+static roofs roofs_now(model *b, uint32_t threads)
+{
+    roofs r;
+    double mapped = read_rate(&b->mapped, threads), huge = read_rate(huge_pages(), threads);
+    r.read = mapped > huge ? mapped : huge;
+    r.main = peak_rate(b->main, threads);
+    r.rest = b->rest == b->main ? r.main : peak_rate(b->rest, threads);
+    return r;
+}
+
+/* All scenes of a session take their tokens from one sequence: what is there already is kept. */
+static void scene_context(dsv3_session *s, const int32_t *ids, uint32_t context)
+{
+    dsv3_error error;
+    size_t have = dsv3_session_length(s);
+    if (have > context)
+        must(dsv3_session_rewind(s, context, &error), &error);
+    else if (have < context)
+        must(dsv3_session_append(s, ids + have, context - have, NULL, &error), &error);
+}
+
+/* One repetition; before: the roofs measured before it, replaced by those behind it. */
+static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_t threads, scene *c, roofs *before)
 {
     dsv3_error error;
     dsv3_sample sample;
-    double read[MAX_REPS + 1], peak[MAX_REPS + 1], rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS];
-    double cpu[MAX_REPS], bytes, macs;
-    uint32_t n = context + rows * calls, reps = 0;
-    int32_t *ids = (int32_t *)need(n * sizeof *ids);
-    token_ids(ids, n, b->c.vocab_size);
-    progress("%s, %u threads, context %u, %u rows: start", what, threads, context, rows);
-    must(dsv3_session_rewind(s, 0, &error), &error);
-    if (context)
-        must(dsv3_session_append(s, ids, context, NULL, &error), &error);
-    double touched = touched_share(b, s, ids + context, rows, calls);
-    work_of(b, rows, context + rows * (calls - 1) / 2.0, touched, &bytes, &macs);
-    for (double begun = now();; reps++) {
-        double mapped = read_rate(&b->mapped, threads), huge = read_rate(huge_pages(), threads);
-        read[reps] = mapped > huge ? mapped : huge;
-        peak[reps] = peak_rate(b->isa, threads);
-        if (reps == opt.reps.v[0] || (reps >= 2 && now() - begun > 60)) /* a slow case: two are enough */
-            break;
-        progress("%s, %u threads, context %u, %u rows: %u of %u", what, threads, context, rows, reps + 1,
+    uint32_t r = c->reps, n = c->rows * c->calls;
+    scene_context(s, ids, c->context);
+    double start = now(), cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID);
+    for (uint32_t i = 0; i < c->calls; i++) {
+        must(dsv3_session_append(s, ids + c->context + i * c->rows, c->rows, NULL, &error), &error);
+        must(dsv3_session_sample(s, NULL, &sample, &error), &error);
+    }
+    double took = now() - start;
+    c->cpu[r] = (seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu_start) / (took * threads);
+    c->rate[r] = n / took;
+    c->spent += took;
+    roofs after = roofs_now(b, threads), mean;
+    mean.read = (before->read + after.read) / 2, mean.main = (before->main + after.main) / 2;
+    mean.rest = (before->rest + after.rest) / 2;
+    *before = after;
+    double by_bytes = c->w.bytes / mean.read, macs = c->w.main + c->w.rest;
+    double by_macs = mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest : 0;
+    c->read[r] = mean.read;
+    c->peak[r] = by_macs > 0 ? macs / by_macs : 0;
+    c->bound[r] = c->rows / (by_bytes > by_macs ? by_bytes : by_macs);
+    c->ratio[r] = c->rate[r] / c->bound[r];
+    c->reps++;
+}
+
+static bool scene_done(const scene *c)
+{
+    return c->reps == opt.reps.v[0] || c->spent > (c->reps == 1 ? 30 : 60);
+}
+
+static void scene_start(model *b, dsv3_session *s, const int32_t *ids, scene *c, const char *what, uint32_t context,
+                        uint32_t rows, uint32_t calls)
+{
+    memset(c, 0, sizeof *c);
+    c->what = what, c->context = context, c->rows = rows, c->calls = calls;
+    scene_context(s, ids, context);
+    c->touched = touched_share(b, s, ids + context, rows, calls);
+    work_of(b, rows, context + rows * (calls - 1) / 2.0, c->touched, &c->w);
+}
+
+/* A scene alone: repetitions in turn with the roofs and with another engine, where one is named. */
+static void scene_run(model *b, dsv3_session *s, const int32_t *ids, uint32_t threads, scene *c)
+{
+    roofs r = roofs_now(b, threads);
+    while (!scene_done(c)) {
+        progress("%s, %u threads, context %u, %u rows: %u of %u", c->what, threads, c->context, c->rows, c->reps + 1,
                  opt.reps.v[0]);
-        must(dsv3_session_rewind(s, context, &error), &error);
-        double start = now(), cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID);
-        for (uint32_t i = 0; i < calls; i++) {
-            must(dsv3_session_append(s, ids + context + i * rows, rows, NULL, &error), &error);
-            must(dsv3_session_sample(s, NULL, &sample, &error), &error);
+        scene_measure(b, s, ids, threads, c, &r);
+        for (uint32_t k = 0; peer.path && k < peer.n_settings; k++) {
+            bool decode = c->rows == 1;
+            progress("%s, %u threads, context %u, %u rows: %u of %u, %s %s", c->what, threads, c->context, c->rows,
+                     c->reps, opt.reps.v[0], peer.name, peer.setting[k]);
+            c->peers[k][c->reps - 1] = peer_rate(k, threads, decode, c->context, decode ? c->calls : c->rows);
+            r = roofs_now(b, threads);
         }
-        rate[reps] = rows * calls / (now() - start);
-        cpu[reps] = (seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu_start) * rate[reps] / (rows * calls * threads);
     }
-    for (uint32_t r = 0; r < reps; r++) {
-        read[r] = (read[r] + read[r + 1]) / 2;
-        peak[r] = (peak[r] + peak[r + 1]) / 2;
-        double by_bytes = read[r] / bytes, by_macs = peak[r] > 0 ? peak[r] / macs : by_bytes;
-        bound[r] = rows * (by_bytes < by_macs ? by_bytes : by_macs);
-        ratio[r] = rate[r] / bound[r];
-    }
-    stats tok_s = stats_of(rate, reps);
-    double gb_s = 1e-9 * stats_of(read, reps).mid, gmac_s = 1e-9 * stats_of(peak, reps).mid;
-    out_begin(what, "what", b, threads);
-    out_number("context", "context", 0, context);
-    out_number("rows", "rows", 0, rows);
+}
+
+static void scene_fields(const model *b, uint32_t threads, const scene *c)
+{
+    stats tok_s = stats_of(c->rate, c->reps);
+    double gb_s = 1e-9 * stats_of(c->read, c->reps).mid, gmac_s = 1e-9 * stats_of(c->peak, c->reps).mid;
+    double macs = c->w.main + c->w.rest;
+    out_begin(c->what, "what", b, threads);
+    out_number("context", "context", 0, c->context);
+    out_number("rows", "rows", 0, c->rows);
     out_number("tok_s_best", "best tok/s", 2, tok_s.high);
     out_number("tok_s", "tok/s", 2, tok_s.mid);
-    out_number("bound_tok_s", "bound", 2, stats_of(bound, reps).mid);
-    out_number("ratio", "ratio", 2, stats_of(ratio, reps).mid);
-    out_text("bound", "bound by", gmac_s > 0 && macs / gmac_s > bytes / gb_s ? "macs" : "bytes");
-    out_number("ms_call", "ms a call", 2, 1e3 * rows / tok_s.mid);
-    out_number("gb_s", "GB/s", 1, 1e-9 * bytes * tok_s.mid / rows);
+    out_number("bound_tok_s", "bound", 2, stats_of(c->bound, c->reps).mid);
+    out_number("ratio", "ratio", 2, stats_of(c->ratio, c->reps).mid);
+    out_text("bound", "bound by", gmac_s > 0 && macs / gmac_s > c->w.bytes / gb_s ? "macs" : "bytes");
+    out_number("ms_call", "ms a call", 2, 1e3 * c->rows / tok_s.mid);
+    out_number("gb_s", "GB/s", 1, 1e-9 * c->w.bytes * tok_s.mid / c->rows);
     out_number("read_gb_s", "of", 1, gb_s);
-    out_number("gmac_s", "GMAC/s", 1, 1e-9 * macs * tok_s.mid / rows);
+    out_number("gmac_s", "GMAC/s", 1, 1e-9 * macs * tok_s.mid / c->rows);
     out_number("peak_gmac_s", "of", 1, gmac_s);
-    out_number("cpu", "cpu", 2, stats_of(cpu, reps).mid);
-    out_number("touched_experts", NULL, 3, touched);
-    out_number("bytes_call", NULL, 0, bytes);
+    out_number("cpu", "cpu", 2, stats_of(c->cpu, c->reps).mid);
+    out_number("touched_experts", NULL, 3, c->touched);
+    out_number("bytes_call", NULL, 0, c->w.bytes);
     out_number("macs_call", NULL, 0, macs);
-    out_number("reps", NULL, 0, reps);
+    out_number("reps", NULL, 0, c->reps);
+}
+
+static void scene_print(const model *b, uint32_t threads, const scene *c)
+{
+    char label[96];
+    scene_fields(b, threads, c);
     out_end();
-    free(ids);
+    if (c->rows == 1)
+        snprintf(label, sizeof label, "decode at %u, %u thread%s, %s %s", c->context, threads, threads > 1 ? "s" : "",
+                 b->dtype, b->compute);
+    else
+        snprintf(label, sizeof label, "prompt of %u, %u thread%s, %s %s", c->rows, threads, threads > 1 ? "s" : "",
+                 b->dtype, b->compute);
+    chart_bar(label, stats_of(c->rate, c->reps).mid, stats_of(c->bound, c->reps).mid);
+}
+
+static void scene_print_peer(const model *b, uint32_t threads, const scene *c)
+{
+    for (uint32_t k = 0; k < peer.n_settings; k++) {
+        double ratio[MAX_REPS], low;
+        for (uint32_t r = 0; r < c->reps; r++)
+            ratio[r] = c->rate[r] / c->peers[k][r];
+        stats s = stats_of(ratio, c->reps);
+        low = s.low;
+        out_begin("peer", NULL, b, threads);
+        out_text("case", "what", c->what);
+        out_number("context", "context", 0, c->context);
+        out_number("rows", "rows", 0, c->rows);
+        out_text("peer", "beside", peer.name);
+        out_text("setting", "its options", peer.setting[k]);
+        out_number("tok_s", "ours, tok/s", 2, stats_of(c->rate, c->reps).mid);
+        out_number("peer_tok_s", "theirs, tok/s", 2, stats_of(c->peers[k], c->reps).mid);
+        out_number("ratio", "ours / theirs", 2, s.mid);
+        out_number("ratio_low", "lowest", 2, low);
+        out_number("ratio_high", "highest", 2, s.high);
+        out_number("read_gb_s", "read GB/s", 1, 1e-9 * stats_of(c->read, c->reps).mid);
+        out_number("reps", "reps", 0, c->reps);
+        out_end();
+    }
+}
+
+/* The batch curve: all numbers of rows in turn, so that each step is held against its neighbour of the same moment. */
+static void run_curve(model *b, dsv3_session *s, const int32_t *ids, uint32_t threads)
+{
+    uint32_t n = opt.rows.n, context = opt.contexts.v[0];
+    scene *c = (scene *)need(n * sizeof *c);
+    for (uint32_t i = 0; i < n; i++)
+        scene_start(b, s, ids, &c[i], "rows", context, opt.rows.v[i], opt.rows.v[i] > 16 ? 2 : ROWS_CALLS);
+    roofs r = roofs_now(b, threads);
+    for (uint32_t rep = 0; rep < opt.reps.v[0]; rep++)
+        for (uint32_t i = 0; i < n; i++) {
+            progress("rows, %u threads, %u rows: %u of %u", threads, c[i].rows, rep + 1, opt.reps.v[0]);
+            scene_measure(b, s, ids, threads, &c[i], &r);
+        }
+    chart.n_points = 0;
+    snprintf(chart.curve, sizeof chart.curve, "Rows at once behind a context of %u, tokens a second, %u threads, %s %s",
+             context, threads, b->dtype, b->compute);
+    for (uint32_t i = 0; i < n; i++) {
+        double step[MAX_REPS], single[MAX_REPS];
+        for (uint32_t rep = 0; rep < c[i].reps; rep++) {
+            step[rep] = c[i].rate[rep] / c[i ? i - 1 : 0].rate[rep];
+            single[rep] = c[i].rate[rep] / c[0].rate[rep];
+        }
+        double of_previous = stats_of(step, c[i].reps).mid, of_first = stats_of(single, c[i].reps).mid;
+        bool falls = of_previous < 0.9, below = opt.rows.v[0] == 1 && of_first < 0.98;
+        scene_fields(b, threads, &c[i]);
+        out_number("of_previous", "to the last", 2, of_previous);
+        out_number("of_first", "to the first", 2, of_first);
+        out_text("flag", "", stats_of(c[i].cpu, c[i].reps).mid < 0.9 ? "busy" : falls ? "STEP" : below ? "SLOWER" : "");
+        out_end();
+        chart_point(c[i].rows, stats_of(c[i].rate, c[i].reps).mid, stats_of(c[i].bound, c[i].reps).mid);
+    }
+    free(c);
 }
 
 /* The weights into the page cache, read in order; or out of it (pages that are mapped somewhere stay). */
@@ -552,6 +665,9 @@ static void run_open(const model *b, const char *dir, uint32_t threads)
         memset(&model_opts, 0, sizeof model_opts);
         memset(&session_opts, 0, sizeof session_opts);
         model_opts.isa = b->isa, session_opts.n_threads = threads;
+#ifdef DSV3_COMPUTE_API
+        model_opts.compute = compute_of(b->compute);
+#endif
         if (r == reps)
             page_cache(dir, false);
         progress("open: %u of %u", r + 1, reps + 1);
@@ -594,24 +710,23 @@ static uint32_t longest(bool wanted, const list *l, uint32_t times, uint32_t mor
     return length;
 }
 
-static void run_shape(const char *dir, dsv3_isa isa, bool with_open)
+static void run_shape(const char *dir, dsv3_isa isa, uint32_t compute, bool first)
 {
-    enum { ROWS_CALLS = 4 };
     dsv3_error error;
     model b;
-    model_open(&b, dir, isa);
+    model_open(&b, dir, isa, compute);
     if (!opt.json)
-        printf("`%s`: %s weights, %s head, %s, f32 arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n",
-               b.name, b.dtype, b.head_dtype, b.isa_name, 1e-9 * (double)b.mapped.total,
+        printf("`%s`: %s weights, %s head, %s, %s arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n",
+               b.name, b.dtype, b.head_dtype, b.isa_name, b.compute, 1e-9 * (double)b.mapped.total,
                1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
-               1e-9 * (b.fixed_macs + b.head_macs + b.routed_macs * active_share(&b)));
+               1e-9 * (b.fixed_macs + b.router_macs + b.head_macs + b.routed_macs * active_share(&b)));
     fflush(stdout);
-    if (opt.what & WHAT_OPEN && with_open) {
+    if (opt.what & WHAT_OPEN && first) {
         model_close(&b);
         run_open(&b, dir, opt.threads.v[opt.threads.n - 1]);
-        model_open(&b, dir, isa);
+        model_open(&b, dir, isa, compute);
     }
-    if (opt.what & WHAT_BANDWIDTH)
+    if (opt.what & WHAT_BANDWIDTH && first)
         run_bandwidth(&b);
     if (!(opt.what & (WHAT_DECODE | WHAT_PROMPT | WHAT_ROWS))) {
         model_close(&b);
@@ -621,30 +736,55 @@ static void run_shape(const char *dir, dsv3_isa isa, bool with_open)
     dsv3_session_opts options;
     dsv3_memory memory[MAX_LIST];
     double anonymous[MAX_LIST];
+    uint32_t n_prompts = opt.what & WHAT_PROMPT ? opt.prompts.n : 0,
+             n_contexts = opt.what & WHAT_DECODE ? opt.contexts.n : 0;
+    uint32_t n_scenes = n_prompts + n_contexts;
     memset(&options, 0, sizeof options);
     options.max_batch = MAX_BATCH;
     options.max_tokens = longest(opt.what & WHAT_DECODE, &opt.contexts, 1, opt.n_decode.v[0], 1);
     options.max_tokens = longest(opt.what & WHAT_PROMPT, &opt.prompts, 1, 0, options.max_tokens);
     options.max_tokens = longest(opt.what & WHAT_ROWS, &opt.rows, ROWS_CALLS, opt.contexts.v[0], options.max_tokens);
+    int32_t *ids = (int32_t *)need(options.max_tokens * sizeof *ids);
+    token_ids(ids, options.max_tokens, b.c.vocab_size);
     huge_pages();
-    for (uint32_t k = 0; k < opt.threads.n; k++) {
+    scene *all = (scene *)need(opt.threads.n * n_scenes * sizeof *all); /* [threads][prompts, contexts] */
+    for (uint32_t k = 0; n_scenes && k < opt.threads.n; k++) {
         dsv3_session *s;
+        scene *scenes = all + k * n_scenes;
         uint32_t n = options.n_threads = opt.threads.v[k];
         double before = anonymous_bytes();
         must(dsv3_session_memory(b.m, &options, &memory[k], &error), &error);
         must(dsv3_session_open(&s, b.m, &options, &error), &error);
         read_rate(&b.mapped, n); /* page faults */
-        for (uint32_t i = 0; opt.what & WHAT_DECODE && i < opt.contexts.n; i++)
-            run_rows(&b, s, "decode", n, opt.contexts.v[i], 1, opt.n_decode.v[0]);
-        for (uint32_t i = 0; opt.what & WHAT_PROMPT && i < opt.prompts.n; i++)
-            run_rows(&b, s, "prompt", n, 0, opt.prompts.v[i], 1);
-        for (uint32_t i = 0; opt.what & WHAT_ROWS && i < opt.rows.n; i++)
-            run_rows(&b, s, "rows", n, opt.contexts.v[0], opt.rows.v[i], ROWS_CALLS);
+        /* prompts rising, contexts falling: most of what a context needs is then there already */
+        for (uint32_t i = 0; i < n_prompts; i++) {
+            scene_start(&b, s, ids, &scenes[i], "prompt", 0, opt.prompts.v[i], 1);
+            scene_run(&b, s, ids, n, &scenes[i]);
+        }
+        for (uint32_t i = n_contexts; i-- > 0;) {
+            progress("decode, %u threads, context %u: start", n, opt.contexts.v[i]);
+            scene_start(&b, s, ids, &scenes[n_prompts + i], "decode", opt.contexts.v[i], 1, opt.n_decode.v[0]);
+            scene_run(&b, s, ids, n, &scenes[n_prompts + i]);
+        }
         anonymous[k] = b.anonymous + anonymous_bytes() - before;
+        dsv3_session_close(s);
+        for (uint32_t i = 0; i < n_scenes; i++)
+            scene_print(&b, n, &scenes[i]);
+    }
+    out_table();
+    for (uint32_t k = 0; peer.path && k < opt.threads.n; k++)
+        for (uint32_t i = 0; i < n_scenes; i++)
+            scene_print_peer(&b, opt.threads.v[k], &all[k * n_scenes + i]);
+    out_table();
+    for (uint32_t k = 0; opt.what & WHAT_ROWS && k < opt.threads.n; k++) {
+        dsv3_session *s;
+        options.n_threads = opt.threads.v[k];
+        must(dsv3_session_open(&s, b.m, &options, &error), &error);
+        run_curve(&b, s, ids, opt.threads.v[k]);
         dsv3_session_close(s);
     }
     out_table();
-    for (uint32_t k = 0; k < opt.threads.n; k++) {
+    for (uint32_t k = 0; n_scenes && k < opt.threads.n; k++) {
         out_begin("memory", NULL, &b, opt.threads.v[k]);
         out_number("mapped_mb", "mapped, MB", 1, 1e-6 * (double)memory[k].file_bytes);
         out_number("model_mb", "model, MB", 2, 1e-6 * (double)memory[k].model_bytes);
@@ -655,6 +795,7 @@ static void run_shape(const char *dir, dsv3_isa isa, bool with_open)
         out_end();
     }
     out_table();
+    free(all), free(ids);
     model_close(&b);
 }
 
@@ -714,28 +855,42 @@ static void run_tokenizer(void)
 static const char HELP[] =
     "usage: bench [options]                               speed on a checkpoint of random weights, beside the bound\n"
     "       bench --what tokenizer [options] DIR FILE...  speed of a checkpoint's tokenizer on texts\n"
-    "  --shape NAME|DIR   bench-3b (default), v3-slice, tiny-bench, or a checkpoint's directory\n"
-    "  --dtype fp8|bf16   what a named shape is written in (fp8)\n"
+    "  --shape NAME|DIR   bench-3b (default), v3-slice, tiny, or a checkpoint's directory\n"
+    "  --dtype NAME       what a named shape and the kernels' weights are: fp8 (default), int8, bf16\n"
+    "  --head bf16|8bit   the head of a named shape; 8bit: as the other weights (bf16)\n"
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
-    "  --what LIST        bandwidth, open, decode, prompt, rows; all of these (default); tokenizer\n"
+    "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer\n"
+    "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
     "  --isa LIST         auto, scalar, avx2, avx512 (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
-    "  --context LIST     tokens before the first decoded one (8,512); before the rows: the first of them\n"
-    "  --prompt LIST      lengths of prompts (512)\n"
-    "  --rows LIST        rows at once, at most 512 (1,2,3,4,6,8,12,16,24,32,48,64)\n"
+    "  --context LIST     tokens before the first decoded one (8,4096,16384); before the rows: the first of them\n"
+    "  --prompt LIST      lengths of prompts (128,512,4096)\n"
+    "  --rows LIST        rows at once, at most 512 (1-8,12,13,16,17,24,25,32,33,48,49,64)\n"
     "  --tokens N         tokens decoded in a repetition (32)\n"
-    "  --reps N           repetitions (5); a case over a minute stops at two\n"
+    "  --reps N           repetitions (5); a case over a minute stops at two, one whose first took 30 s at one\n"
+    "  --peer PATH        a llama-bench (of llama.cpp or ik_llama.cpp) to run in turn with decode and prompt\n"
+    "  --peer-model FILE  its model, a GGUF of the same shape\n"
     "  --json             one object a line\n"
-    "  --commit TEXT      for the heading\n";
+    "  --svg FILE         also draws the figures\n"
+    "  --commit TEXT      for the heading\n"
+    "  --then             further measurements behind it: options stay as they were, --what begins anew\n";
 
 static list parse_list(const char *flag, const char *text, uint32_t largest)
 {
     list l = {{0}, 0};
     for (char *end; *text; text = *end ? end + 1 : end) {
-        unsigned long v = strtoul(text, &end, 10);
-        if (end == text || (*end && *end != ',') || v < 1 || v > largest || l.n == MAX_LIST)
-            die("%s wants numbers from 1 to %u with commas between them, as in: %s 1,2", flag, largest, flag);
-        l.v[l.n++] = (uint32_t)v;
+        unsigned long v = strtoul(text, &end, 10), last = v;
+        bool good = end != text;
+        if (good && *end == '-') {
+            text = end + 1;
+            last = strtoul(text, &end, 10);
+            good = end != text;
+        }
+        if (!good || (*end && *end != ',') || v < 1 || last < v || last > largest || last - v >= MAX_LIST - l.n)
+            die("%s wants numbers from 1 to %u, as in: %s 1,2,5-8; at most %u of them", flag, largest, flag,
+                (uint32_t)MAX_LIST);
+        for (; v <= last; v++)
+            l.v[l.n++] = (uint32_t)v;
     }
     if (l.n == 0)
         die("%s wants a number", flag);
@@ -755,11 +910,11 @@ static uint32_t parse_word(const char *flag, const char **text, const char *cons
     return i;
 }
 
-static void parse(int argc, char **argv)
+/* Arguments argv[0 ... argc-1], in which --then does not occur. first: from the defaults. */
+static void parse(int argc, char **argv, bool first)
 {
-    static const char *const WHAT[] = {"bandwidth", "open", "decode", "prompt", "rows", "tokenizer", "all"};
-    static const char *const ISA[] = {"auto", "scalar", "avx2", "avx512"};
-    static const uint32_t ISA_OF[] = {DSV3_ISA_AUTO, DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512};
+    static const char *const WHAT[] = {"bandwidth", "open", "kernels", "decode", "prompt", "rows", "tokenizer", "all"};
+    enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 8 };
     static const struct {
         const char *flag, *initial; /* initial: of a list */
         const char **text;
@@ -768,25 +923,39 @@ static void parse(int argc, char **argv)
     } FLAGS[] = {
         {"--shape", NULL, &opt.shape, NULL, 0},
         {"--dtype", NULL, &opt.dtype, NULL, 0},
+        {"--head", NULL, &opt.head, NULL, 0},
         {"--dir", NULL, &opt.dir, NULL, 0},
         {"--commit", NULL, &opt.commit, NULL, 0},
+        {"--svg", NULL, &opt.svg, NULL, 0},
+        {"--peer", NULL, &opt.peer, NULL, 0},
+        {"--peer-model", NULL, &opt.peer_model, NULL, 0},
         {"--threads", "1", NULL, &opt.threads, MAX_THREADS},
-        {"--context", "8,512", NULL, &opt.contexts, 1000000},
-        {"--prompt", "512", NULL, &opt.prompts, 1000000},
-        {"--rows", "1,2,3,4,6,8,12,16,24,32,48,64", NULL, &opt.rows, MAX_BATCH},
+        {"--context", "8,4096,16384", NULL, &opt.contexts, 1000000},
+        {"--prompt", "128,512,4096", NULL, &opt.prompts, 1000000},
+        {"--rows", "1-8,12,13,16,17,24,25,32,33,48,49,64", NULL, &opt.rows, MAX_BATCH},
         {"--tokens", "32", NULL, &opt.n_decode, 100000},
         {"--reps", "5", NULL, &opt.reps, MAX_REPS},
     };
     enum { N_FLAGS = sizeof FLAGS / sizeof *FLAGS };
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    opt.shape = "bench-3b", opt.dtype = "fp8", opt.dir = "build/shapes", opt.commit = "";
-    for (uint32_t k = 0; k < N_FLAGS; k++)
-        if (FLAGS[k].numbers)
-            *FLAGS[k].numbers = parse_list(FLAGS[k].flag, FLAGS[k].initial, FLAGS[k].largest);
-    if (cores > 1)
-        opt.threads.v[opt.threads.n++] = (uint32_t)(cores < MAX_THREADS ? cores : MAX_THREADS);
-    opt.isas.v[0] = DSV3_ISA_AUTO, opt.isas.n = 1;
-    for (int i = 1; i < argc; i++) {
+    const char *isas[MAX_ISAS];
+    uint32_t n_isas = 0;
+    while (n_isas < MAX_ISAS && strcmp(dsv3_isa_name((dsv3_isa)n_isas), "?")) {
+        isas[n_isas] = dsv3_isa_name((dsv3_isa)n_isas);
+        n_isas++;
+    }
+    opt.what = 0;
+    if (first) {
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
+        opt.shape = "bench-3b", opt.dtype = "fp8", opt.head = "bf16", opt.dir = "build/shapes", opt.commit = "";
+        for (uint32_t k = 0; k < N_FLAGS; k++)
+            if (FLAGS[k].numbers)
+                *FLAGS[k].numbers = parse_list(FLAGS[k].flag, FLAGS[k].initial, FLAGS[k].largest);
+        if (cores > 1)
+            opt.threads.v[opt.threads.n++] = (uint32_t)(cores < MAX_THREADS ? cores : MAX_THREADS);
+        opt.isas.v[0] = DSV3_ISA_AUTO, opt.isas.n = 1;
+        opt.computes.v[0] = 0, opt.computes.n = 1;
+    }
+    for (int i = 0; i < argc; i++) {
         const char *a = argv[i], *value;
         uint32_t k = 0;
         if (strcmp(a, "-h") == 0 || strcmp(a, "--help") == 0) {
@@ -805,19 +974,22 @@ static void parse(int argc, char **argv)
         }
         while (k < N_FLAGS && strcmp(a, FLAGS[k].flag))
             k++;
-        if (k == N_FLAGS && strcmp(a, "--what") && strcmp(a, "--isa"))
+        if (k == N_FLAGS && strcmp(a, "--what") && strcmp(a, "--isa") && strcmp(a, "--compute"))
             die("no option %s; bench -h lists them", a);
         if (++i == argc)
             die("%s wants a value; bench -h says which", a);
         value = argv[i];
         if (strcmp(a, "--what") == 0)
             while (*value) {
-                uint32_t w = parse_word(a, &value, WHAT, 7);
-                opt.what |= w == 6 ? (uint32_t)WHAT_ALL : 1u << w;
+                uint32_t w = parse_word(a, &value, WHAT, N_WHAT);
+                opt.what |= w == N_WHAT - 1 ? (uint32_t)WHAT_ALL : 1u << w;
             }
         else if (strcmp(a, "--isa") == 0)
-            for (opt.isas.n = 0; *value && opt.isas.n < 4;)
-                opt.isas.v[opt.isas.n++] = ISA_OF[parse_word(a, &value, ISA, 4)];
+            for (opt.isas.n = 0; *value && opt.isas.n < MAX_LIST;)
+                opt.isas.v[opt.isas.n++] = parse_word(a, &value, isas, n_isas);
+        else if (strcmp(a, "--compute") == 0)
+            for (opt.computes.n = 0; *value && opt.computes.n < MAX_LIST;)
+                opt.computes.v[opt.computes.n++] = parse_word(a, &value, COMPUTES, N_COMPUTES);
         else if (FLAGS[k].text)
             *FLAGS[k].text = value;
         else
@@ -829,8 +1001,21 @@ static void parse(int argc, char **argv)
         die("'%s': only --what tokenizer takes files", opt.args[0]);
     if (!opt.n_args && opt.what & WHAT_TOKENIZER)
         die("a directory with tokenizer.json is missing: bench --what tokenizer DIR FILE...");
-    if (strcmp(opt.dtype, "fp8") && strcmp(opt.dtype, "bf16"))
-        die("--dtype is fp8 or bf16");
+    if (strcmp(opt.dtype, "fp8") && strcmp(opt.dtype, "int8") && strcmp(opt.dtype, "bf16"))
+        die("--dtype is fp8, int8 or bf16");
+    if (strcmp(opt.head, "bf16") && strcmp(opt.head, "8bit"))
+        die("--head is bf16 or 8bit");
+    if (strcmp(opt.head, "8bit") == 0 && strcmp(opt.dtype, "bf16") == 0)
+        die("--head 8bit goes with --dtype fp8 or int8");
+#ifndef DSV3_COMPUTE_API
+    for (uint32_t i = 0; i < opt.computes.n; i++)
+        if (opt.computes.v[i] > 1)
+            die("--compute %s: this version of dsv3.h computes in f32", COMPUTES[opt.computes.v[i]]);
+#endif
+    if (!opt.peer != !opt.peer_model)
+        die("--peer and --peer-model go together");
+    if (opt.peer)
+        peer_find(opt.peer, opt.peer_model);
 }
 
 static void heading(int argc, char **argv)
@@ -848,10 +1033,18 @@ static void heading(int argc, char **argv)
     if (f)
         fclose(f);
     strftime(date, sizeof date, "%Y-%m-%d %H:%M UTC", gmtime(&t));
+    snprintf(chart.note, sizeof chart.note, "dsv3.h %s%s%s, %s, %ld cores, %s", DSV3_VERSION_STRING,
+             *opt.commit ? ", commit " : "", opt.commit, cpu, sysconf(_SC_NPROCESSORS_ONLN), date);
+    if (opt.json)
+        return;
     printf("# Speed of dsv3.h %s\n\n- machine: %s, %ld cores, %.0f GB", DSV3_VERSION_STRING, cpu,
            sysconf(_SC_NPROCESSORS_ONLN), 1e-9 * (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE));
     if (uname(&u) == 0)
         printf(", %s %s", u.sysname, u.release);
+    printf("\n- multiply-adds: ");
+    for (uint32_t i = 0, n = 0; i < N_PEAKS; i++)
+        if (peak_there((peak)i))
+            printf("%s%s", n++ ? ", " : "", PEAKS[i].name);
 #if defined(__clang__)
     printf("\n- compiler: clang %s", __clang_version__);
 #else
@@ -866,29 +1059,58 @@ static void heading(int argc, char **argv)
     printf("`\n\n");
 }
 
-int main(int argc, char **argv)
+/* What one group of options asks for. */
+static void run_group(void)
 {
     char dir[PATH_SIZE];
     const shape *p = NULL;
     struct stat st;
-    parse(argc, argv);
+    format f;
+    memset(&f, 0, sizeof f);
+    f.dtype = strcmp(opt.dtype, "fp8") == 0    ? DSV3_DTYPE_F8_E4M3
+              : strcmp(opt.dtype, "int8") == 0 ? DSV3_DTYPE_I8
+                                               : DSV3_DTYPE_BF16;
+    f.head8 = strcmp(opt.head, "8bit") == 0;
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
         if (strcmp(opt.shape, SHAPES[i].name) == 0)
             p = &SHAPES[i];
     if (!p && (stat(opt.shape, &st) || !S_ISDIR(st.st_mode)))
-        die("'%s' is neither a shape (bench-3b, v3-slice, tiny-bench) nor a directory", opt.shape);
-    if (!opt.json)
-        heading(argc, argv);
+        die("'%s' is neither a shape (bench-3b, v3-slice, tiny) nor a directory", opt.shape);
     if (opt.what & WHAT_TOKENIZER)
         run_tokenizer();
-    if (!(opt.what & WHAT_ALL))
-        return 0;
+    for (uint32_t i = 0; opt.what & WHAT_KERNELS && i < opt.isas.n; i++)
+        for (uint32_t j = 0; j < opt.computes.n; j++) {
+            dsv3_isa isa = (dsv3_isa)opt.isas.v[i];
+            for (uint32_t level = 1; isa == DSV3_ISA_AUTO; level++) /* the best that there is */
+                if (!dsv3_isa_supported((dsv3_isa)(level + 1)))
+                    isa = (dsv3_isa)level;
+            run_kernels(f.dtype, opt.dtype, isa, compute_resolve(opt.computes.v[j], opt.dtype));
+        }
+    if (!(opt.what & (WHAT_ALL & ~(uint32_t)WHAT_KERNELS)))
+        return;
     if (p)
-        shape_ensure(dir, p, strcmp(opt.dtype, "fp8") == 0, opt.dir);
+        shape_ensure(dir, p, f, opt.dir);
     else
         path_join(dir, opt.shape, "", "");
     page_cache(dir, true);
     for (uint32_t i = 0; i < opt.isas.n; i++)
-        run_shape(dir, (dsv3_isa)opt.isas.v[i], i == 0);
+        for (uint32_t j = 0; j < opt.computes.n; j++)
+            run_shape(dir, (dsv3_isa)opt.isas.v[i], opt.computes.v[j], i + j == 0);
+}
+
+int main(int argc, char **argv)
+{
+    bool first = true;
+    for (int i = 1, n; first || i < argc; i += n + 1) {
+        for (n = 0; i + n < argc && strcmp(argv[i + n], "--then"); n++)
+            ;
+        parse(n, argv + i, first);
+        if (first)
+            heading(argc, argv);
+        first = false;
+        run_group();
+    }
+    if (opt.svg)
+        chart_write(opt.svg);
     return 0;
 }

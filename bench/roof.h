@@ -1,8 +1,8 @@
-/* What the machine allows: a plain read of memory, and a loop of multiply-adds. Used by bench.c, which supplies die, now and
+/* What the machine allows: a plain read of memory, and a loop of each multiply-add. Used by bench.c, which supplies die, now and
    MAX_THREADS. */
 
 #if defined(__x86_64__)
-    #include <immintrin.h>
+#include <immintrin.h>
 #endif
 
 typedef struct job {
@@ -69,51 +69,139 @@ __attribute__((target("avx2"))) static uint64_t read_avx2(const uint8_t *p, size
     return sum[0] + sum[1] + sum[2] + sum[3] + read_plain(p + i, n - i);
 }
 
-    #define TWELVE(X)      X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-    #define CHAIN_START(i) a##i = SET((float)i);
-    #define CHAIN_STEP(i)  a##i = FMA(a##i, half, half);
-    #define CHAIN_SUM(i)   sum = FMA(a##i, half, sum);
-    /* Twelve independent chains a = a / 2 + 1 / 2, which settle at 1: more than latency times width of two units. */
-    #define CHAINS(name, isa, type)                                                              \
-        __attribute__((target(isa))) static float name(uint64_t n)                               \
-        {                                                                                        \
-            type half = SET(0.5f), sum = half, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11; \
-            float result;                                                                        \
-            TWELVE(CHAIN_START)                                                                  \
-            while (n--) {                                                                        \
-                TWELVE(CHAIN_STEP)                                                               \
-            }                                                                                    \
-            TWELVE(CHAIN_SUM)                                                                    \
-            memcpy(&result, &sum, sizeof result);                                                \
-            return result;                                                                       \
-        }
-    #define SET _mm256_set1_ps
-    #define FMA _mm256_fmadd_ps
-CHAINS(chains_avx2, "avx2,fma", __m256)
-    #undef SET
-    #undef FMA
-    #define SET _mm512_set1_ps
-    #define FMA _mm512_fmadd_ps
-CHAINS(chains_avx512, "avx512f", __m512)
+/* Twelve independent chains: more than latency times width of two units. HIDE keeps the compiler from seeing that they
+       are equal, and from taking what does not change out of the loop; the sum of the chains is the result. */
+#define TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define HIDE(u)   __asm__("" : "+x"(u))
+#define CHAIN_START(i) \
+    a##i = u;          \
+    HIDE(a##i);
+#define CHAIN_STEP(i) STEP(a##i, u, s);
+#define CHAIN_SUM(i)  SUM(sum, a##i);
+#define CHAINS(name, isa, type, start)                                                  \
+    __attribute__((target(isa))) static uint64_t name(uint64_t n)                       \
+    {                                                                                   \
+        type u = start, s = start, sum = start, a0, a1, a2, a3, a4, a5, a6, a7, a8, a9; \
+        type a10, a11;                                                                  \
+        uint32_t result;                                                                \
+        TWELVE(CHAIN_START)                                                             \
+        while (n--) {                                                                   \
+            TWELVE(CHAIN_STEP)                                                          \
+        }                                                                               \
+        TWELVE(CHAIN_SUM)                                                               \
+        memcpy(&result, &sum, sizeof result);                                           \
+        return result;                                                                  \
+    }
+
+/* a = a / 2 + 1 / 2 settles at 1 */
+#define STEP(a, u, s) a = _mm256_fmadd_ps(a, u, s)
+#define SUM(sum, a)   sum = _mm256_add_ps(sum, a)
+CHAINS(chains_fma_ymm, "avx2,fma", __m256, _mm256_set1_ps(0.5f))
+#undef STEP
+#undef SUM
+#define STEP(a, u, s) a = _mm512_fmadd_ps(a, u, s)
+#define SUM(sum, a)   sum = _mm512_add_ps(sum, a)
+CHAINS(chains_fma_zmm, "avx512f", __m512, _mm512_set1_ps(0.5f))
+#undef STEP
+#undef SUM
+/* what AVX2 takes for 32 8-bit products: three instructions */
+#define STEP(a, u, s) \
+    HIDE(u);          \
+    a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), s))
+#define SUM(sum, a) sum = _mm256_add_epi32(sum, a)
+CHAINS(chains_maddubs_ymm, "avx2", __m256i, _mm256_set1_epi8(3))
+#undef STEP
+#undef SUM
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define STEP(a, u, s) a = _mm256_dpbusd_avx_epi32(a, u, s)
+#define SUM(sum, a)   sum = _mm256_add_epi32(sum, a)
+CHAINS(chains_dpbusd_ymm, "avx2,avxvnni", __m256i, _mm256_set1_epi8(3))
+#undef STEP
+#undef SUM
+#define STEP(a, u, s) a = _mm512_dpbusd_epi32(a, u, s)
+#define SUM(sum, a)   sum = _mm512_add_epi32(sum, a)
+CHAINS(chains_dpbusd_zmm, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(3))
+#undef STEP
+#undef SUM
+/* the sums grow until they stand still; 0x3F003F00 is a pair of 0.5 */
+#define STEP(a, u, s) a = _mm512_dpbf16_ps(a, (__m512bh)_mm512_castps_si512(u), (__m512bh)_mm512_castps_si512(s))
+#define SUM(sum, a)   sum = _mm512_add_ps(sum, a)
+CHAINS(chains_dpbf16_zmm, "avx512f,avx512bf16", __m512, _mm512_castsi512_ps(_mm512_set1_epi32(0x3F003F00)))
+#undef STEP
+#undef SUM
+#define NEW_CHAINS(name) name
+#else
+#define NEW_CHAINS(name) NULL
 #endif
+#define X64_CHAINS(name) name
+#else
+#define X64_CHAINS(name) NULL
+#define NEW_CHAINS(name) NULL
+#endif
+
+typedef enum peak { PEAK_FMA_YMM, PEAK_FMA_ZMM, PEAK_MADDUBS, PEAK_DPBUSD_YMM, PEAK_DPBUSD, PEAK_DPBF16, N_PEAKS } peak;
+
+static const struct {
+    const char *name;
+    double macs; /* multiply-adds of a step of one chain */
+    uint64_t (*chains)(uint64_t n);
+} PEAKS[N_PEAKS] = {
+    {"vfmadd231ps ymm", 8, X64_CHAINS(chains_fma_ymm)},
+    {"vfmadd231ps zmm", 16, X64_CHAINS(chains_fma_zmm)},
+    {"vpmaddubsw + vpmaddwd ymm", 32, X64_CHAINS(chains_maddubs_ymm)},
+    {"vpdpbusd ymm", 32, NEW_CHAINS(chains_dpbusd_ymm)},
+    {"vpdpbusd zmm", 64, NEW_CHAINS(chains_dpbusd_zmm)},
+    {"vdpbf16ps zmm", 32, NEW_CHAINS(chains_dpbf16_zmm)},
+};
+
+/* Does this CPU have the instruction, this program a loop of it, and the system the registers. */
+static bool peak_there(peak p)
+{
+    unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0;
+    bool zmm = dsv3_isa_supported(DSV3_ISA_AVX512);
+    if (!PEAKS[p].chains || !dsv3_isa_supported(DSV3_ISA_AVX2))
+        return false;
+#if defined(__x86_64__)
+    __get_cpuid_count(7, 1, &a1, &b, &c, &d);
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+#endif
+    switch ((int)p) {
+    case PEAK_FMA_ZMM: return zmm;
+    case PEAK_DPBUSD_YMM: return a1 >> 4 & 1;      /* AVX-VNNI */
+    case PEAK_DPBUSD: return zmm && (c >> 11 & 1); /* AVX512_VNNI */
+    case PEAK_DPBF16: return zmm && (a1 >> 5 & 1); /* AVX512_BF16 */
+    default: return true;
+    }
+}
 
 enum { N_CHAIN_STEPS = 4000000 };
 
 static void chains_job(void *ctx, uint32_t i, uint32_t n)
 {
-    float result = 0;
-    (void)i, (void)n, (void)ctx;
-#if defined(__x86_64__)
-    result = (*(const dsv3_isa *)ctx == DSV3_ISA_AVX512 ? chains_avx512 : chains_avx2)(N_CHAIN_STEPS);
-#endif
-    __sync_fetch_and_add(&sink, (uint64_t)result);
+    (void)i, (void)n;
+    __sync_fetch_and_add(&sink, PEAKS[*(const peak *)ctx].chains(N_CHAIN_STEPS));
 }
 
-/* Multiply-adds a second of n threads; 0 where no loop is written for the instruction set (scalar, other machines). */
-static double peak_rate(dsv3_isa isa, uint32_t n)
+/* Multiply-adds a second of n threads; 0 where there is no such peak (N_PEAKS: scalar kernels, other machines). */
+static double peak_rate(peak p, uint32_t n)
 {
-    double lanes = isa == DSV3_ISA_AVX512 ? 16 : isa == DSV3_ISA_AVX2 ? 8 : 0;
-    return lanes > 0 ? 12.0 * N_CHAIN_STEPS * lanes * n / on_threads(n, chains_job, &isa) : 0;
+    return p < N_PEAKS ? 12.0 * N_CHAIN_STEPS * PEAKS[p].macs * n / on_threads(n, chains_job, &p) : 0;
+}
+
+/* The fastest instruction for products in f32, in bf16 or in 8 bits that kernels of this level may use; bf16 where there is
+   none of its own is two f32 FMAs a pair. */
+static peak peak_of(dsv3_isa isa, const char *products)
+{
+    bool zmm = isa >= DSV3_ISA_AVX512;
+    if (isa < DSV3_ISA_AVX2 || !peak_there(PEAK_FMA_YMM))
+        return N_PEAKS;
+    if (strcmp(products, "int8") == 0)
+        return zmm && peak_there(PEAK_DPBUSD) ? PEAK_DPBUSD
+               : peak_there(PEAK_DPBUSD_YMM)  ? PEAK_DPBUSD_YMM
+                                              : PEAK_MADDUBS;
+    if (strcmp(products, "f32") && zmm && peak_there(PEAK_DPBF16))
+        return PEAK_DPBF16;
+    return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
 }
 
 typedef struct span {

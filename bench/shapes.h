@@ -16,12 +16,18 @@ static const shape SHAPES[] = {
     /* name       dim layers dense inter ex top gr tg sh moe_i heads q_lora kv_l nope rope v vocab */
     {"bench-3b", 2048, 8, 1, 8192, 64, 6, 1, 1, 1, 1408, 16, 1536, 512, 128, 64, 128, 32768},
     {"v3-slice", 7168, 3, 1, 18432, 32, 8, 8, 4, 1, 2048, 128, 1536, 512, 128, 64, 128, 16384},
-    {"tiny-bench", 256, 4, 1, 512, 16, 4, 4, 2, 1, 192, 4, 128, 128, 64, 32, 64, 2048},
+    {"tiny", 256, 4, 1, 512, 16, 4, 4, 2, 1, 192, 4, 128, 128, 64, 32, 64, 2048},
 };
 
 #define SHARD_BYTES ((uint64_t)2 << 30)
 
-typedef struct spec { /* one tensor to be written: mean + std * a Gaussian; FP8 codes have no mean */
+/* How a shape is written. The head is BF16 as published, unless it is asked for in the form of the other weights. */
+typedef struct format {
+    dsv3_dtype dtype; /* F8_E4M3: 128 x 128 blocks; I8: a scale a row (compressed-tensors W8A8); BF16 */
+    bool head8;
+} format;
+
+typedef struct spec { /* one tensor to be written: mean + std * a Gaussian; codes have no mean */
     char name[96];
     dsv3_dtype dtype;
     uint32_t rows, cols; /* cols 0: rank 1 */
@@ -32,7 +38,7 @@ typedef struct spec { /* one tensor to be written: mean + std * a Gaussian; FP8 
 typedef struct specs {
     spec *v; /* [n] */
     uint32_t n, cap;
-    bool fp8;
+    format f;
 } specs;
 
 static uint64_t spec_count(const spec *t)
@@ -55,19 +61,24 @@ static void spec_add(specs *s, dsv3_dtype dtype, uint32_t rows, uint32_t cols, d
     t->dtype = dtype, t->rows = rows, t->cols = cols, t->mean = mean, t->std = std;
 }
 
-/* Gaussian codes of this standard deviation: the largest of a block then lies near 448, as the quantiser leaves it. */
-#define CODE_STD 107.0
+/* Gaussian codes of this standard deviation: the largest of a block then lies near 448, the largest of a row near 127, as
+   quantisers leave them. */
+#define CODE_STD_FP8  107.0
+#define CODE_STD_INT8 34.0
 
-/* A projection that DeepSeek-V3 stores in FP8 with scales: weights of std gain / sqrt(fan-in). */
+/* A projection that is stored with scales: weights of std gain / sqrt(fan-in). */
 static void spec_linear(specs *s, uint32_t rows, uint32_t cols, double gain, const char *prefix, const char *part)
 {
     char name[96];
-    double std = gain / sqrt((double)cols), scale = std / CODE_STD;
+    bool fp8 = s->f.dtype == DSV3_DTYPE_F8_E4M3, int8 = s->f.dtype == DSV3_DTYPE_I8;
+    double std = gain / sqrt((double)cols), code = fp8 ? CODE_STD_FP8 : int8 ? CODE_STD_INT8 : std, scale = std / code;
     snprintf(name, sizeof name, "%s%s.weight", prefix, part);
-    spec_add(s, s->fp8 ? DSV3_DTYPE_F8_E4M3 : DSV3_DTYPE_BF16, rows, cols, 0, s->fp8 ? CODE_STD : std, name);
-    snprintf(name, sizeof name, "%s%s.weight_scale_inv", prefix, part);
-    if (s->fp8)
+    spec_add(s, s->f.dtype, rows, cols, 0, code, name);
+    snprintf(name, sizeof name, "%s%s.weight_scale%s", prefix, part, fp8 ? "_inv" : "");
+    if (fp8)
         spec_add(s, DSV3_DTYPE_F32, (rows + 127) / 128, (cols + 127) / 128, scale, 0.05 * scale, name);
+    if (int8)
+        spec_add(s, DSV3_DTYPE_BF16, rows, 1, scale, 0.05 * scale, name);
 }
 
 static void spec_mlp(specs *s, uint32_t dim, uint32_t inter, const char *prefix)
@@ -117,12 +128,35 @@ static void specs_of_shape(specs *s, const shape *p)
         spec_mlp(s, p->dim, p->moe_inter * p->shared, at);
     }
     spec_norm(s, p->dim, "model.", "norm");
-    spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, 1 / sqrt((double)p->dim), "lm_head.weight");
+    if (s->f.head8)
+        spec_linear(s, p->vocab, p->dim, 1, "", "lm_head");
+    else
+        spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, 1 / sqrt((double)p->dim), "lm_head.weight");
 }
 
 /* Also the stamp: a directory whose config.json is another text is written again. */
-static void config_text(char *text, size_t size, const shape *p, bool fp8)
+static void config_text(char *text, size_t size, const shape *p, format f)
 {
+    static const char FP8[] = "  \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", "
+                              "\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]},\n";
+    /* as llm-compressor writes it */
+    static const char INT8[] =
+        "  \"quantization_config\": {\n    \"config_groups\": {\"group_0\": {\n"
+        "      \"input_activations\": {\"actorder\": null, \"block_structure\": null, \"dynamic\": true, "
+        "\"group_size\": null, \"num_bits\": 8, \"observer\": null, \"observer_kwargs\": {}, "
+        "\"strategy\": \"token\", \"symmetric\": true, \"type\": \"int\"},\n"
+        "      \"output_activations\": null,\n      \"targets\": [\"Linear\"],\n"
+        "      \"weights\": {\"actorder\": null, \"block_structure\": null, \"dynamic\": false, "
+        "\"group_size\": null, \"num_bits\": 8, \"observer\": \"minmax\", \"observer_kwargs\": {}, "
+        "\"strategy\": \"channel\", \"symmetric\": true, \"type\": \"int\"}}},\n"
+        "    \"format\": \"int-quantized\",\n    \"global_compression_ratio\": null,\n"
+        "    \"ignore\": [%s\"re:.*mlp\\\\.gate$\"],\n    \"kv_cache_scheme\": null,\n"
+        "    \"quant_method\": \"compressed-tensors\",\n    \"quantization_status\": \"compressed\"\n  },\n";
+    char quantization[2048] = "";
+    if (f.dtype == DSV3_DTYPE_F8_E4M3)
+        snprintf(quantization, sizeof quantization, "%s", FP8);
+    if (f.dtype == DSV3_DTYPE_I8)
+        snprintf(quantization, sizeof quantization, INT8, f.head8 ? "" : "\"lm_head\", ");
     snprintf(
         text, size,
         "{\n  \"_name_or_path\": \"%s, random weights, writer 1\",\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
@@ -138,10 +172,7 @@ static void config_text(char *text, size_t size, const shape *p, bool fp8)
         "  \"num_nextn_predict_layers\": 0,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
         "  \"bos_token_id\": 0,\n  \"eos_token_id\": 1,\n%s  \"torch_dtype\": \"bfloat16\"\n}\n",
         p->name, p->dim, p->layers, p->dense, p->inter, p->experts, p->top, p->groups, p->top_groups, p->shared,
-        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab,
-        fp8 ? "  \"quantization_config\": {\"activation_scheme\": \"dynamic\", \"fmt\": \"e4m3\", "
-              "\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]},\n"
-            : "");
+        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab, quantization);
 }
 
 enum { N_QUANTILES = 4096 }; /* 12 random bits pick one */
@@ -158,6 +189,9 @@ static void quantile_table(uint8_t *out, const spec *t, const double *z)
             memcpy(out + 4 * i, &bits, 4);
         } else if (t->dtype == DSV3_DTYPE_BF16) {
             out[2 * i] = (uint8_t)(bf16 & 0xFF), out[2 * i + 1] = (uint8_t)(bf16 >> 8);
+        } else if (t->dtype == DSV3_DTYPE_I8) {
+            double code = floor((double)value + 0.5);
+            out[i] = (uint8_t)(int8_t)(code < -128 ? -128 : code > 127 ? 127 : code);
         } else { /* the nearest of 127 magnitudes; 0x7F, the NaN, is not among them */
             double best = 1e9;
             for (uint32_t code = 0; code < 127; code++) {
@@ -305,15 +339,32 @@ static void remove_dir(const char *path)
     rmdir(path);
 }
 
-/* dir: out, where the shape lies below `parent`; written if it does not lie there yet. */
-static void shape_ensure(char dir[PATH_SIZE], const shape *p, bool fp8, const char *parent)
+/* out [N_QUANTILES]: the Gaussian's quantiles, by bisection. */
+static void gauss_quantiles(double *out)
 {
-    char config[4096], found[4096], path[PATH_SIZE], temporary[PATH_SIZE], name[64];
-    snprintf(name, sizeof name, "%s-%s", p->name, fp8 ? "fp8" : "bf16");
+    for (uint32_t i = 0; i < N_QUANTILES; i++) {
+        double low = -6, high = 6;
+        for (uint32_t step = 0; step < 50; step++) {
+            double middle = (low + high) / 2;
+            *(0.5 * erfc(-middle / sqrt(2.0)) * N_QUANTILES < i + 0.5 ? &low : &high) = middle;
+        }
+        out[i] = low;
+    }
+}
+
+/* dir: out, where the shape lies below `parent`; written if it does not lie there yet. */
+static void shape_ensure(char dir[PATH_SIZE], const shape *p, format wanted, const char *parent)
+{
+    char config[8192], found[8192], path[PATH_SIZE], temporary[PATH_SIZE], name[64];
+    snprintf(name, sizeof name, "%s-%s%s", p->name,
+             wanted.dtype == DSV3_DTYPE_F8_E4M3 ? "fp8"
+             : wanted.dtype == DSV3_DTYPE_I8    ? "int8"
+                                                : "bf16",
+             wanted.head8 ? "-head8" : "");
     path_join(dir, parent, "/", name);
     path_join(path, dir, "/", "config.json");
     path_join(temporary, dir, ".part", "");
-    config_text(config, sizeof config, p, fp8);
+    config_text(config, sizeof config, p, wanted);
     FILE *f = fopen(path, "rb");
     if (f) {
         size_t n = fread(found, 1, sizeof found, f);
@@ -324,17 +375,11 @@ static void shape_ensure(char dir[PATH_SIZE], const shape *p, bool fp8, const ch
     remove_dir(temporary);
     make_dirs(temporary);
 
-    double z[N_QUANTILES]; /* the Gaussian's quantiles, by bisection */
-    for (uint32_t i = 0; i < N_QUANTILES; i++) {
-        double low = -6, high = 6;
-        for (uint32_t step = 0; step < 50; step++) {
-            double middle = (low + high) / 2;
-            *(0.5 * erfc(-middle / sqrt(2.0)) * N_QUANTILES < i + 0.5 ? &low : &high) = middle;
-        }
-        z[i] = low;
-    }
-    specs s = {NULL, 0, 0, false};
-    s.fp8 = fp8;
+    double z[N_QUANTILES];
+    gauss_quantiles(z);
+    specs s;
+    memset(&s, 0, sizeof s);
+    s.f = wanted;
     specs_of_shape(&s, p);
     uint64_t total = 0, done = 0, random = 1;
     for (uint32_t i = 0; i < s.n; i++) {
