@@ -56,6 +56,10 @@ build/bench: bench/bench.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(COMPILE) -DBENCH_CFLAGS='"$(CFLAGS)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
 
+build/sparse: bench/sparse.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
 BENCH ?= --shape bench-3b --threads 1,2 --what bandwidth,open,decode,prompt --reps 3
 
 bench: build/bench ## speed beside the bound, into bench/RESULTS.md (writes 4.4 GB to build/; BENCH='...' for options)
