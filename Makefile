@@ -56,6 +56,10 @@ build/bench: bench/bench.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(COMPILE) -DBENCH_CFLAGS='"$(CFLAGS)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
 
+build/sparse: bench/sparse.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+
 # About five minutes on two cores. --then: another group of measurements in the same run.
 BENCH ?= --threads 1,2 --reps 3 --what bandwidth,open,decode,prompt --context 8 --prompt 512 \
          --then --threads 2 --what decode,prompt,rows --context 8,4096 --prompt 128,4096 --rows 1-8,12,16,24,32,48,64 \

@@ -1309,6 +1309,8 @@ static void dsv3__os_close(void *user, dsv3_file *file)
 #define O_NONBLOCK 0
 #endif
 
+#define DSV3__OS_HEADER ((size_t)256 << 10) /* bytes; those of DeepSeek-V3's shards are 80 kB */
+
 /* O_NONBLOCK: a pipe under the name of a shard must not hang the host. Links are followed: the Hugging Face cache is made
    of them. */
 static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
@@ -1338,6 +1340,10 @@ static dsv3_result dsv3__os_open(void *user, const char *name, dsv3_file *file)
     close(fd); /* the mapping keeps the file */
     if (map == MAP_FAILED)
         return DSV3_ERROR_IO;
+#ifdef MADV_WILLNEED
+    /* The header, and no more of a cold file: a fault at its first byte would read megabytes of weights with it. */
+    madvise(map, file->size < DSV3__OS_HEADER ? (size_t)file->size : DSV3__OS_HEADER, MADV_WILLNEED);
+#endif
 #ifdef MADV_HUGEPAGE
     madvise(map, (size_t)file->size, MADV_HUGEPAGE); /* harmless where the file system has no large folios */
 #endif

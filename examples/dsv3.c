@@ -506,9 +506,10 @@ static int logits(int argc, char **argv)
 static const char inspect_help[] =
     "dsv3 inspect DIR    what a checkpoint is, what is in it, and what it needs\n"
     "\n"
-    "  --context N   the session whose memory is told (default: 4096, or the checkpoint's own if less)\n"
-    "  --tensors     every tensor as well\n"
-    "  --json        one JSON object\n";
+    "  --context N    the session whose memory is told (default: 4096, or the checkpoint's own if less)\n"
+    "  --bandwidth B  how many tokens a second at most, where memory is read at B GB/s\n"
+    "  --tensors      every tensor as well\n"
+    "  --json         one JSON object\n";
 
 typedef enum field_kind { FIELD_UINT, FIELD_INT, FIELD_BOOL, FIELD_FLOAT, FIELD_DOUBLE, FIELD_TEXT } field_kind;
 
@@ -627,7 +628,9 @@ typedef struct inspection {
     const dsv3_model *model;
     const dsv3_config *config;
     tally parts[N_PARTS][32]; /* [part, dtype] */
+    tally plan[N_PARTS];      /* the same by use: scales count with the weights they belong to */
     tally all;
+    double bandwidth; /* bytes a second; 0: not told */
     uint64_t n_weights, n_read_weights; /* numbers; scales and MTP aside; read: for one token */
     dsv3_memory memory;
     const dsv3_tokenizer *tokenizer;
@@ -662,13 +665,97 @@ static void inspect_tensors(inspection *x)
             read = t.rank ? size / (t.shape[0] ? t.shape[0] : 1) : 0;
         if (scale && what != PART_MTP)
             row = PART_SCALE;
-        tally *to[2];
-        to[0] = &x->parts[row][(size_t)t.dtype < 32 ? t.dtype : 0], to[1] = &x->all;
-        for (int k = 0; k < 2; k++)
+        tally *to[3];
+        to[0] = &x->parts[row][(size_t)t.dtype < 32 ? t.dtype : 0], to[1] = &x->plan[what], to[2] = &x->all;
+        for (int k = 0; k < 3; k++)
             to[k]->n++, to[k]->size += size, to[k]->read += read;
         if (row != PART_SCALE && row != PART_MTP && each)
             x->n_weights += size / each, x->n_read_weights += read / each;
     }
+}
+
+/* What a token takes of memory. Routed experts are read in part, an embedding by the row, the rest whole and always. */
+typedef struct memory_plan {
+    uint64_t always;   /* bytes of weights that every token reads */
+    uint64_t routed;   /* bytes of which a token reads some */
+    uint64_t expert;   /* bytes of one routed expert */
+    uint64_t resident; /* what must be in memory, or every token waits for the disk: `always` and the session */
+    uint64_t full;     /* what must be, or some tokens do */
+    uint64_t idle;     /* in the files, but not run */
+    uint64_t cache;    /* bytes of cache that the last token of the context reads */
+    double first_rate, last_rate; /* tokens a second at the bandwidth: empty context, full one; 0: not told */
+} memory_plan;
+
+static memory_plan plan_of(const inspection *x)
+{
+    const tally *routed = &x->plan[PART_ROUTED];
+    memory_plan p;
+    uint64_t n_experts = (uint64_t)x->config->n_routed_experts;
+    if (x->config->num_hidden_layers > x->config->first_k_dense_replace)
+        n_experts *= x->config->num_hidden_layers - x->config->first_k_dense_replace;
+    p.always = x->all.read - routed->read;
+    p.routed = routed->size;
+    p.expert = n_experts ? routed->size / n_experts : 0;
+    p.idle = x->plan[PART_MTP].size + x->plan[PART_OTHER].size;
+    p.resident = p.always + x->memory.session_bytes;
+    p.full = x->all.size - p.idle + x->memory.session_bytes;
+    p.cache = x->memory.cache_bytes;
+    p.first_rate = x->all.read ? x->bandwidth / (double)x->all.read : 0;
+    p.last_rate = x->all.read ? x->bandwidth / (double)(x->all.read + p.cache) : 0;
+    return p;
+}
+
+/* The kinds of a plan, as they are run. */
+static const part plan_parts[] = {PART_EMBEDDING, PART_NORM,   PART_ATTENTION, PART_DENSE,
+                                  PART_ROUTER,    PART_ROUTED, PART_SHARED,    PART_HEAD};
+
+static void plan_print(const inspection *x)
+{
+    char size[32], read[32];
+    const memory_plan p = plan_of(x);
+    printf("\n%-16s%32s%18s\n", "plan", "size, scales too", "read for a token");
+    for (size_t i = 0; i < COUNT(plan_parts); i++) {
+        const tally *t = &x->plan[plan_parts[i]];
+        if (!t->n)
+            continue;
+        printf("%-16s%32s%18s", part_names[plan_parts[i]], human((double)t->size, size), human((double)t->read, read));
+        if (plan_parts[i] == PART_ROUTED)
+            printf("   %" PRIu32 " of %" PRIu32 " a layer, %s each", x->config->num_experts_per_tok,
+                   x->config->n_routed_experts, human((double)p.expert, size));
+        printf("\n");
+    }
+    printf("%-16s%32s%18s   at most: %" PRIu32 " tokens of %" PRIu64 " bytes\n", "cache", human((double)p.cache, size),
+           human((double)p.cache, read), x->memory.max_tokens, cache_row(&x->memory));
+    if (p.idle)
+        printf("%-16s%32s%18s\n", "not run", human((double)p.idle, size), "-");
+    printf("in memory %s at least: what every token reads, and the session\n", human((double)p.resident, size));
+    printf("          %s for full speed: all experts; with less, those that are missing come from the disk\n",
+           human((double)p.full, size));
+    if (x->bandwidth > 0)
+        printf("speed     at most %.3g tokens a second at %g GB/s, %.3g where the context is full\n", p.first_rate,
+               1e-9 * x->bandwidth, p.last_rate);
+    printf("\n");
+}
+
+static void plan_json(const inspection *x, bytes *out)
+{
+    const memory_plan p = plan_of(x);
+    bytes_format(out, ",\"plan\":{\"kinds\":[");
+    for (size_t i = 0; i < COUNT(plan_parts); i++) {
+        const tally *t = &x->plan[plan_parts[i]];
+        bytes_format(out, "%s{\"kind\":\"%s\",\"bytes\":%" PRIu64 ",\"bytes_per_token\":%" PRIu64 "}", i ? "," : "",
+                     part_names[plan_parts[i]], t->size, t->read);
+    }
+    bytes_format(out, "],\"always_bytes\":%" PRIu64 ",\"routed_bytes\":%" PRIu64 ",\"expert_bytes\":%" PRIu64,
+                 p.always, p.routed, p.expert);
+    bytes_format(out, ",\"resident_bytes\":%" PRIu64 ",\"full_speed_bytes\":%" PRIu64 ",\"idle_bytes\":%" PRIu64,
+                 p.resident, p.full, p.idle);
+    bytes_format(out, ",\"cache_read_bytes\":%" PRIu64, p.cache);
+    if (x->bandwidth > 0)
+        bytes_format(out,
+                     ",\"bandwidth\":%.0f,\"tokens_per_second\":%.6g,\"tokens_per_second_full_context\":%.6g",
+                     x->bandwidth, p.first_rate, p.last_rate);
+    bytes_format(out, "}");
 }
 
 static void inspect_print(const inspection *x, const char *dir, bool list)
@@ -701,7 +788,8 @@ static void inspect_print(const inspection *x, const char *dir, bool list)
         }
     printf("%-26s%10" PRIu64 "%12s%18s\n", "all", x->all.n, human((double)x->all.size, size),
            human((double)x->all.read, read));
-    printf("\nweights   %.4g million, of which %.4g million are used for a token (MTP aside)\n",
+    plan_print(x);
+    printf("weights   %.4g million, of which %.4g million are used for a token (MTP aside)\n",
            1e-6 * (double)x->n_weights, 1e-6 * (double)x->n_read_weights);
     printf("memory    %s in the files, mapped; %s for the open model (%s kernels)\n",
            human((double)m->file_bytes, size), human((double)m->model_bytes, read),
@@ -775,6 +863,7 @@ static void inspect_json(const inspection *x, const char *dir, bool list)
                  m->file_bytes);
     bytes_format(&out, ",\"model_bytes\":%" PRIu64 ",\"max_tokens\":%" PRIu32, m->model_bytes, m->max_tokens);
     bytes_format(&out, ",\"session_bytes\":%" PRIu64 ",\"cache_bytes\":%" PRIu64 "}", m->session_bytes, m->cache_bytes);
+    plan_json(x, &out);
     bytes_format(&out, ",\"isa\":\"%s\",\"tokenizer\":", dsv3_isa_name(dsv3_model_isa(x->model)));
     if (x->tokenizer) {
         dsv3_tokenizer_info info;
@@ -810,9 +899,11 @@ static int inspect(int argc, char **argv)
 {
     const char *dir;
     uint32_t context = 0;
+    float bandwidth = 0; /* GB/s */
     bool list = false, as_json = false;
     const option options[] = {
         {"--context", OPTION_COUNT, &context, 0, 0},
+        {"--bandwidth", OPTION_REAL, &bandwidth, 0, 1000000},
         {"--tensors", OPTION_FLAG, &list, 0, 0},
         {"--json", OPTION_FLAG, &as_json, 0, 0},
     };
@@ -823,6 +914,7 @@ static int inspect(int argc, char **argv)
     memset(&x, 0, sizeof x);
     memset(&opts, 0, sizeof opts);
     opts.max_tokens = context;
+    x.bandwidth = 1e9 * (double)bandwidth;
     dsv3_model *model = model_open(dir, DSV3_ISA_AUTO, DSV3_COMPUTE_AUTO);
     x.model = model;
     x.config = dsv3_model_config(model);

@@ -271,6 +271,10 @@ inspects() {
     for word in model_type deepseek_v3 routed_experts attention F8_E4M3 scales mtp "read for a token" session cache tokenizer 4096; do
         grep -q "$word" "$work/out" || echo "no '$word'"
     done
+    grep -q "tokens a second" "$work/out" && echo "a speed without --bandwidth"
+    call 0 inspect $model --bandwidth 10 && quiet
+    grep -q "tokens a second at 10 GB/s" "$work/out" || echo "--bandwidth has no effect"
+    call 0 inspect $model
     lines=$(wc -l < "$work/out")
     call 0 inspect $model --tensors
     tensors=$(($(wc -l < "$work/out") - lines - 1))
@@ -281,7 +285,20 @@ inspects() {
     same lines "$(wc -l < "$work/out" | tr -d ' ')" 1
     per=$(sed -n 's/.*"cache_bytes_per_token":\([0-9]*\).*/\1/p' "$work/out")
     kv=$(sed -n 's/.*"kv_lora_rank":\([0-9]*\).*"qk_rope_head_dim":\([0-9]*\).*/\1 \2/p' "$work/out")
+    plans
     [ "$per" -ge $(((${kv% *} + ${kv#* }) * layers_of_tiny * 2)) ] || echo "cache of $per bytes a token"
+}
+# The plan's kinds are all that is run: with what is not, they sum up to the tensors; and so for a token.
+plans() {
+    call 0 inspect $model --json --bandwidth 10
+    number() { sed -n "s/.*\"$1\":\([0-9.]*\)[,}].*/\1/p" "$work/out"; }
+    kinds=$(sed 's/.*"kinds":\[//; s/\].*//' "$work/out" | tr '}' '\n')
+    same "kinds of the plan" "$(echo "$kinds" | grep -c '"kind"')" 8
+    same "bytes of the plan" "$(echo "$kinds" | sed -n 's/.*"bytes":\([0-9]*\).*/\1/p' | awk -v idle="$(number idle_bytes)" '{ s += $1 } END { print s + idle }')" \
+        "$(number tensor_bytes)"
+    read=$(echo "$kinds" | sed -n 's/.*"bytes_per_token":\([0-9]*\).*/\1/p' | awk '{ s += $1 } END { print s }')
+    same "bytes a token" "$read" "$(sed -n 's/.*"tensor_bytes":[0-9]*,"bytes_per_token":\([0-9]*\).*/\1/p' "$work/out")"
+    same "tokens a second" "$(number tokens_per_second)" "$(awk -v b="$read" 'BEGIN { printf "%.6g", 1e10 / b }')"
 }
 layers_of_tiny=$(sed -n 's/.*"num_hidden_layers": *\([0-9]*\).*/\1/p' $model/config.json)
 
