@@ -492,8 +492,8 @@ DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char 
 DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
 
 /* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight in F8_E4M3
-   or I8 carries its scales, those of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid until close. Where files are read, not
-   mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
+   or I8 carries the scales of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid
+   until close. Where files are read, not mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
 DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
                                        dsv3_error *error);
