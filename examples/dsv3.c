@@ -12,10 +12,10 @@
    Build: cc -O2 -I. examples/dsv3.c -o dsv3 -lm -pthread */
 
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
-#define _POSIX_C_SOURCE 200809L /* isatty, fileno, clock_gettime under -std=c99 */
+    #define _POSIX_C_SOURCE 200809L /* isatty, fileno, clock_gettime under -std=c99 */
 #endif
 #if defined(_WIN32) && !defined(__USE_MINGW_ANSI_STDIO)
-#define __USE_MINGW_ANSI_STDIO 1
+    #define __USE_MINGW_ANSI_STDIO 1
 #endif
 
 #define DSV3_IMPLEMENTATION

@@ -12,10 +12,10 @@
 #include <limits.h>
 #include <sys/stat.h>
 #ifdef _WIN32
-#include <direct.h>
+    #include <direct.h>
 #endif
 #ifndef DSV3_NO_THREADS
-#include <pthread.h>
+    #include <pthread.h>
 #endif
 
 static const char quantize_help[] =
