@@ -519,8 +519,8 @@ DSV3_API dsv3_result dsv3_tokenizer_open(dsv3_tokenizer **tokenizer, const char 
 DSV3_API void dsv3_tokenizer_close(dsv3_tokenizer *tokenizer); /* NULL is fine; not for a model's own */
 
 /* Tensors of the checkpoint, by name or by number 0 ... count - 1 (in the order of the files). A weight in F8_E4M3
-   or I8 carries its scales, those of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid until close. Where files are read, not
-   mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
+   or I8 carries the scales of its sibling `<name>_scale_inv` or, I8, `<name>_scale`. Views into the mapped files, valid
+   until close. Where files are read, not mapped (no_mmap, read_fn), `data` of tensors that the model does not use is NULL.
    Errors: MISSING_TENSOR, INVALID_ARGUMENT. */
 DSV3_API dsv3_result dsv3_model_tensor(const dsv3_model *model, const char *name, dsv3_tensor *tensor,
                                        dsv3_error *error);
@@ -1929,15 +1929,14 @@ static float dsv3__e8m0_decode(uint8_t code)
    becomes 0. */
 static int8_t dsv3__i8_encode(float value)
 {
-    if (!(value > -127.0f && value < 127.0f))
-        return (int8_t)(value >= 127.0f ? 127 : value <= -127.0f ? -127 : 0);
-    int whole = (int)value;            /* toward zero */
-    float rest = value - (float)whole; /* exact */
-    if (rest > 0.5f || (rest == 0.5f && whole % 2 != 0))
-        whole++;
-    if (rest < -0.5f || (rest == -0.5f && whole % 2 != 0))
-        whole--;
-    return (int8_t)whole;
+    uint32_t bits = dsv3__float_bits(value), mag = bits & 0x7FFFFFFF;
+    if (mag > 0x7F800000)
+        return 0;
+    mag = mag > 0x42FE0000 ? 0x42FE0000 : mag;                           /* 127 */
+    uint32_t shift = 150 - (mag >> 23), m = (mag & 0x7FFFFF) | 0x800000; /* 17 and more: units of 1 */
+    shift = shift > 31 ? 31 : shift;                                     /* below 1/2 all bits go anyway */
+    int32_t code = (int32_t)((m + (1u << (shift - 1)) - 1 + (m >> shift & 1)) >> shift);
+    return (int8_t)(bits >> 31 ? -code : code);
 }
 
 /* Element i of an array of any alignment, as f32. dtype: F32, F16, BF16, F8_E4M3, I8 or F8_E8M0. */
@@ -4298,24 +4297,33 @@ static dsv3_result dsv3__ten_quantize(dsv3_tensor *tensor, void *data, size_t da
         for (uint64_t bc = 0; bc < scale_cols; bc++) {
             uint64_t r1 = n_rows - br * rows < rows ? n_rows : (br + 1) * rows,
                      c1 = n_cols - bc * cols < cols ? n_cols : (bc + 1) * cols;
-            float max = 0, s;
-            for (uint64_t r = br * rows; r < r1; r++)
+            uint32_t max = 0; /* of magnitudes, as bits: infinities and NaN are above all others */
+            for (uint64_t r = br * rows; r < r1; r++) {
+                const float *v = values + (size_t)(r * n_cols);
                 for (uint64_t c = bc * cols; c < c1; c++) {
-                    float magnitude = fabsf(values[r * n_cols + c]);
-                    if (!(magnitude < INFINITY))
-                        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r,
-                                          c);
+                    uint32_t magnitude = dsv3__float_bits(v[c]) & 0x7FFFFFFF;
                     max = magnitude > max ? magnitude : max;
                 }
-            s = max / largest;
+            }
+            for (uint64_t r = br * rows; max >= 0x7F800000 && r < r1; r++)
+                for (uint64_t c = bc * cols; c < c1; c++)
+                    if (!(fabsf(values[r * n_cols + c]) < INFINITY))
+                        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "quantize: values[%u, %u] is not finite", r,
+                                          c);
+            float s = dsv3__bits_float(max) / largest;
             if (s == 0) /* all zero, or too small for any scale */
                 s = 1;
             scale[br * scale_cols + bc] = s;
-            for (uint64_t r = br * rows; r < r1; r++)
-                for (uint64_t c = bc * cols; c < c1; c++) {
-                    float v = values[r * n_cols + c] / s;
-                    bytes[r * n_cols + c] = i8 ? (uint8_t)dsv3__i8_encode(v) : dsv3__fp8_encode(v);
-                }
+            for (uint64_t r = br * rows; r < r1; r++) {
+                const float *v = values + (size_t)(r * n_cols);
+                uint8_t *to = bytes + (size_t)(r * n_cols);
+                if (i8)
+                    for (uint64_t c = bc * cols; c < c1; c++)
+                        to[c] = (uint8_t)dsv3__i8_encode(v[c] / s);
+                else
+                    for (uint64_t c = bc * cols; c < c1; c++)
+                        to[c] = dsv3__fp8_encode(v[c] / s);
+            }
         }
     return DSV3_OK;
 }

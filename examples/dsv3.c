@@ -5,6 +5,7 @@
      dsv3 detokenize DIR < ids                ids -> text
      dsv3 logits DIR --ids FILE --out FILE    the numbers behind the next token, for every token of FILE
      dsv3 inspect DIR                         what is in a checkpoint, and what it needs
+     dsv3 quantize DIR OUT --to int8          the checkpoint again, in 8 bits (quantize.h)
 
    Stdout carries the result and nothing else, so that it can be piped. The progress bar and the speed go to stderr,
    and only to a terminal. Exit status: 0, 1 where the library or a file failed, 2 for wrong use, 130 after Ctrl-C.
@@ -927,6 +928,10 @@ static int inspect(int argc, char **argv)
     return finish();
 }
 
+// ---- quantize --------------------------------------------------------------------------------------------
+
+#include "quantize.h"
+
 // ---- main ------------------------------------------------------------------------------------------------
 
 static const char main_help[] =
@@ -937,6 +942,7 @@ static const char main_help[] =
     "  dsv3 detokenize DIR < IDS                    ids -> text\n"
     "  dsv3 logits DIR --ids FILE --out FILE        the numbers behind the next token, for every token\n"
     "  dsv3 inspect DIR                             what a checkpoint is and what it needs\n"
+    "  dsv3 quantize DIR OUT --to int8|fp8|bf16     writes a checkpoint again, in 8 bits or in BF16\n"
     "\n"
     "'dsv3 COMMAND -h' tells more. DIR holds config.json and the rest, unconverted.\n";
 
@@ -946,7 +952,8 @@ int main(int argc, char **argv)
         const char *name;
         int (*run)(int argc, char **argv);
     } commands[] = {
-        {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens}, {"logits", logits}, {"inspect", inspect},
+        {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens},
+        {"logits", logits},     {"inspect", inspect}, {"quantize", quantize},
     };
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -963,7 +970,8 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': generate, tokenize, detokenize, logits or inspect; 'dsv3 -h' tells more", argv[1]);
+        usage("no command '%s': generate, tokenize, detokenize, logits, inspect or quantize; 'dsv3 -h' tells more",
+              argv[1]);
     fputs(main_help, stdout);
     return finish();
 }

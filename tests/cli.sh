@@ -47,7 +47,7 @@ size() { wc -c < "$1" | tr -d ' '; }
 wrong_use() {
     call 2 && one_line "dsv3 -h"
     call 2 frobnicate && one_line frobnicate
-    for command in generate tokenize detokenize logits inspect; do
+    for command in generate tokenize detokenize logits inspect quantize; do
         call 2 $command && one_line $command DIR
         call 2 $command $model --frobnicate && one_line --frobnicate "dsv3 $command -h"
     done
@@ -66,14 +66,18 @@ wrong_use() {
     call 2 generate $model "" --ids && one_line "--ids"
     call 2 logits $model --ids x && one_line --out
     call 2 logits $model --ids /dev/null --out x && one_line "at least one"
+    call 2 quantize $model --to int8 && one_line "into which directory"
+    call 2 quantize $model "$work/never" && one_line "--to wants int8, fp8 or bf16"
+    call 2 quantize $model "$work/never" --to int4 && one_line "found 'int4'"
+    [ -e "$work/never" ] && echo "wrong use makes a directory"
 }
 
 help() {
     call 0 -h && quiet
-    for command in generate tokenize detokenize logits inspect; do
+    for command in generate tokenize detokenize logits inspect quantize; do
         grep -q "dsv3 $command DIR" "$work/out" || echo "-h does not name $command"
     done
-    for command in generate tokenize detokenize logits inspect; do
+    for command in generate tokenize detokenize logits inspect quantize; do
         "$dsv3" $command -h > "$work/help" || echo "$command -h: status $?"
         grep -q "dsv3 $command DIR" "$work/help" || echo "$command -h says: $(cat "$work/help")"
         "$dsv3" $command $model --help | cmp - "$work/help"
@@ -302,6 +306,78 @@ plans() {
 }
 layers_of_tiny=$(sed -n 's/.*"num_hidden_layers": *\([0-9]*\).*/\1/p' $model/config.json)
 
+# tensors DIR KIND: the dtypes of those tensors, in one line.
+dtypes() { "$dsv3" inspect "$1" | awk -v kind="$2" '$1 == kind { printf "%s%s", sep, $2; sep = " " } END { print "" }'; }
+
+quantizes() {
+    awk 'BEGIN { for (i = 0; i < 40; i++) print (i * 37 + 11) % 4096 }' > "$work/ids"
+    call 0 logits $model --ids "$work/ids" --out "$work/a"
+    for to in int8 fp8 bf16; do
+        call 0 quantize $model "$work/$to" --to $to && quiet
+        [ -s "$work/out" ] && echo "stdout is not empty"
+        for file in generation_config.json tokenizer.json tokenizer_config.json; do cmp $model/$file "$work/$to/$file"; done
+        same "files of $to" "$(ls "$work/$to" | wc -l | tr -d ' ')" 5
+        same "norms" "$(dtypes "$work/$to" norms)" BF16
+        same "router" "$(dtypes "$work/$to" router)" "F32 BF16"
+        same "embedding" "$(dtypes "$work/$to" embedding)" BF16
+        same "head" "$(dtypes "$work/$to" head)" BF16
+        call 0 logits "$work/$to" --ids "$work/ids" --out "$work/b"
+        [ "$(size "$work/a")" = "$(size "$work/b")" ] || echo "logits of $to"
+        # the same bytes on any number of threads
+        call 0 quantize $model "$work/threads-$to" --to $to --threads 1 && cmp "$work/$to/model.safetensors" "$work/threads-$to/model.safetensors"
+    done
+    same "int8" "$(dtypes "$work/int8" dense_mlp | tr ' ' '\n' | grep -c I8)" 1
+    same "fp8" "$(dtypes "$work/fp8" dense_mlp)" F8_E4M3
+    same "bf16" "$(dtypes "$work/bf16" dense_mlp)" BF16
+    grep -q '"quant_method": "compressed-tensors"' "$work/int8/config.json" || echo "int8: config.json"
+    grep -q '"quant_method": "fp8"' "$work/fp8/config.json" || echo "fp8: config.json"
+    grep -q quantization_config "$work/bf16/config.json" && echo "bf16: config.json has a quantization_config"
+    # what is BF16 already stays as it is, byte for byte; every pair of formats can be made
+    call 0 quantize "$work/bf16" "$work/again" --to bf16 && cmp "$work/bf16/model.safetensors" "$work/again/model.safetensors"
+    call 0 quantize "$work/int8" "$work/int8-bf16" --to bf16 && same "int8 to bf16" "$(dtypes "$work/int8-bf16" routed_experts)" BF16
+    call 0 quantize "$work/int8" "$work/head" --to fp8 --head && same "head in fp8" "$(dtypes "$work/head" head)" F8_E4M3
+    call 0 quantize "$work/head" "$work/no-head" --to int8 && same "head of fp8, not asked for" "$(dtypes "$work/no-head" head)" BF16
+    call 0 generate "$work/no-head" "Once" -n 5 --greedy && quiet
+}
+
+quantizes_again() {
+    call 0 quantize $model "$work/resume" --to int8
+    weights=$work/resume/model.safetensors
+    cp "$weights" "$work/whole"
+    before=$(ls -i "$weights")
+    call 0 quantize $model "$work/resume" --to int8 && quiet
+    same "a complete file is left alone" "$(ls -i "$weights")" "$before"
+    # broken off: no config.json, a part of a file
+    rm "$work/resume/config.json"
+    head -c 1000000 "$work/whole" > "$weights.part"
+    head -c 2000000 "$work/whole" > "$weights"
+    call 1 inspect "$work/resume" && one_line config.json
+    call 0 quantize $model "$work/resume" --to int8 && cmp "$weights" "$work/whole"
+    same "files" "$(ls "$work/resume" | wc -l | tr -d ' ')" 5
+    # another format: not over a finished one, but over one that was broken off
+    call 1 quantize $model "$work/resume" --to fp8 && one_line "holds another checkpoint"
+    cmp "$weights" "$work/whole"
+    rm "$work/resume/config.json"
+    call 0 quantize $model "$work/resume" --to fp8 && same "fp8" "$(dtypes "$work/resume" dense_mlp)" F8_E4M3
+}
+
+quantize_fails() {
+    mkdir "$work/own" && cp $model/* "$work/own"
+    call 1 quantize "$work/own" "$work/own" --to int8 && one_line "is the checkpoint itself"
+    call 1 quantize "$work/own" "$work/../${work##*/}/own/." --to int8 && one_line "is the checkpoint itself"
+    for file in $model/*; do cmp "$file" "$work/own/${file##*/}"; done
+    echo > "$work/file"
+    call 1 quantize $model "$work/file" --to int8 && one_line "not a directory"
+    call 1 quantize $model "$work/none/none" --to int8 && one_line "cannot be made"
+    call 1 quantize "$work/none" "$work/never" --to int8 && one_line config.json
+    [ -e "$work/never" ] && echo "a checkpoint that is not there makes a directory"
+    # a disk that is full: a limit on the size of files, whose signal is ignored
+    (trap '' XFSZ && ulimit -f 2000 && "$dsv3" quantize $model "$work/full" --to int8 > "$work/out" 2> "$work/err")
+    same "status on a full disk" $? 1
+    one_line "model.safetensors.part: cannot write"
+    same "files left on a full disk" "$(ls "$work/full")" ""
+}
+
 full_disk() {
     for command in "inspect $model" "generate $model Once -n 5" "tokenize $model" "logits $model --ids $work/ids --out /dev/full"; do
         echo 1 > "$work/ids"
@@ -317,7 +393,7 @@ if [ ! -e $model/config.json ]; then
     echo "0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines logits inspects; do
+for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines logits inspects quantizes quantizes_again quantize_fails; do
     run $test
 done
 if [ -w /dev/full ]; then

@@ -35,6 +35,7 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.float32: "F32",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
 }
 DTYPES = {
     "bf16": torch.bfloat16,

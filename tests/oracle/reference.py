@@ -1,7 +1,7 @@
 """The reference: Hugging Face transformers' own DeepSeek classes, in f32 and in f64.
 
-Checkpoints are read back from their files by the safetensors package, FP8 weights
-become the f32 product fp8 * scale, and the model runs with eager attention and the
+Checkpoints are read back from their files by the safetensors package, FP8 and I8 weights
+become the f32 product code * scale, and the model runs with eager attention and the
 eager expert loop. The f64 run is the same code with its casts to f32 turned into
 casts to f64; only the rotary angles stay what they are by definition, the f32
 product of an f32 position and an f32 frequency.
@@ -22,7 +22,8 @@ from checkpoints import dequantise
 
 transformers.logging.set_verbosity_error()
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+                "I8": torch.int8}
 
 # Keys of config.json that name the file or its storage and mean nothing to the network.
 NOT_FOR_THE_CONFIG = ("architectures", "model_type", "quantization_config", "torch_dtype", "dtype", "auto_map",
@@ -59,10 +60,17 @@ def read_weights(directory):
     stored = read_tensors(directory)
     out = {}
     for name in list(stored):
-        if name.endswith("_scale_inv"):
+        if name.endswith(("_scale_inv", "_scale")):
             continue
         t = stored.pop(name)
-        out[name] = dequantise(t, stored[name + "_scale_inv"]) if t.dtype == torch.float8_e4m3fn else t.float()
+        if t.dtype == torch.float8_e4m3fn:
+            out[name] = dequantise(t, stored[name + "_scale_inv"])
+        elif t.dtype == torch.int8:
+            blocks = stored.get(name + "_scale_inv")
+            out[name] = (t.float() * stored[name + "_scale"].float().view(-1, 1) if blocks is None     # a scale a row
+                         else dequantise(t, blocks))
+        else:
+            out[name] = t.float()
     return out
 
 

@@ -9,6 +9,7 @@ Sections, any of which --only names (so does the name of a checkpoint):
   bits            the same bytes for every number of rows and threads, and for every ISA
   mutations       wrong models must be far away
   transcription   DeepSeek's own code, choice by choice
+  quantize        dsv3 quantize, read back by compressed-tensors and transformers
   tiny            examples/tiny
   tokenizer       random texts against the tokenizers wheel
   speed           encoding speed beside the wheel's
@@ -38,13 +39,14 @@ import transformers                                    # noqa: E402
 import checkpoints                                     # noqa: E402
 import compare                                         # noqa: E402
 import mutations                                       # noqa: E402
+import quantize                                        # noqa: E402
 import reference                                       # noqa: E402
 import tiny                                            # noqa: E402
 import transcription                                   # noqa: E402
 from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
-SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "tiny", "tokenizer", "speed")
+SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "tokenizer", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
 BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
@@ -59,7 +61,7 @@ class Run:
         self.program = None if options.self_only else Program(options.dsv3, options.work)
 
     def wanted(self, section):
-        if self.o.self_only and section in ("bits", "tiny", "tokenizer", "speed"):
+        if self.o.self_only and section in ("bits", "quantize", "tiny", "tokenizer", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -256,6 +258,8 @@ class Run:
             self.mutation_table(names)
         if self.wanted("transcription"):
             self.transcription_table(names)
+        if self.wanted("quantize"):
+            self.out["quantize"] = quantize.check(self.o.work, self.program, self.report)
         if self.wanted("tiny"):
             row = tiny.check(self.o.tiny, self.program, self.report)
             self.out["tiny"] = [row] if row else []
@@ -297,6 +301,13 @@ class Run:
                 ("checkpoint", "checkpoint", "<"), ("computed with", "what", "<"), ("max", lambda r: number(r["error"]), ">"),
                 ("median row", lambda r: number(r["median"]), ">"), ("expert sets changed", "flips", ">"),
                 ("best token changed", "argmax", ">")], self.out["transcription"]))
+        if self.out.get("quantize"):
+            print(table(f"dsv3 quantize: the files against torch, bit for bit; logits on them against transformers "
+                        f"(limit {compare.TOLERANCE:.0e})", [
+                            ("checkpoint", "checkpoint", "<"), ("file", "file", "<"), ("to", "to", "<"),
+                            ("tensors equal", "equal", ">"), ("read back by, or written as", "readers", "<"),
+                            ("positions", "positions", ">"), ("error", lambda r: number(r["error"]), ">"),
+                            ("median row from the source", lambda r: number(r["moved"]), ">")], self.out["quantize"]))
         if self.out.get("tokenizer"):
             print(table("Tokenizer against the wheel: texts equal", [
                 ("tokenizer", "tokenizer", "<"), ("texts", "texts", ">"), ("MB", lambda r: f"{r['mb']:.1f}", ">"),
