@@ -22,7 +22,8 @@ from checkpoints import dequantise
 
 transformers.logging.set_verbosity_error()
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
+                "I8": torch.int8}
 
 # Keys of config.json that name the file or its storage and mean nothing to the network.
 NOT_FOR_THE_CONFIG = ("architectures", "model_type", "quantization_config", "torch_dtype", "dtype", "auto_map",
