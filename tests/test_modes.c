@@ -432,6 +432,54 @@ TEST(modes_that_differ)
     }
 }
 
+/* Activations that lie exactly between two codes go to the even one; and in fp8 the quotient x / s decides, as published,
+   not x * (1 / s). */
+TEST(borders_between_codes)
+{
+    enum { ROWS = 40, COLS = 128, N = 4 };
+    seed = 50;
+    float *in = floats(N * COLS);
+    for (size_t c = 0; c < COLS; c++) {
+        in[c] = c ? ((float)c - 64) + 0.5f : 127.0f; /* int8, s = 1 */
+        unsigned code = (unsigned)(c % 125 + 1);
+        in[COLS + c] = c ? (e4m3_value(code) + e4m3_value(code + 1)) / 2 : 448.0f;             /* fp8, s = 1 */
+        in[2 * COLS + c] = tiny_float(0x3F808000u + ((uint32_t)(tiny_next(&seed) % 200) << 16)); /* bf16, where scales are powers of two */
+    }
+    float *x = in + 3 * COLS, top = 1.7f, s = 0;
+    unsigned found = 0;
+    for (unsigned tries = 0; tries < 100000 && found < 20; tries++) { /* a scale whose quotient and product differ often */
+        top = 1 + (float)(tiny_next(&seed) % 1000000) / 1e6f;
+        s = top / 448.0f;
+        found = 0;
+        for (unsigned code = 1; code < 120; code++) {
+            float border = (e4m3_value(code) + e4m3_value(code + 1)) / 2 * s;
+            for (int step = -1; step <= 1; step++) {
+                volatile float at = tiny_float((uint32_t)((int)tiny_bits(border) + step)), quotient = at / s, inverse = 1 / s, product = at * inverse;
+                if (e4m3_nearest(quotient) != e4m3_nearest(product) && found < COLS - 1)
+                    x[++found] = at;
+            }
+        }
+    }
+    CHECK(found >= 20);
+    x[0] = top;
+    for (size_t c = found + 1; c < COLS; c++)
+        x[c] = 0;
+    for (kind k = (kind)0; k < N_KINDS; k = (kind)(k + 1)) {
+        if (!offered(k) || k == W_F8_POWER)
+            continue;
+        weight w = make(k, ROWS, COLS);
+        for (size_t i = 0; w.scale && i < (k == W_I8_ROW ? (size_t)ROWS : 1); i++)
+            w.scale[i] = 0.25f;
+        for (size_t i = 0; i < COUNT(isas); i++)
+            for (size_t m = 0; m < COUNT(modes) && dsv3_isa_supported(isas[i]); m++) {
+                check_values(&w, in, N, isas[i], modes[m]);
+                check_values(&w, in, 1, isas[i], modes[m]);
+            }
+        release(&w);
+    }
+    free(in);
+}
+
 // ---- Same bits -------------------------------------------------------------------------------------------
 
 #ifndef DSV3_NO_THREADS
@@ -958,6 +1006,6 @@ TEST(names_and_refusals)
 #endif
 }
 
-TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
+TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
           RUN(zeros_and_worse), RUN(powers_of_two), RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model),
           RUN(nan_code_in_a_model), RUN(names_and_refusals))
