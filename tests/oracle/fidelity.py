@@ -52,17 +52,24 @@ def int8_rows(w):
     return (w / scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
-def stored_as(form, name, w):
-    """name -> tensor for the file: one f32 weight in the form "fp8", "bf16" or "int8"."""
+def layout(form, name, shape):
+    """name -> (dtype, shape) in the file of one weight in the form "fp8", "bf16" or "int8"."""
     if name.endswith("e_score_correction_bias"):
-        return {name: w}
+        return {name: (torch.float32, shape)}
     if form == "bf16" or not checkpoints.is_fp8(name):
-        return {name: w.to(torch.bfloat16)}
-    if form == "fp8":
-        codes, scale = checkpoints.quantise(w, "plain")
-        return {name: codes, name + "_scale_inv": scale}
-    codes, scale = int8_rows(w)
-    return {name: codes, name + "_scale": scale}
+        return {name: (torch.bfloat16, shape)}
+    if form == "int8":
+        return {name: (torch.int8, shape), name + "_scale": (torch.float32, (shape[0], 1))}
+    return {name: (torch.float8_e4m3fn, shape),
+            name + "_scale_inv": (torch.float32, tuple(-(-n // checkpoints.BLOCK) for n in shape))}
+
+
+def stored_as(form, name, w):
+    """The tensors of that layout, in its order, from f32."""
+    (dtype, _), *scales = layout(form, name, tuple(w.shape)).values()
+    if not scales:
+        return [w.to(dtype)]
+    return int8_rows(w) if form == "int8" else checkpoints.quantise(w, "plain")
 
 
 def config_as(form, config):
@@ -82,29 +89,19 @@ class Writer:
         os.makedirs(directory)
         with open(os.path.join(directory, "config.json"), "w") as f:
             json.dump(config_as(form, config), f, indent=2)
-        self.directory, self.form, header, at = directory, form, {"__metadata__": {"format": "pt"}}, 0
+        self.form, header, at = form, {"__metadata__": {"format": "pt"}}, 0
         for name, shape in shapes.items():
-            meta = stored_as(form, name, torch.empty(shape, device="meta")) if form == "bf16" or not checkpoints.is_fp8(name) \
-                else self.eight_bits(name, shape)
-            for part, t in meta.items():
-                size = t.numel() * t.element_size()
-                header[part] = {"dtype": self.NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + size]}
+            for part, (dtype, its_shape) in layout(form, name, shape).items():
+                size = math.prod(its_shape) * dtype.itemsize
+                header[part] = {"dtype": self.NAMES[dtype], "shape": list(its_shape), "data_offsets": [at, at + size]}
                 at += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self.file = open(os.path.join(directory, "model.safetensors"), "wb")
         self.file.write(struct.pack("<Q", len(text)) + text)
 
-    def eight_bits(self, name, shape):
-        rows, cols = shape
-        if self.form == "int8":
-            return {name: torch.empty(shape, dtype=torch.int8, device="meta"), name + "_scale": torch.empty(rows, 1, device="meta")}
-        scales = -(-rows // checkpoints.BLOCK), -(-cols // checkpoints.BLOCK)
-        return {name: torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta"),
-                name + "_scale_inv": torch.empty(scales, device="meta")}
-
     def add(self, name, w):
-        for t in stored_as(self.form, name, w).values():
+        for t in stored_as(self.form, name, w):
             self.file.write(t.contiguous().view(torch.uint8).numpy().reshape(-1).data)
 
 
@@ -276,10 +273,8 @@ class InMode(transcription.Official):
     absorbed attention, kv_b is no product of activations with codes: its dequantised values are used. The router is f32."""
 
     def __init__(self, config, stored, mode, ue8m0):
-        frequencies = None
         super().__init__(config, {n: t for n, t in stored.items() if not n.endswith("weight_scale")},
-                         transcription.Choices(dtype=torch.float32, router="f32", gemm="exact", eps=config["rms_norm_eps"],
-                                               frequencies=frequencies))
+                         transcription.Choices(dtype=torch.float32, router="f32", gemm="exact", eps=config["rms_norm_eps"]))
         self.stored, self.mode, self.ue8m0 = stored, mode, ue8m0
 
     def parts(self, name):

@@ -357,8 +357,6 @@ def self_check(report):
     divided = torch.where(s > 0, (x / s).round(), torch.zeros_like(x)).clamp(-127, 127)
     normal = (amax > 1e-30).expand_as(x)                # 127 / amax overflows for denormals
     report.check("self: int8, x / s = x * 127 / amax", torch.equal(codes.float()[normal], divided[normal]))
-    raw = torch.randn(48, 1408, generator=generator)
-    share = (int8_quant(raw)[0] != (raw / (raw.abs().amax(1, keepdim=True) / 127.0)).round()).double().mean()
     for scale_fmt in (None, "ue8m0"):
         codes, s = act_quant(x, scale_fmt is not None)
         theirs, their_s = transcription.act_quant(x, scale_fmt)
@@ -366,8 +364,7 @@ def self_check(report):
                      torch.equal(codes.view(torch.uint8), theirs.flatten(1).view(torch.uint8)))
         times = (F.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK)) * (1 / s)[..., None]).clamp(-448, 448)
         report.check(f"self: act_quant {scale_fmt or 'plain'}, x / s = x * (1 / s)",
-                     torch.equal(times.to(torch.float8_e4m3fn).flatten(1).view(torch.uint8), codes.view(torch.uint8)))
-    return float(share)
+                     torch.equal(times.to(torch.float8_e4m3fn).flatten(1)[:, :x.shape[1]].view(torch.uint8), codes.view(torch.uint8)))
 
 
 COLUMNS = [("weights", "weights", "<"), ("asked for", "mode", "<"), ("computed", "is", "<")]
