@@ -49,7 +49,7 @@ build/venv/.done: tests/oracle/requirements.txt
 	build/venv/bin/pip install -q -r $<
 	@touch $@
 
-oracle: build/dsv3 build/bench build/venv/.done ## compares with the transformers library, in a venv of its own (1 GB)
+oracle: build/dsv3 build/libdsv3.so build/bench build/venv/.done ## compares with the transformers library, in a venv of its own (1 GB)
 	build/venv/bin/python tests/oracle/run.py --dsv3 build/dsv3 --work build/oracle --shared "$(SHARED)"
 
 build/bench: bench/bench.c $(HEADERS)

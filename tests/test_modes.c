@@ -432,6 +432,54 @@ TEST(modes_that_differ)
     }
 }
 
+/* Activations that lie exactly between two codes go to the even one; and in fp8 the quotient x / s decides, as published,
+   not x * (1 / s). */
+TEST(borders_between_codes)
+{
+    enum { ROWS = 40, COLS = 128, N = 4 };
+    seed = 50;
+    float *in = floats(N * COLS);
+    for (size_t c = 0; c < COLS; c++) {
+        in[c] = c ? ((float)c - 64) + 0.5f : 127.0f; /* int8, s = 1 */
+        unsigned code = (unsigned)(c % 125 + 1);
+        in[COLS + c] = c ? (e4m3_value(code) + e4m3_value(code + 1)) / 2 : 448.0f;             /* fp8, s = 1 */
+        in[2 * COLS + c] = tiny_float(0x3F808000u + ((uint32_t)(tiny_next(&seed) % 200) << 16)); /* bf16, where scales are powers of two */
+    }
+    float *x = in + 3 * COLS, top = 1.7f, s = 0;
+    unsigned found = 0;
+    for (unsigned tries = 0; tries < 100000 && found < 20; tries++) { /* a scale whose quotient and product differ often */
+        top = 1 + (float)(tiny_next(&seed) % 1000000) / 1e6f;
+        s = top / 448.0f;
+        found = 0;
+        for (unsigned code = 1; code < 120; code++) {
+            float border = (e4m3_value(code) + e4m3_value(code + 1)) / 2 * s;
+            for (int step = -1; step <= 1; step++) {
+                volatile float at = tiny_float((uint32_t)((int)tiny_bits(border) + step)), quotient = at / s, inverse = 1 / s, product = at * inverse;
+                if (e4m3_nearest(quotient) != e4m3_nearest(product) && found < COLS - 1)
+                    x[++found] = at;
+            }
+        }
+    }
+    CHECK(found >= 20);
+    x[0] = top;
+    for (size_t c = found + 1; c < COLS; c++)
+        x[c] = 0;
+    for (kind k = (kind)0; k < N_KINDS; k = (kind)(k + 1)) {
+        if (!offered(k) || k == W_F8_POWER)
+            continue;
+        weight w = make(k, ROWS, COLS);
+        for (size_t i = 0; w.scale && i < (k == W_I8_ROW ? (size_t)ROWS : 1); i++)
+            w.scale[i] = 0.25f;
+        for (size_t i = 0; i < COUNT(isas); i++)
+            for (size_t m = 0; m < COUNT(modes) && dsv3_isa_supported(isas[i]); m++) {
+                check_values(&w, in, N, isas[i], modes[m]);
+                check_values(&w, in, 1, isas[i], modes[m]);
+            }
+        release(&w);
+    }
+    free(in);
+}
+
 // ---- Same bits -------------------------------------------------------------------------------------------
 
 #ifndef DSV3_NO_THREADS
@@ -890,6 +938,83 @@ TEST(logits_of_a_model)
     }
 }
 
+/* Draws a tensor again, as another type. */
+static void redraw(tiny *t, const char *name, dsv3_dtype dtype)
+{
+    tiny_tensor *old = tiny_find(t, name);
+    REQUIRE(CHECK(old != NULL));
+    uint64_t rows = old->shape[0], cols = old->shape[1];
+    tiny_remove(t, name);
+    tiny_draw(t, "", name, dtype, 2, rows, cols, 0, 1 / sqrt((double)cols));
+    tiny_pack(t);
+}
+
+/* What stays f32 in every mode: the router, W_UK and W_UV inside attention, norms, whatever their type. With all other
+   linears in F16, and the head in F32, no mode changes a bit; a head or a projection in BF16 does. */
+TEST(what_stays_f32)
+{
+    enum { N = 30 };
+    static const dsv3_dtype kv_b[] = {DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
+    int32_t ids[N];
+    for (size_t d = 0; d < COUNT(kv_b) + 2; d++) {
+        tiny t;
+        tiny_opts o = tiny_default();
+        o.dtype = DSV3_DTYPE_F16;
+        tiny_build(&t, &o);
+        tiny_ids(ids, N, o.vocab, 9);
+        CHECK_EQ_STR(tiny_find(&t, "model.layers.1.mlp.gate.weight")->dtype, "BF16");
+        if (d < COUNT(kv_b) + 1)
+            redraw(&t, "lm_head.weight", DSV3_DTYPE_F32);
+        for (unsigned l = 0; l < o.n_layers && d < COUNT(kv_b); l++) {
+            char name[64];
+            snprintf(name, sizeof name, "model.layers.%u.self_attn.kv_b_proj.weight", l);
+            redraw(&t, name, kv_b[d]);
+        }
+        if (d == COUNT(kv_b))
+            redraw(&t, "model.layers.1.self_attn.o_proj.weight", DSV3_DTYPE_BF16);
+        float *expected = floats(N * o.vocab), *out = floats(N * o.vocab);
+        REQUIRE(run_model(&t, expected, ids, N, N, 1, DSV3_ISA_AUTO, F32));
+        for (size_t m = 0; m < COUNT(modes); m++) {
+            REQUIRE(run_model(&t, out, ids, N, N, 1, DSV3_ISA_AUTO, modes[m]));
+            if (!CHECK(same_bits(out, expected, N * o.vocab) == (d < COUNT(kv_b) || modes[m] == F32)))
+                printf("    case %u, %s\n", (unsigned)d, mode_names[modes[m]]);
+        }
+        free(expected), free(out);
+        tiny_free(&t);
+    }
+}
+
+/* A host thread that flushes denormals and rounds otherwise: the same logits, with threads too, and its state stays. */
+TEST(floating_point_state_of_a_host)
+{
+#if HAVE_CSR
+    enum { N = 20 };
+    static const uint32_t states[] = {0x1F80 | 0x8040, 0x1F80 | 0x8040 | 0x6000, 0x1F80 | 0x2000};
+    const uint32_t mine = _mm_getcsr();
+    int32_t ids[N];
+    tiny t;
+    tiny_opts o = tiny_default();
+    tiny_build(&t, &o);
+    tiny_ids(ids, N, o.vocab, 8);
+    float *expected = floats(N * o.vocab), *out = floats(N * o.vocab);
+    for (size_t m = 0; m < COUNT(modes); m++) {
+        REQUIRE(run_model(&t, expected, ids, N, N, 1, DSV3_ISA_AUTO, modes[m]));
+        for (size_t i = 0; i < COUNT(states); i++) {
+            _mm_setcsr(states[i]);
+            bool ok = run_model(&t, out, ids, N, i == 2 ? 1 : N, (uint32_t)i + 1, DSV3_ISA_AUTO, modes[m]);
+            uint32_t left = _mm_getcsr();
+            _mm_setcsr(mine);
+            CHECK_EQ_UINT(left & 0xFFC0, states[i]);
+            CHECK(ok && same_bits(out, expected, N * o.vocab));
+        }
+    }
+    free(expected), free(out);
+    tiny_free(&t);
+#else
+    SKIP("x86-64 only");
+#endif
+}
+
 /* A NaN code in a weight: nothing when opening, an error with the tensor's name when it is met. */
 TEST(nan_code_in_a_model)
 {
@@ -958,6 +1083,6 @@ TEST(names_and_refusals)
 #endif
 }
 
-TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
-          RUN(zeros_and_worse), RUN(powers_of_two), RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model),
+TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
+          RUN(zeros_and_worse), RUN(powers_of_two), RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(what_stays_f32), RUN(floating_point_state_of_a_host),
           RUN(nan_code_in_a_model), RUN(names_and_refusals))

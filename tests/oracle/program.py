@@ -33,6 +33,13 @@ def cpu_isas():
 class Program:
     def __init__(self, path, work, timeout=600):
         self.path, self.work, self.timeout = os.path.abspath(path), work, timeout
+        self.has_compute = b"--compute" in self.run("logits", "-h")
+
+    def _compute(self, mode):
+        """Options that ask for an arithmetic mode. A program without modes has f32 alone."""
+        if not self.has_compute and mode != "f32":
+            raise ProgramError(f"the program has no --compute {mode}")
+        return ["--compute", mode] if self.has_compute else []
 
     def run(self, *args, input=None):
         command = [self.path, *map(str, args)]
@@ -51,10 +58,10 @@ class Program:
             f.write("".join(f"{i}\n" if at % 16 == 15 else f"{i} " for at, i in enumerate(ids)))
         return path
 
-    def logits(self, directory, ids, vocab, moe_layers=0, top_k=0, rows=None, threads=None, isa=None):
+    def logits(self, directory, ids, vocab, moe_layers=0, top_k=0, rows=None, threads=None, isa=None, compute="f32"):
         """(f32 [n, vocab], experts int32 [n, moe_layers, top_k] or None, the bytes of both files)."""
         out, experts_out = (os.path.join(self.work, name) for name in ("logits.f32", "experts.i32"))
-        args = ["logits", directory, "--ids", self._ids_file(ids), "--out", out]
+        args = ["logits", directory, "--ids", self._ids_file(ids), "--out", out, *self._compute(compute)]
         if moe_layers:
             args += ["--experts", experts_out]
         for flag, value in (("--rows", rows), ("--threads", threads), ("--isa", isa)):
@@ -81,7 +88,7 @@ class Program:
 
     def greedy(self, directory, ids, steps, how="file"):
         """Ids of a greedy continuation; the prompt's ids come from a file, an argument or stdin."""
-        args = ["generate", directory, "--ids", "--greedy", "-n", steps, "--json"]
+        args = ["generate", directory, "--ids", "--greedy", "-n", steps, "--json", *self._compute("f32")]
         text = " ".join(map(str, ids))
         if len(ids) + steps > 4096:                     # what a session holds unless told otherwise
             args += ["--context", len(ids) + steps]

@@ -11,6 +11,8 @@ Sections, any of which --only names (so does the name of a checkpoint):
   transcription   DeepSeek's own code, choice by choice
   quantize        dsv3 quantize, read back by compressed-tensors and transformers
   tiny            examples/tiny
+  matmul          one product in each arithmetic mode against the published arithmetic
+  fidelity        what the modes cost: end to end, on held-out text, at V3's widths
   tokenizer       random texts against the tokenizers wheel
   speed           encoding speed beside the wheel's
 
@@ -38,6 +40,8 @@ import transformers                                    # noqa: E402
 
 import checkpoints                                     # noqa: E402
 import compare                                         # noqa: E402
+import fidelity                                        # noqa: E402
+import matmul_modes                                    # noqa: E402
 import mutations                                       # noqa: E402
 import quantize                                        # noqa: E402
 import reference                                       # noqa: E402
@@ -46,7 +50,8 @@ import transcription                                   # noqa: E402
 from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
-SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "tokenizer", "speed")
+SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "matmul", "fidelity",
+            "tokenizer", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
 BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
@@ -61,7 +66,7 @@ class Run:
         self.program = None if options.self_only else Program(options.dsv3, options.work)
 
     def wanted(self, section):
-        if self.o.self_only and section in ("bits", "quantize", "tiny", "tokenizer", "speed"):
+        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -88,6 +93,7 @@ class Run:
         def among(*some):
             return [name for name in some if name in names]
 
+        matmul_modes.self_check(self.report)
         for name in among("t1", "v2-lite", "kimi-k2", "tied"):
             found = self.draw(name)
             kind = "deepseek_v2" if found.spec.config["model_type"] == "deepseek_v2" else "deepseek_v3"
@@ -263,6 +269,12 @@ class Run:
         if self.wanted("tiny"):
             row = tiny.check(self.o.tiny, self.program, self.report)
             self.out["tiny"] = [row] if row else []
+        if self.wanted("matmul"):
+            self.out["matmul"] = matmul_modes.check(self.o.lib, self.report)
+            self.report.say("matmul: done")
+        if self.wanted("fidelity"):
+            self.out.update(fidelity.check(self.o.tiny, os.path.join(self.o.shared, "corpus"), self.o.work, self.program,
+                                           self.report, self.o.quick))
         if self.wanted("tokenizer"):
             self.tokenizers()
         if self.wanted("speed"):
@@ -308,6 +320,10 @@ class Run:
                             ("tensors equal", "equal", ">"), ("read back by, or written as", "readers", "<"),
                             ("positions", "positions", ">"), ("error", lambda r: number(r["error"]), ">"),
                             ("median row from the source", lambda r: number(r["moved"]), ">")], self.out["quantize"]))
+        if self.out.get("matmul"):
+            print(matmul_modes.table(self.out["matmul"]))
+        if self.out.get("published") or self.out.get("fidelity"):
+            print(fidelity.tables(self.out))
         if self.out.get("tokenizer"):
             print(table("Tokenizer against the wheel: texts equal", [
                 ("tokenizer", "tokenizer", "<"), ("texts", "texts", ">"), ("MB", lambda r: f"{r['mb']:.1f}", ">"),
@@ -333,9 +349,10 @@ def margin(x):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dsv3", default="build/dsv3", help="the program under test")
+    p.add_argument("--lib", help="the shared library; default: libdsv3.so beside the program")
     p.add_argument("--bench", help="the C bench; default: beside the program")
     p.add_argument("--work", default="build/oracle", help="where checkpoints are written")
-    p.add_argument("--shared", default="../shared", help="directory with tokenizers/deepseek-v3 (skipped where absent)")
+    p.add_argument("--shared", default="../shared", help="directory with tokenizers/deepseek-v3 and corpus (skipped where absent)")
     p.add_argument("--tiny", default=os.path.join(ROOT, "examples", "tiny"), help="the shipped model")
     p.add_argument("--texts", type=int, help="random texts per tokenizer (20000; 2000 with --quick)")
     p.add_argument("--only", help="one section or one checkpoint")
@@ -344,6 +361,7 @@ def main():
     p.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = p.parse_args()
     options.bench = options.bench or os.path.join(os.path.dirname(options.dsv3) or ".", "bench")
+    options.lib = options.lib or os.path.join(os.path.dirname(options.dsv3) or ".", "libdsv3.so")
     options.texts = options.texts or (2000 if options.quick else 20000)
     if not options.self_only and not os.access(options.dsv3, os.X_OK):
         sys.exit(f"run.py: {options.dsv3} is not a program: build it first, or run with --self")

@@ -224,7 +224,7 @@ class Official:
             x = x + self.attention(self.norm(x, at + "input_layernorm.weight"), at + "self_attn.", angle)
             y = self.norm(x, at + "post_attention_layernorm.weight")
             x = x + (self.moe(y, at + "mlp.") if layer >= self.c["first_k_dense_replace"] else self.mlp(y, at + "mlp."))
-        return F.linear(self.norm(x, "model.norm.weight"), self.w["lm_head.weight"])
+        return self.linear(self.norm(x, "model.norm.weight"), "lm_head.weight", False)
 
 
 # ---------------------------------------------------------------- what is compared
