@@ -23,13 +23,14 @@
 
 // ---- Opening ---------------------------------------------------------------------------------------------
 
-static dsv3_model *model_open(const char *dir, dsv3_isa isa)
+static dsv3_model *model_open(const char *dir, dsv3_isa isa, bool read_ahead)
 {
     dsv3_model_opts opts;
     dsv3_model *model;
     dsv3_error error;
     memset(&opts, 0, sizeof opts);
     opts.isa = isa;
+    opts.read_ahead = read_ahead;
     opts.logger.fn = log_warning;
     opts.progress = bar("opening");
     check(dsv3_model_open(&model, dir, &opts, &error), &error);
@@ -79,7 +80,8 @@ static const char generate_help[] =
     "  --ids                    the prompt is token ids, separated by white space; nothing is put in front\n"
     "  --json                   a JSON object a token: id, text, logprob; a last one with stats\n"
     "  --threads N              default: as many as cores\n"
-    "  --isa NAME               auto, scalar, avx2, avx512 (the results are the same)\n";
+    "  --isa NAME               auto, scalar, avx2, avx512 (the results are the same)\n"
+    "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
 /* What token_fn works on. */
 typedef struct writer {
@@ -203,7 +205,7 @@ static int generate(int argc, char **argv)
 {
     const char *file = NULL, *words[2] = {NULL, NULL};
     uint32_t context = 0, n_threads = 0;
-    bool by_ids = false;
+    bool by_ids = false, read_ahead = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
     sampling given = {false, UINT32_MAX, -1, -1, -1, -1, -1000, (uint64_t)time(NULL) % 1000000007u};
     texts stops;
@@ -233,6 +235,7 @@ static int generate(int argc, char **argv)
         {"--json", OPTION_FLAG, &w.json, 0, 0},
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},
         {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--read-ahead", OPTION_FLAG, &read_ahead, 0, 0},
     };
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
@@ -248,7 +251,7 @@ static int generate(int argc, char **argv)
     if (by_ids && (prompt_ids = ids_parse(prompt.p, prompt.n, file ? file : "generate --ids")).n == 0)
         usage("generate: --ids wants at least one token id as the prompt");
 
-    dsv3_model *model = model_open(words[0], isa);
+    dsv3_model *model = model_open(words[0], isa, read_ahead);
     dsv3_error error;
     const dsv3_tokenizer *tokenizer;
     w.text = dsv3_model_tokenizer(model, &tokenizer, &error) == DSV3_OK;
@@ -460,7 +463,7 @@ static int logits(int argc, char **argv)
     if (!list.n || list.n > UINT32_MAX)
         usage("logits: %s: at least one token id is needed", ids_path);
 
-    dsv3_model *model = model_open(dir, isa);
+    dsv3_model *model = model_open(dir, isa, false);
     const dsv3_config *config = dsv3_model_config(model);
     dsv3_session *session = session_open(model, (uint32_t)list.n, rows, n_threads);
     bool moe = config->n_routed_experts && config->num_hidden_layers > config->first_k_dense_replace;
@@ -910,7 +913,7 @@ static int inspect(int argc, char **argv)
     memset(&opts, 0, sizeof opts);
     opts.max_tokens = context;
     x.bandwidth = 1e9 * (double)bandwidth;
-    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO);
+    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO, false);
     x.model = model;
     x.config = dsv3_model_config(model);
     check(dsv3_session_memory(model, &opts, &x.memory, &error), &error);
