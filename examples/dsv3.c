@@ -24,7 +24,7 @@
 
 // ---- Opening ---------------------------------------------------------------------------------------------
 
-static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute compute)
+static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute compute, bool read_ahead)
 {
     dsv3_model_opts opts;
     dsv3_model *model;
@@ -32,6 +32,7 @@ static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute comput
     memset(&opts, 0, sizeof opts);
     opts.isa = isa;
     opts.compute = compute;
+    opts.read_ahead = read_ahead;
     opts.logger.fn = log_warning;
     opts.progress = bar("opening");
     check(dsv3_model_open(&model, dir, &opts, &error), &error);
@@ -82,7 +83,8 @@ static const char generate_help[] =
     "  --json                   a JSON object a token: id, text, logprob; a last one with stats\n"
     "  --threads N              default: as many as cores\n"
     "  --isa NAME               auto, scalar, avx2, avx512 (the results are the same)\n"
-    "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n";
+    "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
 /* What token_fn works on. */
 typedef struct writer {
@@ -206,7 +208,7 @@ static int generate(int argc, char **argv)
 {
     const char *file = NULL, *words[2] = {NULL, NULL};
     uint32_t context = 0, n_threads = 0;
-    bool by_ids = false;
+    bool by_ids = false, read_ahead = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
     sampling given = {false, UINT32_MAX, -1, -1, -1, -1, -1000, (uint64_t)time(NULL) % 1000000007u};
@@ -236,7 +238,9 @@ static int generate(int argc, char **argv)
         {"--ids", OPTION_FLAG, &by_ids, 0, 0},
         {"--json", OPTION_FLAG, &w.json, 0, 0},
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},
-        {"--isa", OPTION_ISA, &isa, 0, 0}, {"--compute", OPTION_COMPUTE, &compute, 0, 0},
+        {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--compute", OPTION_COMPUTE, &compute, 0, 0},
+        {"--read-ahead", OPTION_FLAG, &read_ahead, 0, 0},
     };
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
@@ -252,7 +256,7 @@ static int generate(int argc, char **argv)
     if (by_ids && (prompt_ids = ids_parse(prompt.p, prompt.n, file ? file : "generate --ids")).n == 0)
         usage("generate: --ids wants at least one token id as the prompt");
 
-    dsv3_model *model = model_open(words[0], isa, compute);
+    dsv3_model *model = model_open(words[0], isa, compute, read_ahead);
     dsv3_error error;
     const dsv3_tokenizer *tokenizer;
     w.text = dsv3_model_tokenizer(model, &tokenizer, &error) == DSV3_OK;
@@ -466,7 +470,7 @@ static int logits(int argc, char **argv)
     if (!list.n || list.n > UINT32_MAX)
         usage("logits: %s: at least one token id is needed", ids_path);
 
-    dsv3_model *model = model_open(dir, isa, compute);
+    dsv3_model *model = model_open(dir, isa, compute, false);
     const dsv3_config *config = dsv3_model_config(model);
     dsv3_session *session = session_open(model, (uint32_t)list.n, rows, n_threads);
     bool moe = config->n_routed_experts && config->num_hidden_layers > config->first_k_dense_replace;
@@ -916,7 +920,7 @@ static int inspect(int argc, char **argv)
     memset(&opts, 0, sizeof opts);
     opts.max_tokens = context;
     x.bandwidth = 1e9 * (double)bandwidth;
-    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO, DSV3_COMPUTE_AUTO);
+    dsv3_model *model = model_open(dir, DSV3_ISA_AUTO, DSV3_COMPUTE_AUTO, false);
     x.model = model;
     x.config = dsv3_model_config(model);
     check(dsv3_session_memory(model, &opts, &x.memory, &error), &error);

@@ -143,8 +143,21 @@ TEST(v3_671b)
     bool cold = make_cold(path);
     if (CHECK_OK(dsv3_model_open(&model, dir, NULL, &e), e)) {
         if (cold) { /* 80 kB of header; a fault alone would have brought 4 MB or more */
-            uint64_t read = resident(path);
-            CHECK(read > 4096 && read <= 1u << 20);
+            uint64_t before = resident(path), ahead = 0;
+            dsv3_tensor t;
+            CHECK(before > 4096 && before <= 1u << 20);
+            /* what read_ahead asks for comes, and nothing beside it */
+            uint32_t k = s.n;
+            while (--k && (s.v[k].shard != 100 || sparse_size(&s.v[k]) != 2048 * 7168))
+                ;
+            if (CHECK_OK(dsv3_model_tensor(model, s.v[k].name, &t, &e), e))
+                dsv3__os_will_need(t.data, t.shape[0] * t.row_stride);
+            for (int i = 0; i < 300 && ahead < before + 2048 * 7168; i++) {
+                struct timespec pause = {0, 10000000};
+                nanosleep(&pause, NULL);
+                ahead = resident(path);
+            }
+            CHECK(ahead >= before + 2048 * 7168 && ahead <= before + 2048 * 7168 + 8192);
         }
         check_tensors(model);
         const dsv3_config *c = dsv3_model_config(model);
@@ -160,7 +173,41 @@ TEST(v3_671b)
     unmake(shape, dir);
 }
 
-TEST_MAIN(RUN(small), RUN(v3_671b))
+/* Advice moves pages, not numbers. */
+TEST(read_ahead)
+{
+    static tiny t;
+    static float logits[2][4096];
+    const int32_t ids[6] = {1, 5, 3, 2, 7, 4};
+    char dir[300];
+    tiny_opts o = tiny_blocks();
+    tiny_build(&t, &o);
+    REQUIRE(CHECK(tiny_write_dir(&t, dir, sizeof dir)));
+    for (int k = 0; k < 2; k++) {
+        dsv3_model_opts mo;
+        dsv3_model *model;
+        dsv3_session *session;
+        const float *out;
+        memset(&mo, 0, sizeof mo);
+        mo.read_ahead = k == 1;
+        if (!CHECK_OK(dsv3_model_open(&model, dir, &mo, &e), e))
+            break;
+        size_t size = dsv3_model_config(model)->vocab_size * sizeof(float);
+        if (CHECK_OK(dsv3_session_open(&session, model, NULL, &e), e)) {
+            if (CHECK_OK(dsv3_session_append(session, ids, 6, NULL, &e), e) &&
+                CHECK_OK(dsv3_session_logits(session, &out, &e), e) && CHECK(size <= sizeof logits[k]))
+                memcpy(logits[k], out, size);
+            dsv3_session_close(session);
+        }
+        dsv3_model_close(model);
+    }
+    CHECK(logits[0][0] != 0);
+    CHECK_BYTES(logits[1], sizeof logits[1], logits[0], sizeof logits[0]);
+    tiny_remove_dir(&t, dir);
+    tiny_free(&t);
+}
+
+TEST_MAIN(RUN(small), RUN(v3_671b), RUN(read_ahead))
 #else
 TEST(holes)
 {
