@@ -91,12 +91,13 @@ static void chart_write(const char *path)
             double most = chart.point[i].tok_s > chart.point[i].bound ? chart.point[i].tok_s : chart.point[i].bound;
             top = most > top ? most : top;
         }
-        while (4 * step < top) /* 1, 2, 5, 10, 20 ... */
+        while (5 * step < top) /* 1, 2, 5, 10, 20 ... */
             step *= fmod(log10(step / 2) + 100, 1) < 1e-6 ? 2.5 : 2;
-        top = 4 * step;
+        const double lines = ceil(top / step);
+        top = lines * step;
         chart_text(f, 16, y + 24, "title", chart.curve);
-        for (uint32_t i = 0; i <= 4; i++) {
-            double line = floor_y - CURVE * i / 4.0 * 0.95;
+        for (uint32_t i = 0; i <= lines; i++) {
+            double line = floor_y - CURVE * 0.95 * i / lines;
             fprintf(f, "<line class=\"axis\" x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" stroke-width=\"%s\"/>\n",
                     left, line, left + width, line, i ? "0.4" : "1");
             snprintf(text, sizeof text, "%.0f", step * i);

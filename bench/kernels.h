@@ -80,6 +80,7 @@ static void kernel_case(spans *read_of, const uint8_t *buffer, const float *scal
 {
     static kernel_job j;
     double rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS], read[MAX_REPS], peak_gmac[MAX_REPS];
+    double cpu[MAX_REPS];
     size_t bytes = (size_t)n * k * dsv3_dtype_size(dtype);
     double macs = (double)n * k * rows, scales = dtype == DSV3_DTYPE_F8_E4M3 ? 4.0 * (n / 128) * (k / 128) : 4.0 * n;
     peak p = peak_of(isa, compute_products(compute));
@@ -104,7 +105,9 @@ static void kernel_case(spans *read_of, const uint8_t *buffer, const float *scal
     for (uint32_t r = 0; r < reps; r++) {
         progress("kernels, %s %s, %u threads, %u x %u, %u rows: %u of %u", dtype_name, compute, threads, n, k, rows,
                  r + 1, reps);
-        rate[r] = macs * j.calls * threads / on_threads(threads, kernel_run, &j);
+        double cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID), took = on_threads(threads, kernel_run, &j);
+        cpu[r] = (seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu_start) / (took * threads);
+        rate[r] = macs * j.calls * threads / took;
         double after = read_rate(read_of, threads), peak_after = peak_rate(p, threads);
         read[r] = (before + after) / 2, peak_gmac[r] = (peak_before + peak_after) / 2;
         double seconds_bytes = ((double)bytes + scales) / read[r],
@@ -134,6 +137,7 @@ static void kernel_case(spans *read_of, const uint8_t *buffer, const float *scal
     out_number("read_gb_s", "of", 1, roof);
     out_text("bound", "bound by", gmac <= 0 || most <= 0 || (double)bytes / roof > macs / most ? "bytes" : "macs");
     out_number("ratio", "ratio", 2, stats_of(ratio, reps).mid);
+    out_number("cpu", "cpu", 2, stats_of(cpu, reps).mid);
     out_number("reps", NULL, 0, reps);
     out_end();
     free(j.out);

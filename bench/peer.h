@@ -60,7 +60,7 @@ static void peer_find(const char *path, const char *model)
     peer.fa = flash && strncmp(flash + 12, " <on", 4) == 0 ? "on" : "1";
     peer.name = peer.ik ? "ik_llama.cpp" : "llama.cpp";
     peer.n_settings = peer.ik ? 2 : 1;
-    peer.setting[0] = peer.ik ? "-mla 3 -fa 1" : "-fa 1";
+    peer.setting[0] = peer.ik ? "-mla 3 -fa 1" : "-fa";
     peer.setting[1] = "-mla 3 -fa 1 -rtr 1";
     if (!peer.ik && !strstr(text, "--n-depth"))
         die("--peer %s: a llama-bench without -d cannot be told the context", path);
@@ -110,10 +110,11 @@ static double peer_rate(uint32_t setting, uint32_t threads, bool decode, uint32_
     args[count] = NULL;
     double rate = peer_exec(args, text) ? peer_number(text, "\"avg_ts\"") : 0;
     if (!(rate > 0)) {
-        fprintf(stderr, "bench: failed:");
-        for (uint32_t i = 0; i < count; i++)
-            fprintf(stderr, " %s", args[i]);
-        die("; run it by hand to see why");
+        char command[PEER_TEXT] = "";
+        size_t len = 0;
+        for (uint32_t i = 0; i < count && len < sizeof command; i++)
+            len += (size_t)snprintf(command + len, sizeof command - len, " %s", args[i]);
+        die("this failed; run it by hand to see why:%s", command);
     }
     return rate;
 }

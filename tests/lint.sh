@@ -59,7 +59,7 @@ manual() {
 
 # ---- Text ----
 
-grep -nE '[ 	]+$' $header Makefile examples/*.[ch] examples/*.py tests/*.[ch] tests/*.sh bench/*.[ch] > $work/space 2> /dev/null
+grep -nE '[ 	]+$' $header Makefile examples/*.[ch] examples/*.py tests/*.[ch] tests/*.sh bench/*.sh bench/*.[ch] > $work/space 2> /dev/null
 report $work/space "no space at the end of a line"
 grep -n "$(printf '\t')" $header examples/*.[ch] tests/*.[ch] > $work/tabs
 report $work/tabs "no tabs in C"
@@ -156,7 +156,7 @@ if [ -e build/libdsv3.so ] && command -v nm > /dev/null; then
 else
     skip "symbols: wants build/libdsv3.so and nm"
 fi
-for script in tests/*.sh; do
+for script in tests/*.sh bench/*.sh; do
     case $(head -n 1 "$script") in *bash*) bash -n "$script" ;; *) sh -n "$script" ;; esac
 done > $work/scripts 2>&1
 report $work/scripts "the scripts parse"
