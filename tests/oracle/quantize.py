@@ -28,7 +28,7 @@ import compare
 import reference
 from program import ProgramError
 
-TARGETS = ("int8", "fp8", "bf16")
+TARGETS = ("int8", "fp8", "bf16", "int8 --head")
 PROMPTS = 40               # tried for one without near ties in the routing of the new weights
 
 
@@ -47,11 +47,11 @@ def int8(w):
     return (w / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def expected(directory, target):
+def expected(directory, target, head):
     """Name -> tensor that dsv3 quantize must write."""
     out, stored, weights = {}, reference.read_tensors(directory), reference.read_weights(directory)
     for name, w in weights.items():
-        if checkpoints.is_fp8(name):
+        if checkpoints.is_fp8(name) or head and name == "lm_head.weight":
             if target == "int8":
                 out[name], out[name + "_scale"] = int8(w)
             elif target == "fp8":
@@ -147,14 +147,15 @@ def calm_prompt(spec, model):
     raise RuntimeError(f"{spec.name}: every prompt has a near tie")
 
 
-def check_target(spec, source, target, work, program, report):
-    directory, label = os.path.join(work, f"{spec.name}-{target}"), f"quantize: {spec.name} to {target}"
+def check_target(spec, source, options, work, program, report):
+    directory, label = os.path.join(work, f"{spec.name}-{options}".replace(" ", "")), f"quantize: {spec.name} to {options}"
+    target, *head = options.split()
     shutil.rmtree(directory, ignore_errors=True)
-    row = {"checkpoint": spec.name, "file": spec.dtype.upper(), "to": target, "equal": "-", "readers": "", "positions": None,
+    row = {"checkpoint": spec.name, "file": spec.dtype.upper(), "to": options, "equal": "-", "readers": "", "positions": None,
            "error": None, "moved": None}
-    program.run("quantize", source, directory, "--to", target)
+    program.run("quantize", source, directory, "--to", target, *head)
 
-    want, found = expected(source, target), reference.read_tensors(directory)
+    want, found = expected(source, target, bool(head)), reference.read_tensors(directory)
     wrong = [n for n in want.keys() | found.keys() if n not in want or n not in found or not same_tensor(want[n], found[n])]
     row["equal"] = f"{len(want) - len(wrong)}/{len(want)}"
     report.check(f"{label}: tensors", not wrong, f"{len(wrong)} differ: {sorted(wrong)[:3]}")
@@ -297,6 +298,8 @@ def check(work, program, report):
     for spec in sources():
         found = compare.find(spec, work)
         for target in TARGETS:
+            if "--head" in target and spec.name != "t1":
+                continue
             try:
                 rows.append(check_target(spec, found.directory, target, work, program, report))
             except (ProgramError, RuntimeError) as e:
@@ -309,4 +312,18 @@ def check(work, program, report):
         if spec.name == "fp8-ragged":
             rows += check_published(spec, found.directory, work, program, report)
         report.say(f"quantize: {spec.name} done")
+    check_tied(work, program, report)
     return rows
+
+
+def check_tied(work, program, report):
+    """A head that is the embedding has no 8 bits of its own; without --head all goes on."""
+    spec = next(s for s in checkpoints.specs() if s.name == "tied")
+    source, out = compare.find(spec, work).directory, os.path.join(work, "tied-int8")
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        program.run("quantize", source, out, "--to", "int8", "--head")
+        report.fail("quantize: tied --head", "is not refused")
+    except ProgramError as e:
+        report.check("quantize: tied --head", "tied" in str(e) and not os.path.exists(out), str(e))
+    check_target(spec, source, "int8", work, program, report)
