@@ -609,7 +609,7 @@ static int quantize(int argc, char **argv)
     memset(&r, 0, sizeof r);
     memset(&list, 0, sizeof list);
     recipe_read(&r, argc, argv);
-    dsv3_model *model = model_open(r.dir, DSV3_ISA_AUTO);
+    dsv3_model *model = model_open(r.dir, DSV3_ISA_AUTO, DSV3_COMPUTE_AUTO, false);
     if (r.head && dsv3_model_config(model)->tie_word_embeddings)
         usage("quantize: --head: this checkpoint has no head of its own, its embeddings are tied");
     bytes config = config_text(&r);
