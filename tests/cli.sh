@@ -307,7 +307,7 @@ plans() {
 layers_of_tiny=$(sed -n 's/.*"num_hidden_layers": *\([0-9]*\).*/\1/p' $model/config.json)
 
 # tensors DIR KIND: the dtypes of those tensors, in one line.
-dtypes() { "$dsv3" inspect "$1" | awk -v kind="$2" '$1 == kind { printf "%s%s", sep, $2; sep = " " } END { print "" }'; }
+dtypes() { "$dsv3" inspect "$1" | awk -v kind="$2" '$1 == kind && $2 ~ /^[A-Z]+[0-9]/ && !seen[$2]++ { printf "%s%s", sep, $2; sep = " " } END { print "" }'; }
 
 quantizes() {
     awk 'BEGIN { for (i = 0; i < 40; i++) print (i * 37 + 11) % 4096 }' > "$work/ids"
