@@ -302,8 +302,8 @@ def check(work, program, report):
                 continue
             try:
                 rows.append(check_target(spec, found.directory, target, work, program, report))
-            except (ProgramError, RuntimeError) as e:
-                report.fail(f"quantize: {spec.name} to {target}", str(e))
+            except (ProgramError, RuntimeError, KeyError) as e:
+                report.fail(f"quantize: {spec.name} to {target}", repr(e))
         if spec.shards:
             try:
                 check_resume(found.directory, os.path.join(work, f"{spec.name}-int8"), work, program, report)
