@@ -4066,9 +4066,10 @@ static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form,
     }
 }
 
-/* With several rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of them (256 KB: half
+/* With more than DSV3__MM_FEW rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of them (256 KB: half
    of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile at a time. Where
    that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
+#define DSV3__MM_FEW    4
 #define DSV3__MM_ROWS   32
 #define DSV3__MM_CHUNK  2048
 #define DSV3__MM_TOKENS 48
@@ -4078,8 +4079,8 @@ DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
     size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
     size_t sums = k <= DSV3__MM_CHUNK ? DSV3__TILE_SUM : DSV3__MM_ROWS * DSV3__MM_TOKENS * 64;
-    size_t tiles = (DSV3__MM_ROWS + 6) * chunk + sums, one = dsv3__mm_pad(k);
-    return dsv3__mm_pad((k + 63) / 64) + (tiles > one ? tiles : one);
+    size_t tiles = (DSV3__MM_ROWS + 6) * chunk + sums, few = DSV3__MM_FEW * dsv3__mm_pad(k);
+    return dsv3__mm_pad((k + 63) / 64) + (tiles > few ? tiles : few);
 }
 
 /* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
@@ -4101,7 +4102,7 @@ DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t
     *have = want;
 }
 
-/* dsv3__mm_strip for n > 1 and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS (any number, if cols <= DSV3__MM_CHUNK) rows
+/* dsv3__mm_strip for n > DSV3__MM_FEW and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS (any number, if cols <= DSV3__MM_CHUNK) rows
    of x. In pairs of F8_E4M3 all rows have the same scales. */
 static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
                            size_t rows, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
@@ -4156,21 +4157,30 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
     }
 }
 
-/* One row of x: one row of weights after the other, front to back, the one pattern that runs at memory speed. */
-static void dsv3__mm_vector(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
-                            uint64_t r1, const float *x, float *out)
+/* At most DSV3__MM_FEW rows of x: one row of weights after the other, front to back, the one pattern that runs at memory
+   speed; it stays in L1 while each row of x meets it. */
+static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
+                         uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+                         size_t out_stride)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 127) / 128 * 2;
     const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype, dsv3__mm_is_pairs(form));
     float *scale64 = panel;                        /* [blocks] */
-    float *rounded = panel + dsv3__mm_pad(blocks); /* [blocks * 64] */
+    float *rounded = panel + dsv3__mm_pad(blocks); /* [n, pad(cols)] */
+    const float *rows[DSV3__MM_FEW];
     uint64_t have = UINT64_MAX;
+    for (size_t j = 0; j < n; j++)
+        rows[j] = x + (index ? index[j] : j) * x_stride;
     for (uint64_t r = r0; r < r1; r++) {
         const uint64_t before = have;
         dsv3__mm_scales(scale64, w, r, blocks, &have);
-        if (form == DSV3__FORM_PAIRS_FP8 && have != before)
-            k->round_pairs(rounded, 64, k->lanes, x, scale64, blocks * 64);
-        out[(size_t)(r - r0)] = dot(dsv3__ten_row(w, r), form == DSV3__FORM_PAIRS_FP8 ? rounded : x, scale64, cols);
+        for (size_t j = 0; j < n; j++) {
+            float *y = rounded + j * dsv3__mm_pad(cols);
+            if (form == DSV3__FORM_PAIRS_FP8 && have != before)
+                k->round_pairs(y, 64, k->lanes, rows[j], scale64, blocks * 64);
+            out[j * out_stride + (size_t)(r - r0)] =
+                dot(dsv3__ten_row(w, r), form == DSV3__FORM_PAIRS_FP8 ? y : rows[j], scale64, cols);
+        }
     }
 }
 
@@ -4219,8 +4229,8 @@ static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_t
         dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride);
         return;
     }
-    if (n == 1) {
-        dsv3__mm_vector(mode->k, panel, w, form, r0, r1, x + (index ? index[0] : 0) * x_stride, out);
+    if (n <= DSV3__MM_FEW) {
+        dsv3__mm_few(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride);
         return;
     }
     for (uint64_t r = r0, next; r < r1; r = next) {
