@@ -3,7 +3,7 @@ the published arithmetic in torch.
 
   held out   examples/tiny on whole tales that its training never saw (train_tiny.py makes the split), in windows of 512
              tokens; the same weights also as BF16 and as int8 (compressed-tensors, a scale a row)
-  widths     random models of V3's true widths, 2 layers of 4 experts, the same draw as FP8, BF16 and int8
+  widths     random models of V3's true widths, 2 layers of 3 experts, the same draw as FP8, BF16 and int8
   published  small FP8 and int8 checkpoints through transcription.py with every linear replaced by matmul_modes.linear
 
 KL(f32 || mode) is in nats, over the distribution of the next token at each position.
@@ -48,7 +48,8 @@ INT8_CONFIG = {
 
 def int8_rows(w):
     """compressed-tensors, symmetric, strategy channel: codes [rows, cols] and scales [rows, 1] of max / 127.5."""
-    scale = (w.abs().amax(1, keepdim=True) / 127.5).clamp_min(2.0 ** -100)
+    low, high = w.aminmax(dim=1, keepdim=True)
+    scale = (torch.maximum(high, -low) / 127.5).clamp_min(2.0 ** -100)
     return (w / scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
@@ -213,7 +214,7 @@ def held_out(directory, corpus, work, program, report, windows=None):
         report.say(f"fidelity: examples/tiny as {form} done")
     if exact:
         d, stored = Divergence(), reference.read_tensors(directory)
-        for at in places[::3]:                          # a third of the text: torch in bf16 is slow
+        for at in places[::6]:                          # a sixth of the text: torch in bf16 is slow
             ids, _ = window(at)
             model = transcription.Official(config, stored, transcription.Choices(eps=config["rms_norm_eps"]))
             logits = model(ids).float().numpy()
@@ -235,34 +236,35 @@ def skip_or_fail(report, name, error, form):
 def wide_config():
     c = checkpoints.fp8(hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_attention_heads=128,
                         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-                        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=0,
+                        n_routed_experts=3, n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=0,
                         num_hidden_layers=2, vocab_size=1024, max_position_embeddings=163840)
-    return checkpoints.Spec("fidelity-wide", "V3's widths, 2 layers, 4 experts", c, prompt=64)
+    return checkpoints.Spec("fidelity-wide", "V3's widths, 2 layers, 3 experts", c, prompt=64)
 
 
 def widths(work, program, report):
-    """The same random model, 0.8 billion weights, in three forms; at most 1.7 GB of them at a time."""
+    """The same random model, 0.7 billion weights, in three forms: 2.9 GB, deleted when they have run."""
     spec, rows = wide_config(), []
     ids, shape = checkpoints.prompt(spec, 0), (spec.config["vocab_size"], 2, spec.config["num_experts_per_tok"])
     shapes, _ = checkpoints.tensor_shapes(spec)
     directory = os.path.join(work, spec.name)
-    for forms in (("fp8", "int8"), ("bf16",)):
-        generator = torch.Generator().manual_seed(9)    # one draw for all forms
-        where = write(directory, spec.config, forms, shapes, lambda name, shape: checkpoints.draw_tensor(name, shape, generator))
-        for form in forms:
-            try:
-                runs = {mode: program.logits(where[form], ids, *shape, compute=mode) for mode in ("f32", *modes_for(form))}
-            except ProgramError as e:
-                skip_or_fail(report, f"fidelity: V3's widths as {form}", e, form)
-                continue
-            for mode in modes_for(form):
-                d = Divergence()
-                d.add(runs["f32"][0], runs[mode][0], (runs["f32"][1], runs[mode][1]))
-                rows.append(d.row(model="V3's widths", weights=form, mode=mode))
-                limit = 1e-3 if mode == "bf16" else 0.1
-                report.check(f"fidelity: V3's widths, {form} in {mode}", 0 < rows[-1]["still"] < limit, f"KL {rows[-1]['still']:.1e}")
-            report.say(f"fidelity: V3's widths as {form} done")
-        shutil.rmtree(directory, ignore_errors=True)
+    generator = torch.Generator().manual_seed(9)
+    where = write(directory, spec.config, ("fp8", "bf16", "int8"), shapes,
+                  lambda name, shape: checkpoints.draw_tensor(name, shape, generator))
+    report.say("fidelity: V3's widths written")
+    for form in where:
+        try:
+            runs = {mode: program.logits(where[form], ids, *shape, compute=mode) for mode in ("f32", *modes_for(form))}
+        except ProgramError as e:
+            skip_or_fail(report, f"fidelity: V3's widths as {form}", e, form)
+            continue
+        for mode in modes_for(form):
+            d = Divergence()
+            d.add(runs["f32"][0], runs[mode][0], (runs["f32"][1], runs[mode][1]))
+            rows.append(d.row(model="V3's widths", weights=form, mode=mode))
+            limit = 1e-3 if mode == "bf16" else 0.1
+            report.check(f"fidelity: V3's widths, {form} in {mode}", 0 < rows[-1]["still"] < limit, f"KL {rows[-1]['still']:.1e}")
+        report.say(f"fidelity: V3's widths as {form} done")
+    shutil.rmtree(directory, ignore_errors=True)
     return rows
 
 
@@ -328,7 +330,8 @@ def published(work, program, report):
                 found.append({"checkpoint": name, "mode": mode + (f", ue8m0 in {ue8m0}" if ue8m0 else ""), "positions": len(ids),
                               "apart": median_kl(theirs, ours), "ours": median_kl(exact, ours), "theirs": median_kl(exact, theirs)})
             best = min(found, key=lambda row: row["apart"])
-            best["ratio"] = best["apart"] / max(min(best["ours"], best["theirs"]), 1e-300)
+            cost = min(best["ours"], best["theirs"])
+            best["ratio"] = best["apart"] / cost if cost > 0 else float("inf")
             rows.append(best)
             report.check(f"fidelity: {name} in {mode}, end to end", best["ratio"] < NEAR[mode],
                          f"KL {best['apart']:.1e} from the published arithmetic, {best['ours']:.1e} from f32")
