@@ -29,7 +29,10 @@ from program import ProgramError
 from report import table as print_table
 
 WINDOW = 512
-BF16_KL = 1e-4                      # what bf16 may cost on examples/tiny, mean
+# What bf16 may cost on examples/tiny, mean: where the experts stay, and in all. 1e-4 in all is out of this model's reach: FP8 values
+# rounded to BF16 once, everything else in f32, already cost 1.3e-4, nearly all of it at the 0.7 % of positions where an expert
+# changes; DeepSeek's own bf16 code costs 9e-4.
+BF16_STILL, BF16_KL = 1e-5, 3e-4
 MODES = ("bf16", "fp8", "int8")
 INT8_CONFIG = {
     "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
@@ -208,7 +211,8 @@ def held_out(directory, corpus, work, program, report, windows=None):
             rows.append(row)
             if mode != "f32":                           # a rounding that cannot be seen was not made
                 limit = BF16_KL if mode == "bf16" else 0.1
-                report.check(f"fidelity: examples/tiny, {form} in {mode}", 0 < row["mean"] < limit,
+                report.check(f"fidelity: examples/tiny, {form} in {mode}",
+                             0 < row["mean"] < limit and (mode != "bf16" or row["still"] < BF16_STILL),
                              f"KL {row['mean']:.1e} of {row['positions']} positions; {row['still']:.1e} without the "
                              f"{row['moved']:.2%} where an expert changed")
         report.say(f"fidelity: examples/tiny as {form} done")
