@@ -76,10 +76,12 @@
    move. Sampling is a function of logits, options, position and, with penalties, the tokens so far: the random number for a
    token depends on the seed and its position and on nothing else, so a retry takes a new seed.
 
-   NUMBERS. Arithmetic is f32 on the stored weights: value = f32(code * scale), products fused into the sum. Router, norms,
-   softmax and rotation are f32 too. The reference is Hugging Face transformers in f32; tests/oracle runs it live.
-   Attention is computed in its absorbed form only. Where DeepSeek's own inference code differs (bf16 router, activation
-   quantization), tests/oracle/README.md tells what was chosen and what it costs.
+   NUMBERS. Weights are exact: value = f32(code * scale). How activations meet them is named in dsv3_model_opts.compute: f32,
+   or rounded to bf16 (the default for FP8 and BF16 weights: finer than the published recipe), to FP8 as published, or to
+   8-bit integers (the default for I8 weights); dsv3_compute says each exactly, README.md what each costs. Router, norms,
+   softmax, rotation and attention are f32 in all of them. The reference is Hugging Face transformers in f32; tests/oracle
+   runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in its absorbed form only. Where
+   DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was chosen and what it costs.
 
    ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
    names the file, the tensor or key, what was expected and what was found. Pointers and counts given out are NULL or 0 on
@@ -132,8 +134,6 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-
-#define DSV3_COMPUTE_API 1
 
 #define DSV3_VERSION_MAJOR  0
 #define DSV3_VERSION_MINOR  1
@@ -363,7 +363,7 @@ DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_
 DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint64_t first_row, uint64_t n_rows,
                                      dsv3_error *error);
 
-/* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, f32 arithmetic, one fixed order of summation: a row
+/* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, as opts->compute says, one fixed order of summation: a row
    of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
    weight     rank 2 (or 1: one output), dtype F32, F16, BF16, F8_E4M3 or I8
    opts       NULL: AUTO kernels on this thread

@@ -136,7 +136,6 @@ static struct {
 static const char *const COMPUTES[] = {"auto", "f32", "bf16", "fp8", "int8"};
 enum { N_COMPUTES = sizeof COMPUTES / sizeof *COMPUTES };
 
-#ifdef DSV3_COMPUTE_API
 static dsv3_compute compute_of(const char *name)
 {
     uint32_t i = 0;
@@ -144,17 +143,11 @@ static dsv3_compute compute_of(const char *name)
         i++;
     return (dsv3_compute)i;
 }
-#endif
 
 /* What AUTO means for weights of this type. */
 static const char *compute_resolve(uint32_t index, const char *dtype)
 {
-#ifdef DSV3_COMPUTE_API
     return index ? COMPUTES[index] : strcmp(dtype, "int8") == 0 ? "int8" : strcmp(dtype, "F32") == 0 ? "f32" : "bf16";
-#else
-    (void)index, (void)dtype;
-    return "f32";
-#endif
 }
 
 /* The type of the products that a mode multiplies: its peak is that of their instruction. E4M3 times E4M3 is exact in bf16. */
@@ -288,9 +281,7 @@ static void model_open(model *b, const char *dir, dsv3_isa isa, uint32_t compute
     memset(b, 0, sizeof *b);
     memset(&options, 0, sizeof options);
     options.isa = isa;
-#ifdef DSV3_COMPUTE_API
     options.compute = (dsv3_compute)compute;
-#endif
     b->anonymous = anonymous_bytes();
     must(dsv3_model_open(&b->m, dir, &options, &error), &error);
     b->anonymous = anonymous_bytes() - b->anonymous;
@@ -665,9 +656,7 @@ static void run_open(const model *b, const char *dir, uint32_t threads)
         memset(&model_opts, 0, sizeof model_opts);
         memset(&session_opts, 0, sizeof session_opts);
         model_opts.isa = b->isa, session_opts.n_threads = threads;
-#ifdef DSV3_COMPUTE_API
         model_opts.compute = compute_of(b->compute);
-#endif
         if (r == reps)
             page_cache(dir, false);
         progress("open: %u of %u", r + 1, reps + 1);
@@ -1007,11 +996,6 @@ static void parse(int argc, char **argv, bool first)
         die("--head is bf16 or 8bit");
     if (strcmp(opt.head, "8bit") == 0 && strcmp(opt.dtype, "bf16") == 0)
         die("--head 8bit goes with --dtype fp8 or int8");
-#ifndef DSV3_COMPUTE_API
-    for (uint32_t i = 0; i < opt.computes.n; i++)
-        if (opt.computes.v[i] > 1)
-            die("--compute %s: this version of dsv3.h computes in f32", COMPUTES[opt.computes.v[i]]);
-#endif
     if (!opt.peer != !opt.peer_model)
         die("--peer and --peer-model go together");
     if (opt.peer)

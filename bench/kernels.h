@@ -87,9 +87,7 @@ static void kernel_case(spans *read_of, const uint8_t *buffer, const float *scal
     uint32_t reps = opt.reps.v[0];
     memset(&j, 0, sizeof j);
     j.options.isa = isa;
-#ifdef DSV3_COMPUTE_API
     j.options.compute = compute_of(compute);
-#endif
     while (j.n_matrices < MAX_MATRICES && (j.n_matrices + 1) * bytes <= KERNEL_BYTES) {
         j.matrix[j.n_matrices] = kernel_matrix(buffer + j.n_matrices * bytes, scale, dtype, n, k);
         j.n_matrices++;

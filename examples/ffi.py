@@ -57,7 +57,7 @@ class Tensor(Structure):
 
 
 class MatmulOpts(Structure):
-    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("executor", Executor), ("allocator", Allocator)]
+    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("compute", c_int), ("executor", Executor), ("allocator", Allocator)]
 
 
 class TokenizerInfo(Structure):
@@ -83,7 +83,7 @@ class Config(Structure):
 
 
 class ModelOpts(Structure):
-    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("no_mmap", c_bool), ("read_ahead", c_bool), ("memory_limit", c_uint64),
+    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("compute", c_int), ("no_mmap", c_bool), ("read_ahead", c_bool), ("memory_limit", c_uint64),
                 ("allocator", Allocator), ("reader", Reader), ("logger", Logger), ("progress", Progress)]
 
 

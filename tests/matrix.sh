@@ -140,8 +140,10 @@ hash() {
     local x=c
     case $3 in *++*) x=c++ ;; esac
     start "hash-$1" "$2 -x $x $3 -I. -o $out/dsv3-$1 examples/dsv3.c -lm -pthread && for isa in scalar auto; do
-        ${4:-} $out/dsv3-$1 logits $model --ids $out/ids.txt --out $out/$1.\$isa --isa \$isa --threads 2 || exit 1
-        $sum < $out/$1.\$isa; rm $out/$1.\$isa; done | sort -u > $out/$1.sum && test \$(wc -l < $out/$1.sum) = 1 &&
+        for mode in f32 bf16 fp8; do
+            ${4:-} $out/dsv3-$1 logits $model --ids $out/ids.txt --out $out/$1.\$isa-\$mode --isa \$isa --compute \$mode --threads 2 || exit 1
+        done
+        cat $out/$1.\$isa-* | $sum; rm $out/$1.\$isa-*; done | sort -u > $out/$1.sum && test \$(wc -l < $out/$1.sum) = 1 &&
         cat $out/$1.sum; rm -f $out/dsv3-$1; test -s $out/$1.sum && test \$(wc -l < $out/$1.sum) = 1"
 }
 

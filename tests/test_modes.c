@@ -24,11 +24,7 @@
 
 typedef enum mode { AUTO, F32, BF16, FP8, INT8 } mode;
 
-#ifdef DSV3_COMPUTE_API
 static const mode modes[] = {AUTO, F32, BF16, FP8, INT8};
-#else
-static const mode modes[] = {F32};
-#endif
 static const char *const mode_names[] = {"auto", "f32", "bf16", "fp8", "int8"};
 
 static dsv3_matmul_opts options(dsv3_isa isa, mode m)
@@ -36,12 +32,8 @@ static dsv3_matmul_opts options(dsv3_isa isa, mode m)
     dsv3_matmul_opts o;
     memset(&o, 0, sizeof o);
     o.isa = isa;
-#ifdef DSV3_COMPUTE_API
     static const dsv3_compute values[] = {DSV3_COMPUTE_AUTO, DSV3_COMPUTE_F32, DSV3_COMPUTE_BF16, DSV3_COMPUTE_FP8, DSV3_COMPUTE_INT8};
     o.compute = values[m];
-#else
-    (void)m;
-#endif
     return o;
 }
 
@@ -885,11 +877,7 @@ static bool run_model(tiny *t, float *logits, const int32_t *ids, size_t n, size
     memset(&mo, 0, sizeof mo);
     memset(&so, 0, sizeof so);
     mo.isa = isa;
-#ifdef DSV3_COMPUTE_API
     mo.compute = options(isa, m).compute;
-#else
-    (void)m;
-#endif
     so.max_tokens = (uint32_t)n, so.n_threads = n_threads;
     bool ok = CHECK_OK(tiny_open(t, &model, &mo, &e), e) && CHECK_OK(dsv3_session_open(&session, model, &so, &e), e);
     for (size_t at = 0; ok && at < n; at += step) {
@@ -1030,9 +1018,7 @@ TEST(nan_code_in_a_model)
             dsv3_model_opts mo;
             dsv3_error e;
             memset(&mo, 0, sizeof mo);
-#ifdef DSV3_COMPUTE_API
             mo.compute = options(DSV3_ISA_AUTO, modes[m]).compute;
-#endif
             tiny_build(&t, &o);
             tiny_tensor *spoilt = tiny_find(&t, names[i]);
             REQUIRE(CHECK(spoilt != NULL));
@@ -1052,7 +1038,6 @@ TEST(nan_code_in_a_model)
 
 TEST(names_and_refusals)
 {
-#ifdef DSV3_COMPUTE_API
     float in[64] = {0}, out;
     dsv3_error e;
     for (size_t m = 0; m < COUNT(modes); m++)
@@ -1078,9 +1063,6 @@ TEST(names_and_refusals)
     CHECK_CONTAINS(e.message, "compute");
     CHECK(model == NULL);
     tiny_free(&t);
-#else
-    SKIP("one mode only");
-#endif
 }
 
 TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
