@@ -76,8 +76,8 @@
    move. Sampling is a function of logits, options, position and, with penalties, the tokens so far: the random number for a
    token depends on the seed and its position and on nothing else, so a retry takes a new seed.
 
-   NUMBERS. Weights are exact: value = f32(code * scale). How activations meet them is named in dsv3_model_opts.compute: f32,
-   or rounded to bf16 (the default for FP8 and BF16 weights: finer than the published recipe), to FP8 as published, or to
+   NUMBERS. Weights are exact: value = f32(code * scale). dsv3_model_opts.compute names how activations meet them: f32, or
+   rounded to bf16 (the default for FP8 and BF16 weights: finer than the published recipe), to FP8 as published, or to
    8-bit integers (the default for I8 weights); dsv3_compute says each exactly, README.md what each costs. Router, norms,
    softmax, rotation and attention are f32 in all of them. The reference is Hugging Face transformers in f32; tests/oracle
    runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in its absorbed form only. Where
@@ -363,8 +363,8 @@ DSV3_API dsv3_result dsv3_quantize(dsv3_tensor *tensor, void *data, size_t data_
 DSV3_API dsv3_result dsv3_dequantize(float *out, const dsv3_tensor *tensor, uint64_t first_row, uint64_t n_rows,
                                      dsv3_error *error);
 
-/* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, as opts->compute says, one fixed order of summation: a row
-   of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
+/* out [n, shape[0]] = in [n, shape[1]] times the transposed weight, as opts->compute says, in one fixed order of summation:
+   a row of `out` has the same bits whatever n, the executor and the ISA (DETERMINISM above).
    weight     rank 2 (or 1: one output), dtype F32, F16, BF16, F8_E4M3 or I8
    opts       NULL: AUTO kernels on this thread
    Errors: INVALID_ARGUMENT, INVALID_OPTIONS, UNSUPPORTED_CPU, OUT_OF_MEMORY. Any thread. */
@@ -2532,7 +2532,7 @@ DSV3__INLINE size_t dsv3__k_tile_rows(size_t n, size_t most)
     640 /* columns: a row of the cache; 7 of 2.5 KB, or 10, stay in L1 while every group of lanes passes over them */
 
 /* Reads n floats, a cache line at a time. */
-DSV3__INLINE void dsv3__touch(const float *p, size_t n)
+DSV3__INLINE void dsv3__k_touch(const float *p, size_t n)
 {
     for (size_t i = 0; i < n; i += 16)
         (void)*(const volatile float *)(p + i);
@@ -2549,7 +2549,7 @@ DSV3__INLINE void dsv3__k_tile_rows_in_place(dsv3__tile_add_fn add, dsv3__tree_f
     for (size_t i = 0; i < n_w; i += DSV3__TILE_W) {
         const size_t rows = dsv3__min(n_w - i, DSV3__TILE_W);
         for (size_t r = 0; r < rows; r++) /* PERF: comes in front to back; the tile would ask for every fourth line */
-            dsv3__touch(w + (i + r) * w_stride, k);
+            dsv3__k_touch(w + (i + r) * w_stride, k);
         for (size_t j = 0, n; j < n_x; j += n) {
             n = dsv3__k_tile_rows(n_x - j, tile_x);
             for (size_t c = 0; c == 0 || c < k; c += DSV3__TILE_CHUNK) {
@@ -3027,6 +3027,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_tile_avx2(int32_t sum[2][4], c
     DSV3__STEP(2, x2 + i, a02, a12)                     \
     DSV3__STEP(3, x3 + i, a03, a13)
     size_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        if (W == 1)
+            _mm_prefetch((const char *)((uintptr_t)(w0 + i) + 1024), _MM_HINT_T0);
+        DSV3__STEPS(w0 + i, w1 + i, i)
+        DSV3__STEPS(w0 + i + 32, w1 + i + 32, i + 32)
+    }
     for (; i + 32 <= n; i += 32) {
         DSV3__STEPS(w0 + i, w1 + i, i)
     }
@@ -4076,9 +4082,9 @@ static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form,
     }
 }
 
-/* With more than DSV3__MM_FEW rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of them (256 KB: half
-   of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile at a time. Where
-   that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
+/* With more than DSV3__MM_FEW rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of
+   them (256 KB: half of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile at
+   a time. Where that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
 #define DSV3__MM_FEW    4
 #define DSV3__MM_ROWS   32
 #define DSV3__MM_CHUNK  2048
@@ -4112,8 +4118,8 @@ DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t
     *have = want;
 }
 
-/* dsv3__mm_strip for n > DSV3__MM_FEW and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS (any number, if cols <= DSV3__MM_CHUNK) rows
-   of x. In pairs of F8_E4M3 all rows have the same scales. */
+/* dsv3__mm_strip for n > DSV3__MM_FEW and at most DSV3__MM_ROWS rows and DSV3__MM_TOKENS rows of x (any number, if cols <=
+   DSV3__MM_CHUNK). In pairs of F8_E4M3 all rows have the same scales. */
 static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
                            size_t rows, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                            size_t out_stride)

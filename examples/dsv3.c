@@ -458,7 +458,9 @@ static int logits(int argc, char **argv)
     const option options[] = {
         {"--ids", OPTION_TEXT, &ids_path, 0, 0},         {"--out", OPTION_TEXT, &out_path, 0, 0},
         {"--experts", OPTION_TEXT, &experts_path, 0, 0}, {"--rows", OPTION_COUNT, &rows, 0, 0},
-        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0}, {"--compute", OPTION_COMPUTE, &compute, 0, 0},
+        {"--threads", OPTION_COUNT, &n_threads, 0, 0},
+        {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--compute", OPTION_COMPUTE, &compute, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)
