@@ -3515,38 +3515,41 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_store_avx_vnni(int32_t *sum, _
     _mm_storeu_si128((__m128i *)(void *)sum, _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)));
 }
 
-DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_tile_avx_vnni(int32_t (*sum)[4], const int8_t *const *w,
-                                                              const int8_t *const *x, size_t n_x, size_t c, size_t n)
+DSV3__TARGET_AVX_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx_vnni(int32_t (*sum)[4], const int8_t *const *w,
+                                                                             const int8_t *const *x, size_t n_x,
+                                                                             size_t c, size_t n)
 {
     const __m256i top = _mm256_set1_epi8((char)0x80);
     const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c;
     const int8_t *x0 = x[0] + c, *x1 = x[n_x > 1 ? 1 : 0] + c;
     __m256i a00, a01, a10, a11, a20, a21, a30, a31, v, y0, y1;
-    int8_t tail[6][32];
     a00 = a01 = a10 = a11 = a20 = a21 = a30 = a31 = _mm256_setzero_si256();
 #define DSV3__LOAD(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
 #define DSV3__STEP(row, a0, a1)                 \
     v = _mm256_xor_si256(DSV3__LOAD(row), top); \
     DSV3__DPBUSD(a0, v, y0);                    \
     DSV3__DPBUSD(a1, v, y1)
-    for (;; x0 += 32, x1 += 32, w0 += 32, w1 += 32, w2 += 32, w3 += 32, n -= 32) {
-        if (DSV3__UNLIKELY(n < 32)) {
-            if (!n)
-                break;
-            memset(tail, 0, sizeof tail);
-            memcpy(tail[0], x0, n), memcpy(tail[1], x1, n);
-            memcpy(tail[2], w0, n), memcpy(tail[3], w1, n), memcpy(tail[4], w2, n), memcpy(tail[5], w3, n);
-            x0 = tail[0], x1 = tail[1], w0 = tail[2], w1 = tail[3], w2 = tail[4], w3 = tail[5];
-            n = 32;
-        }
-        y0 = DSV3__LOAD(x0);
-        y1 = DSV3__LOAD(x1);
-        DSV3__STEP(w0, a00, a01);
-        DSV3__STEP(w1, a10, a11);
-        DSV3__STEP(w2, a20, a21);
-        DSV3__STEP(w3, a30, a31);
+#define DSV3__STEPS(x_0, x_1, w_0, w_1, w_2, w_3) \
+    y0 = DSV3__LOAD(x_0);                         \
+    y1 = DSV3__LOAD(x_1);                         \
+    DSV3__STEP(w_0, a00, a01);                    \
+    DSV3__STEP(w_1, a10, a11);                    \
+    DSV3__STEP(w_2, a20, a21);                    \
+    DSV3__STEP(w_3, a30, a31)
+    const size_t whole = n / 32 * 32, rest = n - whole;
+    if (rest) {
+        const int8_t *const from[6] = {x0, x1, w0, w1, w2, w3};
+        int8_t tail[6][32];
+        memset(tail, 0, sizeof tail);
+        for (size_t r = 0; r < 6; r++)
+            memcpy(tail[r], from[r] + whole, rest);
+        DSV3__STEPS(tail[0], tail[1], tail[2], tail[3], tail[4], tail[5]);
+    }
+    for (size_t i = 0; i < whole; i += 32) {
+        DSV3__STEPS(x0 + i, x1 + i, w0 + i, w1 + i, w2 + i, w3 + i);
     }
 #undef DSV3__STEP
+#undef DSV3__STEPS
     dsv3__k_bytes_store_avx_vnni(sum[0], a00, a10, a20, a30);
     dsv3__k_bytes_store_avx_vnni(sum[1], a01, a11, a21, a31);
 }
@@ -4349,9 +4352,10 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
         dsv3__k_bytes_store_avx512_vnni(sum[5], a05, a15, a25, a35);
 }
 
-DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_tile_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
-                                                                    const int8_t *const *x, size_t n_x, size_t c,
-                                                                    size_t n)
+DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx512_vnni(int32_t (*sum)[4],
+                                                                                   const int8_t *const *w,
+                                                                                   const int8_t *const *x, size_t n_x,
+                                                                                   size_t c, size_t n)
 {
     switch (n_x) {
     case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 6); break;
@@ -4935,7 +4939,7 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
                 for (size_t i = 0; i < DSV3__TILE_W; i++)
                     wr[i] = wp + g * DSV3__TILE_W * steps * 64 + i * lanes;
                 add(sum, wr, w_step, steps * w_step, xr, t * lanes, steps * t * lanes, steps, t, b0 == 0);
-                if (b0 + steps == blocks)
+                if (b0 + here == blocks)
                     k->tree(out + j * out_stride + g * DSV3__TILE_W, out_stride, sum,
                             dsv3__min(rows - g * DSV3__TILE_W, DSV3__TILE_W), t);
                 if (n_chunks > 1)
