@@ -255,12 +255,16 @@ typedef struct dsv3_progress {
     void *user;
 } dsv3_progress;
 
-/* Which kernels run. AUTO takes the best that the CPU has. All give the same bits. */
+/* Which kernels run. AUTO takes the best that the CPU has. All give the same bits (AVX512_BF16: but for numbers below
+   2^-126, see dsv3_compute). The numbers are names, not an order: ask dsv3_isa_supported about each. */
 typedef enum dsv3_isa {
     DSV3_ISA_AUTO = 0,
     DSV3_ISA_SCALAR = 1,
-    DSV3_ISA_AVX2 = 2,   /* AVX2, FMA, F16C */
-    DSV3_ISA_AVX512 = 3, /* AVX-512 F, BW, DQ, VL */
+    DSV3_ISA_AVX2 = 2,        /* AVX2, FMA, F16C */
+    DSV3_ISA_AVX512 = 3,      /* AVX-512 F, BW, DQ, VL */
+    DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
+    DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
+    DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
 
@@ -269,7 +273,8 @@ typedef enum dsv3_isa {
    AUTO   INT8 for I8 weights, BF16 for all others
    F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
    BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
-          published recipe, which rounds activations to 4 bits. F32, F16 and I8 weights as in F32. The same bits on all ISAs
+          published recipe, which rounds activations to 4 bits. F32, F16 and I8 weights as in F32. The same bits on all
+          ISAs, but that AVX512_BF16 takes operands, products and sums below 2^-126 as 0, as its instruction does
    FP8    as published (DeepSeek's act_quant): for F8_E4M3 weights every 128 activations of a row share a scale max / 448 (a
           power of two where config.json says ue8m0) and become E4M3 codes; products and sums as in F32. Others as in BF16.
           The same bits on all ISAs
@@ -1435,9 +1440,15 @@ static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given
 #else
 #define DSV3__AVX512 1
 #endif
+#if defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 11 /* older ones lack the names, or their assemblers do */
+#define DSV3__VNNI 1
+#else
+#define DSV3__VNNI 0
+#endif
 #else
 #define DSV3__AVX2   0
 #define DSV3__AVX512 0
+#define DSV3__VNNI   0
 #endif
 
 #if DSV3__AVX2 && !defined(DSV3__SIMD_PROVIDED) /* tests bring emulated intrinsics */
@@ -1457,50 +1468,83 @@ DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
     case DSV3_ISA_SCALAR: return "scalar";
     case DSV3_ISA_AVX2: return "avx2";
     case DSV3_ISA_AVX512: return "avx512";
+    case DSV3_ISA_AVX_VNNI: return "avx-vnni";
+    case DSV3_ISA_AVX512_VNNI: return "avx512-vnni";
+    case DSV3_ISA_AVX512_BF16: return "avx512-bf16";
     default: return "?";
     }
 }
 
 #if DSV3__AVX2
-/* The best level whose instructions and register state the CPU and the system both have. */
-static dsv3_isa dsv3__cpu_best(void)
+#define DSV3__CPU_HAS(word, bits) (((word) & (bits)) == (bits))
+
+/* Bit `isa` for each level that the build has, and whose instructions and register state CPU and system have. */
+static uint32_t dsv3__cpu_levels(void)
 {
-    unsigned a, b, c, d, xcr0, high;
-    if (!__get_cpuid_count(1, 0, &a, &b, &c, &d))
-        return DSV3_ISA_SCALAR;
-    const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
-    if ((c & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c))
-        return DSV3_ISA_SCALAR;
+    const unsigned avx = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29; /* FMA, OSXSAVE, AVX, F16C: leaf 1, ecx */
+    const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL: leaf 7, ebx */
+    const unsigned vbmi = 1u << 1, vnni = 1u << 11;                                    /* leaf 7, ecx */
+    const unsigned vex_vnni = 1u << 4, bf16 = 1u << 5;                                 /* leaf 7.1, eax */
+    uint32_t levels = 1u << DSV3_ISA_SCALAR;
+    unsigned a, b, c, d, more = 0, xcr0, high;
+    if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !DSV3__CPU_HAS(c, avx))
+        return levels;
     __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
-    if ((xcr0 & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & 1u << 5))
-        return DSV3_ISA_SCALAR;
-    const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
-    if (DSV3__AVX512 && (xcr0 & 0xE6) == 0xE6 && (b & (f | dq | bw | vl)) == (f | dq | bw | vl))
-        return DSV3_ISA_AVX512;
-    return DSV3_ISA_AVX2;
+    if (!DSV3__CPU_HAS(xcr0, 0x6) || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !DSV3__CPU_HAS(b, avx2))
+        return levels;
+    if (a >= 1) {
+        unsigned b1, c1, d1;
+        __get_cpuid_count(7, 1, &more, &b1, &c1, &d1);
+    }
+#ifdef DSV3__SIMD_PROVIDED /* emulated */
+    b |= avx512, c |= vbmi | vnni, more |= vex_vnni | bf16, xcr0 |= 0xE0;
+#endif
+    levels |= 1u << DSV3_ISA_AVX2;
+    if (DSV3__VNNI && DSV3__CPU_HAS(more, vex_vnni))
+        levels |= 1u << DSV3_ISA_AVX_VNNI;
+    if (!DSV3__AVX512 || !DSV3__CPU_HAS(xcr0, 0xE6) || !DSV3__CPU_HAS(b, avx512))
+        return levels;
+    levels |= 1u << DSV3_ISA_AVX512;
+    if (!DSV3__VNNI || !DSV3__CPU_HAS(c, vnni))
+        return levels;
+    levels |= 1u << DSV3_ISA_AVX512_VNNI;
+    if (DSV3__CPU_HAS(c, vbmi) && DSV3__CPU_HAS(more, bf16))
+        levels |= 1u << DSV3_ISA_AVX512_BF16;
+    return levels;
 }
 #else
-static dsv3_isa dsv3__cpu_best(void)
+static uint32_t dsv3__cpu_levels(void)
 {
-    return DSV3_ISA_SCALAR;
+    return 1u << DSV3_ISA_SCALAR;
 }
 #endif
 
+/* The fastest level there is. */
+static dsv3_isa dsv3__cpu_best(void)
+{
+    static const dsv3_isa order[] = {DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,
+                                     DSV3_ISA_AVX2};
+    const uint32_t levels = dsv3__cpu_levels();
+    for (size_t i = 0; i < DSV3__COUNT(order); i++)
+        if (levels >> order[i] & 1)
+            return order[i];
+    return DSV3_ISA_SCALAR;
+}
+
 DSV3_API bool dsv3_isa_supported(dsv3_isa isa)
 {
-    return isa == DSV3_ISA_AUTO || (isa >= DSV3_ISA_SCALAR && isa <= dsv3__cpu_best());
+    return isa == DSV3_ISA_AUTO || ((unsigned)isa < 32 && (dsv3__cpu_levels() >> isa & 1));
 }
 
 /* AUTO -> the best there is; a level that is not there is refused. */
 static dsv3_result dsv3__cpu_resolve(dsv3_isa *isa, dsv3_isa wanted, dsv3_error *err)
 {
-    dsv3_isa best = dsv3__cpu_best();
-    if ((int)wanted < 0 || wanted > DSV3_ISA_AVX512)
+    if (dsv3_isa_name(wanted)[0] == '?')
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.isa: %d is not an instruction set", (int64_t)wanted);
-    *isa = wanted == DSV3_ISA_AUTO ? best : wanted;
-    if (*isa > best)
+    if (!dsv3_isa_supported(wanted))
         return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_CPU, "isa %s: this CPU and build have %s", dsv3_isa_name(wanted),
-                          dsv3_isa_name(best));
+                          dsv3_isa_name(dsv3__cpu_best()));
+    *isa = wanted == DSV3_ISA_AUTO ? dsv3__cpu_best() : wanted;
     return DSV3_OK;
 }
 
@@ -2119,6 +2163,9 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    of 128 hold the second and the first of two columns (this order, as vdpbf16ps adds them). Position 16r + i and position
    64 + 16r + i (r < 4, i < 16) are of BF16 weights columns 32r + 2i + 1 and 32r + 2i, of F8_E4M3 columns c + 1 and c with
    c = 64 (r / 2) + 4i + 2 (r mod 2). Scales are in x already: the value of a weight is its code.
+   Variants with `pair_words` hold x and decoded weights as words of two bf16, 64 for a block of 128: word 16r + i has
+   position 16r + i in its high half, position 64 + 16r + i in its low half, and vdpbf16ps does both steps of 16 chains.
+   That instruction takes operands and results below 2^-126 as 0; all else it rounds as two fmaf.
 
    INT8. The sum over a group of columns (all, or those of one scale) is an exact integer, the groups are added as
    y = fmaf((float)sum, w_scale * x_scale, y), rising from +0.
@@ -2130,7 +2177,11 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__TARGET_AVX2 DSV3__TARGET("avx2,fma,f16c")
 #endif
 #ifndef DSV3__TARGET_AVX512 /* tests compile these for AVX2 over emulated intrinsics */
-#define DSV3__TARGET_AVX512 DSV3__TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512      DSV3__TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX_VNNI    DSV3__TARGET("avxvnni,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512_VNNI DSV3__TARGET("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512_BF16 \
+    DSV3__TARGET("avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 /* Unrolled completely whatever the -O: an array of registers must not live in memory. */
@@ -2148,6 +2199,15 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #ifndef DSV3__PIN512
 #define DSV3__PIN512(v) __asm__("" : "+v"(v))
 #endif
+#endif
+
+/* One instruction each, sums += products: of unsigned and signed bytes, four to an int32; of two bf16, the high first.
+   PERF: as asm, since around the intrinsics gcc 12 moves the sums of a tile to the stack and back (100 of 217 GMAC/s). */
+#if DSV3__VNNI && !defined(DSV3__DPBUSD)
+#define DSV3__DPBUSD(sum, u, s) \
+    __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(u), "x"(s)) /* 256 bits */
+#define DSV3__DPBUSD512(sum, u, s) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(u), "v"(s))
+#define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
 #endif
 
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
@@ -2171,12 +2231,15 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    dot_..._pairs, row_..._pairs   the same for pairs: x [ceil128(k)], scale64 is not looked at, row_ writes ceil128(k).
    round_pairs   bf16(x * scale) for n positions in pairs of F8_E4M3, n a multiple of 128, written as row_ writes.
                  scale64 [n / 64], the scales of each 64 columns.
+                 With pair_words, x of dot_..._pairs and what row_..._pairs and round_pairs write are words, a block being
+                 128 columns of them; x of round_pairs is floats always.
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
                  and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
                  w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)].
    tile_add      sum [64 / lanes][4][tile_x][lanes], the chains of 4 rows of w times n_x <= tile_x rows of x, go on over
                  `steps` blocks, from +0 if `first`: sum[g][i][j] += sum over s of w[i][s * w_step + g * w_group] times
                  x[j][s * x_step + g * x_group], a register each.
+   tile_add_pairs  the same for rows in pairs; with pair_words all but sum are words.
    tree          out[j * out_stride + i] = the chains of sum[.][i][j] added, for i < n_w and j < n_x.
    tile          out[j * out_stride + i] = dot product of row i < n_w of w (f32, w_stride floats apart) and row j < n_x
                  of x (x_stride floats apart; with index: row index[j] of x). Both [k], k a multiple of 64. Rows are
@@ -2186,44 +2249,52 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n; out may be gate or up. silu as dsv3__silu. */
-#define DSV3__KERN_OPS(X)                                                                                            \
-    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                               \
-    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                               \
-    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                              \
-    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                               \
-    X(float, dot_i8, (const void *w, const float *x, const float *scale64, size_t k))                                \
+/* In three parts, since variants share tables in such parts. */
+#define DSV3__KERN_COMMON(X)                                                                                        \
+    X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_f16, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_bf16, (const void *w, const float *x, const float *scale64, size_t k))                             \
+    X(float, dot_fp8, (const void *w, const float *x, const float *scale64, size_t k))                              \
+    X(float, dot_i8, (const void *w, const float *x, const float *scale64, size_t k))                               \
+    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))      \
+    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, row_i8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
+    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
+    X(void, tile_add,                                                                                               \
+      (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x, size_t x_step,      \
+       size_t x_group, size_t steps, size_t n_x, bool first))                                                       \
+    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                        \
+    X(void, outer,                                                                                                  \
+      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
+       size_t n_t, size_t n_c))                                                                                     \
+    X(float, exp_sum, (float *x, size_t n, float max))                                                              \
+    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                     \
+    X(void, tile,                                                                                                   \
+      (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride, \
+       const uint32_t *index, size_t n_x, size_t k))
+#define DSV3__KERN_PAIRS(X)                                                                                          \
     X(float, dot_bf16_pairs, (const void *w, const float *x, const float *scale64, size_t k))                        \
     X(float, dot_fp8_pairs, (const void *w, const float *x, const float *scale64, size_t k))                         \
-    X(void, row_f32, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
-    X(void, row_f16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
-    X(void, row_bf16, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))       \
-    X(void, row_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
-    X(void, row_i8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))         \
     X(void, row_bf16_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)) \
     X(void, row_fp8_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))  \
     X(void, round_pairs, (float *out, size_t block, size_t group, const float *x, const float *scale64, size_t n))   \
-    X(void, bytes,                                                                                                   \
-      (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w,            \
-       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))                     \
-    X(void, nat_fp8, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))        \
-    X(void, tile_add,                                                                                                \
+    X(void, tile_add_pairs,                                                                                          \
       (float *sum, const float *const *w, size_t w_step, size_t w_group, const float *const *x, size_t x_step,       \
-       size_t x_group, size_t steps, size_t n_x, bool first))                                                        \
-    X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                         \
-    X(void, outer,                                                                                                   \
-      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,      \
-       size_t n_t, size_t n_c))                                                                                      \
-    X(float, exp_sum, (float *x, size_t n, float max))                                                               \
-    X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                      \
-    X(void, tile,                                                                                                    \
-      (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride,  \
-       const uint32_t *index, size_t n_x, size_t k))
+       size_t x_group, size_t steps, size_t n_x, bool first))
+#define DSV3__KERN_BYTES(X)                                                                               \
+    X(void, bytes,                                                                                        \
+      (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
+       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))
+#define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
     dsv3_isa isa;
     uint32_t lanes;  /* 8 or 16 */
     uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
+    bool pair_words; /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;
 #undef DSV3__KERN_FIELD
@@ -3382,6 +3453,186 @@ DSV3__TARGET_AVX2 static void dsv3__k_swiglu_avx2(float *out, const float *gate,
 }
 #endif // DSV3__AVX2
 
+#if DSV3__VNNI
+// ---- VNNI: codes of 8 bits, in registers of 256 and of 512 bits ------------------------------------------------
+
+/* vpdpbusd wants one side unsigned: w with its top bit turned over is w + 128, and what that adds, 128 * sum(x), is taken
+   off at the end. Sums wrap on the way, the result fits. Both widths share the driver; of their own they have
+   tile   sum[j][i], row i < 4 of w times row j < n_x of x, n columns from c on
+   row    sum[g], one row of w times one of x, for each `group` of k columns: front to back, at the speed of memory */
+typedef void (*dsv3__bytes_tile_fn)(int32_t (*sum)[4], const int8_t *const *w, const int8_t *const *x, size_t n_x,
+                                    size_t c, size_t n);
+typedef void (*dsv3__bytes_row_fn)(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group);
+
+/* minus[g] = 128 * the sum of x over group g. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_minus(int32_t *minus, const int8_t *x, size_t k, size_t group)
+{
+    const __m256i top = _mm256_set1_epi8((char)0x80);
+    for (size_t n; k; k -= n, x += n) {
+        __m256i s = _mm256_setzero_si256();
+        size_t i = 0;
+        n = dsv3__min(k, group);
+        for (; i + 32 <= n; i += 32) { /* sums of x + 128 */
+            __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), top);
+            s = _mm256_add_epi64(s, _mm256_sad_epu8(v, _mm256_setzero_si256()));
+        }
+        int32_t sum = dsv3__k_sum8_avx2(s) - (int32_t)(128 * i);
+        for (; i < n; i++)
+            sum += x[i];
+        *minus++ = 128 * sum;
+    }
+}
+
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile, dsv3__bytes_row_fn row,
+                                                       const size_t tile_x, float *out, size_t out_stride,
+                                                       const int8_t *w, size_t w_stride, const float *w_scale,
+                                                       size_t n_w, const int8_t *const *x, const float *const *x_scale,
+                                                       size_t n_x, size_t k, size_t group)
+{
+    enum { GROUPS = 256 }; /* at a time; of 128 columns that many are more than a row of any model */
+    const size_t n_groups = (k + group - 1) / group;
+    const __m128 nan = _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS));
+    int32_t minus[6][GROUPS], sums[GROUPS], sum[6][4];
+    const int8_t *xr[6], *wr[4];
+    const float *ws[4];
+    float some[6][4]; /* y, in words of 4 rows of w */
+    for (size_t j = 0, t; j < n_x; j += t) {
+        t = dsv3__k_tile_rows(n_x - j, tile_x);
+        for (size_t g0 = 0; g0 < n_groups; g0 += GROUPS) {
+            const size_t groups = dsv3__min(n_groups - g0, GROUPS), n = dsv3__min(k - g0 * group, groups * group);
+            for (size_t r = 0; r < t; r++) {
+                xr[r] = x[j + r] + g0 * group;
+                dsv3__k_bytes_minus(minus[r], xr[r], n, group);
+            }
+            for (size_t i = 0; t == 1 && i < n_w; i++) {
+                float *to = out + j * out_stride + i, y = g0 ? *to : 0;
+                row(sums, w + i * w_stride + g0 * group, xr[0], n, group);
+                for (size_t g = 0; g < groups; g++) {
+                    int32_t exact = (int32_t)((uint32_t)sums[g] - (uint32_t)minus[0][g]);
+                    y = fmaf((float)exact, w_scale[i * n_groups + g0 + g] * x_scale[j][g0 + g], y);
+                }
+                *to = y == y ? y : dsv3__bits_float(DSV3__NAN_BITS);
+            }
+            for (size_t i = 0; t > 1 && i < n_w; i += 4) {
+                const size_t rows = dsv3__min(n_w - i, 4);
+                memset(some, 0, sizeof some);
+                for (size_t r = 0; r < 4; r++) { /* rows that are not there repeat the last */
+                    wr[r] = w + dsv3__min(i + r, n_w - 1) * w_stride + g0 * group;
+                    ws[r] = w_scale + dsv3__min(i + r, n_w - 1) * n_groups + g0;
+                }
+                for (size_t r = 0; g0 && r < t; r++)
+                    memcpy(some[r], out + (j + r) * out_stride + i, rows * sizeof(float));
+                for (size_t g = 0; g < groups; g++) {
+                    const __m128 w4 = _mm_setr_ps(ws[0][g], ws[1][g], ws[2][g], ws[3][g]);
+                    tile(sum, wr, xr, t, g * group, dsv3__min(n - g * group, group));
+                    for (size_t r = 0; r < t; r++) {
+                        __m128i v = _mm_loadu_si128((const __m128i *)(const void *)sum[r]);
+                        v = _mm_sub_epi32(v, _mm_set1_epi32(minus[r][g]));
+                        __m128 s = _mm_mul_ps(w4, _mm_set1_ps(x_scale[j + r][g0 + g]));
+                        _mm_storeu_ps(some[r], _mm_fmadd_ps(_mm_cvtepi32_ps(v), s, _mm_loadu_ps(some[r])));
+                    }
+                }
+                for (size_t r = 0; r < t; r++) {
+                    __m128 y = _mm_loadu_ps(some[r]);
+                    _mm_storeu_ps(some[r], _mm_blendv_ps(y, nan, _mm_cmpunord_ps(y, y)));
+                    memcpy(out + (j + r) * out_stride + i, some[r], rows * sizeof(float));
+                }
+            }
+        }
+    }
+}
+
+/* The sums of 4 registers. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_store_avx_vnni(int32_t *sum, __m256i a, __m256i b, __m256i c,
+                                                                 __m256i d)
+{
+    __m256i t = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    _mm_storeu_si128((__m128i *)(void *)sum, _mm_add_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)));
+}
+
+DSV3__TARGET_AVX_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx_vnni(int32_t (*sum)[4], const int8_t *const *w,
+                                                                             const int8_t *const *x, size_t n_x,
+                                                                             size_t c, size_t n)
+{
+    const __m256i top = _mm256_set1_epi8((char)0x80);
+    const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c;
+    const int8_t *x0 = x[0] + c, *x1 = x[n_x > 1 ? 1 : 0] + c;
+    __m256i a00, a01, a10, a11, a20, a21, a30, a31, v, y0, y1;
+    a00 = a01 = a10 = a11 = a20 = a21 = a30 = a31 = _mm256_setzero_si256();
+#define DSV3__LOAD(p) _mm256_loadu_si256((const __m256i *)(const void *)(p))
+#define DSV3__STEP(row, a0, a1)                 \
+    v = _mm256_xor_si256(DSV3__LOAD(row), top); \
+    DSV3__DPBUSD(a0, v, y0);                    \
+    DSV3__DPBUSD(a1, v, y1)
+#define DSV3__STEPS(x_0, x_1, w_0, w_1, w_2, w_3) \
+    y0 = DSV3__LOAD(x_0);                         \
+    y1 = DSV3__LOAD(x_1);                         \
+    DSV3__STEP(w_0, a00, a01);                    \
+    DSV3__STEP(w_1, a10, a11);                    \
+    DSV3__STEP(w_2, a20, a21);                    \
+    DSV3__STEP(w_3, a30, a31)
+    const size_t whole = n / 32 * 32, rest = n - whole;
+    if (rest) {
+        const int8_t *const from[6] = {x0, x1, w0, w1, w2, w3};
+        int8_t tail[6][32];
+        memset(tail, 0, sizeof tail);
+        for (size_t r = 0; r < 6; r++)
+            memcpy(tail[r], from[r] + whole, rest);
+        DSV3__STEPS(tail[0], tail[1], tail[2], tail[3], tail[4], tail[5]);
+    }
+    for (size_t i = 0; i < whole; i += 32) {
+        DSV3__STEPS(x0 + i, x1 + i, w0 + i, w1 + i, w2 + i, w3 + i);
+    }
+#undef DSV3__STEP
+#undef DSV3__STEPS
+    dsv3__k_bytes_store_avx_vnni(sum[0], a00, a10, a20, a30);
+    dsv3__k_bytes_store_avx_vnni(sum[1], a01, a11, a21, a31);
+}
+
+DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_row_avx_vnni(int32_t *sum, const int8_t *w, const int8_t *x, size_t k,
+                                                             size_t group)
+{
+    const __m256i top = _mm256_set1_epi8((char)0x80);
+    int8_t tail[2][32];
+    for (size_t n; k; k -= n, w += n, x += n) {
+        __m256i a0, a1, a2, a3, v, y;
+        size_t i = 0;
+        n = dsv3__min(k, group);
+        a0 = a1 = a2 = a3 = _mm256_setzero_si256();
+#define DSV3__STEP(a, from_w, from_x)              \
+    v = _mm256_xor_si256(DSV3__LOAD(from_w), top); \
+    y = DSV3__LOAD(from_x);                        \
+    DSV3__DPBUSD(a, v, y)
+        for (; i + 128 <= n; i += 128) {
+            DSV3__STEP(a0, w + i, x + i);
+            DSV3__STEP(a1, w + i + 32, x + i + 32);
+            DSV3__STEP(a2, w + i + 64, x + i + 64);
+            DSV3__STEP(a3, w + i + 96, x + i + 96);
+        }
+        for (; i + 32 <= n; i += 32) {
+            DSV3__STEP(a0, w + i, x + i);
+        }
+        if (i < n) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail[0], w + i, n - i), memcpy(tail[1], x + i, n - i);
+            DSV3__STEP(a1, tail[0], tail[1]);
+        }
+#undef DSV3__STEP
+#undef DSV3__LOAD
+        *sum++ = dsv3__k_sum8_avx2(_mm256_add_epi32(_mm256_add_epi32(a0, a1), _mm256_add_epi32(a2, a3)));
+    }
+}
+
+DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_avx_vnni(float *out, size_t out_stride, const int8_t *w,
+                                                         size_t w_stride, const float *w_scale, size_t n_w,
+                                                         const int8_t *const *x, const float *const *x_scale,
+                                                         size_t n_x, size_t k, size_t group)
+{
+    dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx_vnni, dsv3__k_bytes_row_avx_vnni, 2, out, out_stride, w, w_stride,
+                       w_scale, n_w, x, x_scale, n_x, k, group);
+}
+#endif // DSV3__VNNI
+
 #if DSV3__AVX512
 #if defined(__GNUC__) && !defined(__clang__) /* gcc 12's intrinsics (its bug 105593) */
 #pragma GCC diagnostic push
@@ -3408,19 +3659,21 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_tree64_avx512(__m512 a0, __m512 a
     return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
 }
 
-/* 16 values of F32, F16, BF16. */
+/* 16 values of F32, F16, BF16; 16 codes of I8. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_load16_avx512(const uint8_t *w, dsv3_dtype dtype)
 {
     if (dtype == DSV3_DTYPE_F32)
         return _mm512_loadu_ps((const void *)w);
+    if (dtype == DSV3_DTYPE_I8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)w)));
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)w);
     if (dtype == DSV3_DTYPE_F16)
         return _mm512_cvtph_ps(h);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); /* bits << 16 */
 }
 
-DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, const float *x, size_t k,
-                                                          dsv3_dtype dtype)
+DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, const float *x, const float *scale64,
+                                                          size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t block = dsv3__k_block_size(dtype), part = block / 4;
@@ -3433,10 +3686,17 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, c
             w = tail;
             k = 64;
         }
-        a0 = _mm512_fmadd_ps(dsv3__k_load16_avx512(w, dtype), _mm512_loadu_ps(x), a0);
-        a1 = _mm512_fmadd_ps(dsv3__k_load16_avx512(w + part, dtype), _mm512_loadu_ps(x + 16), a1);
-        a2 = _mm512_fmadd_ps(dsv3__k_load16_avx512(w + 2 * part, dtype), _mm512_loadu_ps(x + 32), a2);
-        a3 = _mm512_fmadd_ps(dsv3__k_load16_avx512(w + 3 * part, dtype), _mm512_loadu_ps(x + 48), a3);
+        __m512 s = _mm512_set1_ps(dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f), v;
+#define DSV3__STEP(g)                               \
+    v = dsv3__k_load16_avx512(w + g * part, dtype); \
+    if (dtype == DSV3_DTYPE_I8)                     \
+        v = _mm512_mul_ps(v, s);                    \
+    a##g = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + 16 * g), a##g)
+        DSV3__STEP(0);
+        DSV3__STEP(1);
+        DSV3__STEP(2);
+        DSV3__STEP(3);
+#undef DSV3__STEP
         w += block;
         x += 64;
         k -= 64;
@@ -3445,7 +3705,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, c
 }
 
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t block, size_t group, const void *weights,
-                                                         size_t k, dsv3_dtype dtype)
+                                                         const float *scale64, size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t size = dsv3__k_block_size(dtype);
@@ -3456,8 +3716,11 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t bloc
             memcpy(tail, w, (k - b * 64) * (size / 64));
             w = tail;
         }
-        for (size_t g = 0; g < 4; g++)
-            _mm512_storeu_ps(out + g * group, dsv3__k_load16_avx512(w + g * (size / 4), dtype));
+        __m512 s = _mm512_set1_ps(dtype == DSV3_DTYPE_I8 ? scale64[b] : 1.0f);
+        for (size_t g = 0; g < 4; g++) {
+            __m512 v = dsv3__k_load16_avx512(w + g * (size / 4), dtype);
+            _mm512_storeu_ps(out + g * group, dtype == DSV3_DTYPE_I8 ? _mm512_mul_ps(v, s) : v);
+        }
     }
 }
 
@@ -3465,18 +3728,17 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t bloc
     DSV3__TARGET_AVX512 static float dsv3__k_dot_##name##_avx512(const void *w, const float *x, const float *scale64,  \
                                                                  size_t k)                                             \
     {                                                                                                                  \
-        (void)scale64;                                                                                                 \
-        return dsv3__k_dot_avx512(w, x, k, dtype);                                                                     \
+        return dsv3__k_dot_avx512(w, x, scale64, k, dtype);                                                            \
     }                                                                                                                  \
     DSV3__TARGET_AVX512 static void dsv3__k_row_##name##_avx512(float *out, size_t block, size_t group, const void *w, \
                                                                 const float *scale64, size_t k)                        \
     {                                                                                                                  \
-        (void)scale64;                                                                                                 \
-        dsv3__k_row_avx512(out, block, group, w, k, dtype);                                                            \
+        dsv3__k_row_avx512(out, block, group, w, scale64, k, dtype);                                                   \
     }
 DSV3__K_DTYPE_AVX512(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_AVX512(f16, DSV3_DTYPE_F16)
 DSV3__K_DTYPE_AVX512(bf16, DSV3_DTYPE_BF16)
+DSV3__K_DTYPE_AVX512(i8, DSV3_DTYPE_I8)
 #undef DSV3__K_DTYPE_AVX512
 
 DSV3__TARGET_AVX512 DSV3__INLINE bool dsv3__k_fp8_nan_avx512(__m512i worst)
@@ -3627,10 +3889,19 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
         dsv3__k_nat_fp8_scalar(out, block, group, weights, scale64, k);
 }
 
-/* 24 of the 32 registers accumulate 16 chains of 4 x 6 pairs, 10 loads for 24 multiply-adds. T is a constant. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, const float *const *w, size_t w_step,
-                                                                size_t w_group, const float *const *x, size_t x_step,
-                                                                size_t x_group, size_t steps, bool first, const int T)
+typedef __m512 (*dsv3__mac_fn)(__m512 sum, __m512 w, __m512 x);
+
+DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_mac_avx512(__m512 sum, __m512 w, __m512 x)
+{
+    return _mm512_fmadd_ps(w, x, sum);
+}
+
+/* 24 of the 32 registers accumulate 16 chains of 4 x 6 pairs, 10 loads for 24 multiply-adds. T and mac are constants: mac
+   adds the products of 16 chains, of floats or of words of two bf16. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(dsv3__mac_fn mac, float *sum, const float *const *w,
+                                                                size_t w_step, size_t w_group, const float *const *x,
+                                                                size_t x_step, size_t x_group, size_t steps, bool first,
+                                                                const int T)
 {
     const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3], *x0 = x[0], *x1 = x[T > 1 ? 1 : 0],
                 *x2 = x[T > 2 ? 2 : 0];
@@ -3664,7 +3935,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, cons
     }
 #define DSV3__FMA(j, acc, with) \
     if (T > j)                  \
-    acc = _mm512_fmadd_ps(v, with, acc)
+    acc = mac(acc, v, with)
 #define DSV3__STEP(row, a0, a1, a2, a3, a4, a5) \
     v = _mm512_loadu_ps(row + wi);              \
     DSV3__PIN512(v);                            \
@@ -3708,22 +3979,23 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_add_t_avx512(float *sum, cons
     }
 }
 
+#define DSV3__TILE_ADD_AVX512(mac)                                                                               \
+    switch (n_x) {                                                                                               \
+    case 6: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 6); break; \
+    case 5: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 5); break; \
+    case 4: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 4); break; \
+    case 3: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3); break; \
+    case 2: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 2); break; \
+    default: dsv3__k_tile_add_t_avx512(mac, sum, w, w_step, w_group, x, x_step, x_group, steps, first, 1);       \
+    }
+
 DSV3__TARGET_AVX512 static void dsv3__k_tile_add_avx512(float *sum, const float *const *w, size_t w_step,
                                                         size_t w_group, const float *const *x, size_t x_step,
-                                                        size_t x_group, size_t steps, size_t n_x, bool first)
-{
-    switch (n_x) {
-    case 6: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 6); break;
-    case 5: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 5); break;
-    case 4: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 4); break;
-    case 3: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3); break;
-    case 2: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 2); break;
-    default: dsv3__k_tile_add_t_avx512(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 1);
-    }
-}
+                                                        size_t x_group, size_t steps, size_t n_x,
+                                                        bool first){DSV3__TILE_ADD_AVX512(dsv3__k_mac_avx512)}
 
-DSV3__TARGET_AVX512 static void dsv3__k_tree_avx512(float *out, size_t out_stride, const float *sum, size_t n_w,
-                                                    size_t n_x)
+DSV3__TARGET_AVX512
+    static void dsv3__k_tree_avx512(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
 {
     for (size_t j = 0; j < n_x; j++, sum += 16) {
 #define DSV3__A(i, g) _mm512_loadu_ps(sum + g * 384 + i * 96)
@@ -3856,37 +4128,541 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
 
-/* Half registers do for what no profile shows. */
-DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group, const void *w,
-                                                             const float *scale64, size_t k)
+// ---- AVX-512: pairs --------------------------------------------------------------------------------------------
+
+/* 64 columns in pairs: bytes 1, 0 of 16 words are one chain register's, bytes 3, 2 the next one's. x: where the first
+   register's begin. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_dot_fp8_pairs_64_avx512(__m512 *a, __m512i v, const float *x,
+                                                                         __m512i worst)
 {
-    (void)scale64;
-    dsv3__k_row_fp8_pairs_lanes_avx2(out, block, group, w, k, 16);
+    const __m512 up = _mm512_set1_ps(DSV3__TWO_120);
+    __m512 o[4];
+    dsv3__k_fp8x64_avx512(o, v);
+    a[0] = _mm512_fmadd_ps(_mm512_mul_ps(o[1], up), _mm512_loadu_ps(x), a[0]);
+    a[1] = _mm512_fmadd_ps(_mm512_mul_ps(o[3], up), _mm512_loadu_ps(x + 16), a[1]);
+    a[0] = _mm512_fmadd_ps(_mm512_mul_ps(o[0], up), _mm512_loadu_ps(x + 64), a[0]);
+    a[1] = _mm512_fmadd_ps(_mm512_mul_ps(o[2], up), _mm512_loadu_ps(x + 80), a[1]);
+    return dsv3__k_fp8_worst_avx512(worst, v);
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group, const void *w,
-                                                              const float *scale64, size_t k)
+/* 8 lines of weights at once, as in dsv3__k_dot_fp8_avx512. */
+DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_pairs_avx512(const void *weights, const float *x, const float *scale64,
+                                                              size_t k)
 {
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    __m512i worst = _mm512_setzero_si512(), v0, v1, v2, v3, v4, v5, v6, v7;
+    __m512 a[4];
     (void)scale64;
-    dsv3__k_row_bf16_pairs_lanes_avx2(out, block, group, w, k, 16);
+    a[0] = a[1] = a[2] = a[3] = _mm512_setzero_ps();
+#define DSV3__LOAD(i)                      \
+    v##i = _mm512_loadu_si512(w + i * 64); \
+    DSV3__PREFETCH(w + i * 64);            \
+    DSV3__PIN512(v##i)
+#define DSV3__STEP(i, j)                                                 \
+    worst = dsv3__k_dot_fp8_pairs_64_avx512(a, v##i, x + i * 64, worst); \
+    worst = dsv3__k_dot_fp8_pairs_64_avx512(a + 2, v##j, x + i * 64 + 32, worst)
+    for (; k >= 512; k -= 512, w += 512, x += 512) {
+        DSV3__LOAD(0);
+        DSV3__LOAD(1);
+        DSV3__LOAD(2);
+        DSV3__LOAD(3);
+        DSV3__LOAD(4);
+        DSV3__LOAD(5);
+        DSV3__LOAD(6);
+        DSV3__LOAD(7);
+        DSV3__STEP(0, 1);
+        DSV3__STEP(2, 3);
+        DSV3__STEP(4, 5);
+        DSV3__STEP(6, 7);
+    }
+    for (; k; k -= dsv3__min(k, 128), w += 128, x += 128) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k);
+            w = tail;
+        }
+        DSV3__LOAD(0);
+        DSV3__LOAD(1);
+        DSV3__STEP(0, 1);
+    }
+#undef DSV3__LOAD
+#undef DSV3__STEP
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst)))
+        return dsv3__bits_float(DSV3__NAN_BITS);
+    return dsv3__k_tree64_avx512(a[0], a[1], a[2], a[3]);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group,
+                                                             const void *weights, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const __m512 up = _mm512_set1_ps(DSV3__TWO_120);
+    uint8_t tail[128];
+    __m512i worst = _mm512_setzero_si512();
+    float *to = out;
+    (void)scale64;
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, left);
+            w = tail;
+        }
+        for (size_t h = 0; h < 2; h++) {
+            __m512i v = _mm512_loadu_si512(w + 64 * h);
+            __m512 o[4];
+            worst = dsv3__k_fp8_worst_avx512(worst, v);
+            dsv3__k_fp8x64_avx512(o, v);
+            for (size_t q = 0; q < 2; q++) {
+                _mm512_storeu_ps(to + (2 * h + q) * group, _mm512_mul_ps(o[2 * q + 1], up));
+                _mm512_storeu_ps(to + (2 * h + q) * group + block, _mm512_mul_ps(o[2 * q], up));
+            }
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst)))
+        dsv3__k_row_pairs_scalar(out, block, group, 16, weights, k, DSV3_DTYPE_F8_E4M3);
+}
+
+/* BF16: the second of two columns is the high half of a word, the first the low. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_second_avx512(__m512i v)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+
+DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_first_avx512(__m512i v)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+
+DSV3__TARGET_AVX512 static float dsv3__k_dot_bf16_pairs_avx512(const void *weights, const float *x,
+                                                               const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    __m512i v;
+    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
+    (void)scale64;
+    for (; k; k -= dsv3__min(k, 128), w += 256, x += 128) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * k);
+            w = tail;
+        }
+#define DSV3__STEP(g)                                                                    \
+    v = _mm512_loadu_si512(w + 64 * g);                                                  \
+    a##g = _mm512_fmadd_ps(dsv3__k_second_avx512(v), _mm512_loadu_ps(x + 16 * g), a##g); \
+    a##g = _mm512_fmadd_ps(dsv3__k_first_avx512(v), _mm512_loadu_ps(x + 64 + 16 * g), a##g)
+        DSV3__STEP(0);
+        DSV3__STEP(1);
+        DSV3__STEP(2);
+        DSV3__STEP(3);
+#undef DSV3__STEP
+    }
+    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group,
+                                                              const void *weights, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    (void)scale64;
+    for (; k; k -= dsv3__min(k, 128), w += 256, out += 2 * block) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * k);
+            w = tail;
+        }
+        for (size_t g = 0; g < 4; g++) {
+            __m512i v = _mm512_loadu_si512(w + 64 * g);
+            _mm512_storeu_ps(out + g * group, dsv3__k_second_avx512(v));
+            _mm512_storeu_ps(out + g * group + block, dsv3__k_first_avx512(v));
+        }
+    }
+}
+
+/* The bits of v, rounded to the upper 16: bf16(v) and something below it. As dsv3__k_bf16_avx2. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_bf16_avx512(__m512 v)
+{
+    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
 }
 
 DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t block, size_t group, const float *x,
                                                            const float *scale64, size_t n)
 {
-    dsv3__k_round_pairs_lanes_avx2(out, block, group, x, scale64, n, 16);
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const __m512 s0 = _mm512_set1_ps(scale64[b / 2 * 2]), s1 = _mm512_set1_ps(scale64[b / 2 * 2 + 1]);
+        for (size_t g = 0; g < 4; g++) {
+            __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), g < 2 ? s0 : s1);
+            _mm512_storeu_ps(out + g * group, dsv3__k_second_avx512(dsv3__k_bf16_avx512(v)));
+        }
+    }
 }
 
-DSV3__TARGET_AVX512 static void dsv3__k_row_i8_avx512(float *out, size_t block, size_t group, const void *w,
-                                                      const float *scale64, size_t k)
+#define dsv3__k_bytes_avx512 dsv3__k_bytes_avx2
+
+#if DSV3__VNNI
+// ---- AVX-512 VNNI ----------------------------------------------------------------------------------------------
+
+/* The sums of 4 registers. */
+DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32_t *sum, __m512i a, __m512i b,
+                                                                           __m512i c, __m512i d)
 {
-    dsv3__k_row_avx2(out, block, group, w, scale64, k, DSV3_DTYPE_I8, 16);
+    __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    __m512i t = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd)); /* a b c d, 4 times */
+    __m256i u = _mm256_add_epi32(_mm512_castsi512_si256(t), _mm512_extracti64x4_epi64(t, 1));
+    _mm_storeu_si128((__m128i *)(void *)sum, _mm_add_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
 }
 
-#define dsv3__k_dot_i8_avx512         dsv3__k_dot_i8_avx2
-#define dsv3__k_dot_fp8_pairs_avx512  dsv3__k_dot_fp8_pairs_avx2
-#define dsv3__k_dot_bf16_pairs_avx512 dsv3__k_dot_bf16_pairs_avx2
-#define dsv3__k_bytes_avx512          dsv3__k_bytes_avx2
+/* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant. */
+DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
+                                                                            const int8_t *const *x, size_t c, size_t n,
+                                                                            const int X)
+{
+    const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c, *x0 = x[0] + c,
+                 *x1 = x[X > 1 ? 1 : 0] + c;
+    const int8_t *x2 = x[X > 2 ? 2 : 0] + c, *x3 = x[X > 3 ? 3 : 0] + c, *x4 = x[X > 4 ? 4 : 0] + c,
+                 *x5 = x[X > 5 ? 5 : 0] + c;
+    const __m512i top = _mm512_set1_epi8((char)0x80);
+    __m512i a00, a01, a02, a03, a04, a05, a10, a11, a12, a13, a14, a15, a20, a21, a22, a23, a24, a25, a30, a31, a32,
+        a33, a34, a35;
+    __m512i v0, v1, v2, v3, v4, v5, v;
+    size_t i = 0;
+    a00 = a01 = a02 = a03 = a04 = a05 = a10 = a11 = a12 = a13 = a14 = a15 = _mm512_setzero_si512();
+    a20 = a21 = a22 = a23 = a24 = a25 = a30 = a31 = a32 = a33 = a34 = a35 = _mm512_setzero_si512();
+    v1 = v2 = v3 = v4 = v5 = a00;
+#define DSV3__ADD(j, acc, with) \
+    if (X > j)                  \
+    DSV3__DPBUSD512(acc, v, with)
+#define DSV3__STEP(row, a0, a1, a2, a3, a4, a5) \
+    v = _mm512_xor_si512(DSV3__LOAD(row), top); \
+    DSV3__ADD(0, a0, v0);                       \
+    DSV3__ADD(1, a1, v1);                       \
+    DSV3__ADD(2, a2, v2);                       \
+    DSV3__ADD(3, a3, v3);                       \
+    DSV3__ADD(4, a4, v4);                       \
+    DSV3__ADD(5, a5, v5)
+#define DSV3__STEPS                               \
+    v0 = DSV3__LOAD(x0);                          \
+    if (X > 1)                                    \
+        v1 = DSV3__LOAD(x1);                      \
+    if (X > 2)                                    \
+        v2 = DSV3__LOAD(x2);                      \
+    if (X > 3)                                    \
+        v3 = DSV3__LOAD(x3);                      \
+    if (X > 4)                                    \
+        v4 = DSV3__LOAD(x4);                      \
+    if (X > 5)                                    \
+        v5 = DSV3__LOAD(x5);                      \
+    DSV3__STEP(w0, a00, a01, a02, a03, a04, a05); \
+    DSV3__STEP(w1, a10, a11, a12, a13, a14, a15); \
+    DSV3__STEP(w2, a20, a21, a22, a23, a24, a25); \
+    DSV3__STEP(w3, a30, a31, a32, a33, a34, a35)
+#define DSV3__LOAD(p) _mm512_loadu_si512((p) + i)
+    for (; i + 64 <= n; i += 64) {
+        DSV3__STEPS;
+    }
+#undef DSV3__LOAD
+#define DSV3__LOAD(p) _mm512_maskz_loadu_epi8(there, (p) + i)
+    if (i < n) {
+        const __mmask64 there = ((uint64_t)1 << (n - i)) - 1;
+        DSV3__STEPS;
+    }
+#undef DSV3__LOAD
+#undef DSV3__STEPS
+#undef DSV3__STEP
+#undef DSV3__ADD
+    dsv3__k_bytes_store_avx512_vnni(sum[0], a00, a10, a20, a30);
+    if (X > 1)
+        dsv3__k_bytes_store_avx512_vnni(sum[1], a01, a11, a21, a31);
+    if (X > 2)
+        dsv3__k_bytes_store_avx512_vnni(sum[2], a02, a12, a22, a32);
+    if (X > 3)
+        dsv3__k_bytes_store_avx512_vnni(sum[3], a03, a13, a23, a33);
+    if (X > 4)
+        dsv3__k_bytes_store_avx512_vnni(sum[4], a04, a14, a24, a34);
+    if (X > 5)
+        dsv3__k_bytes_store_avx512_vnni(sum[5], a05, a15, a25, a35);
+}
+
+DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx512_vnni(int32_t (*sum)[4],
+                                                                                   const int8_t *const *w,
+                                                                                   const int8_t *const *x, size_t n_x,
+                                                                                   size_t c, size_t n)
+{
+    switch (n_x) {
+    case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 6); break;
+    case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 5); break;
+    case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 4); break;
+    case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 3); break;
+    default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 2);
+    }
+}
+
+DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x,
+                                                                   size_t k, size_t group)
+{
+    const __m512i top = _mm512_set1_epi8((char)0x80);
+    for (size_t n; k; k -= n, w += n, x += n) {
+        __m512i a0, a1, a2, a3, v, y;
+        size_t i = 0;
+        n = dsv3__min(k, group);
+        a0 = a1 = a2 = a3 = _mm512_setzero_si512();
+#define DSV3__STEP(a, at)                                      \
+    v = _mm512_xor_si512(_mm512_loadu_si512(w + i + at), top); \
+    y = _mm512_loadu_si512(x + i + at);                        \
+    DSV3__DPBUSD512(a, v, y)
+        for (; i + 256 <= n; i += 256) {
+            DSV3__STEP(a0, 0);
+            DSV3__STEP(a1, 64);
+            DSV3__STEP(a2, 128);
+            DSV3__STEP(a3, 192);
+        }
+        for (; i + 128 <= n; i += 128) { /* a group of 128 is one turn of this */
+            DSV3__STEP(a0, 0);
+            DSV3__STEP(a1, 64);
+        }
+        if (i + 64 <= n) {
+            DSV3__STEP(a0, 0);
+            i += 64;
+        }
+#undef DSV3__STEP
+        if (i < n) {
+            const __mmask64 there = ((uint64_t)1 << (n - i)) - 1;
+            v = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, w + i), top);
+            y = _mm512_maskz_loadu_epi8(there, x + i);
+            DSV3__DPBUSD512(a1, v, y);
+        }
+        a0 = _mm512_add_epi32(_mm512_add_epi32(a0, a1), _mm512_add_epi32(a2, a3));
+        *sum++ = dsv3__k_sum8_avx2(_mm256_add_epi32(_mm512_castsi512_si256(a0), _mm512_extracti64x4_epi64(a0, 1)));
+    }
+}
+
+DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_t out_stride, const int8_t *w,
+                                                               size_t w_stride, const float *w_scale, size_t n_w,
+                                                               const int8_t *const *x, const float *const *x_scale,
+                                                               size_t n_x, size_t k, size_t group)
+{
+    dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx512_vnni, dsv3__k_bytes_row_avx512_vnni, 6, out, out_stride, w, w_stride,
+                       w_scale, n_w, x, x_scale, n_x, k, group);
+}
+
+// ---- AVX-512 BF16, VBMI: pairs as words of two bf16 --------------------------------------------------------------
+
+/* The bf16 of a code without its sign: high bytes, low bytes. Every code is a normal number there, the denormal ones too;
+   0x7F is NaN. */
+#define DSV3__16(v) (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v)
+#define DSV3__STEPS 0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0, 0xC0, 0xD0, 0xE0
+static const uint8_t dsv3__k_fp8_bf16_high[128] = {0x00,           0x3B,
+                                                   0x3B,           0x3B,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C, /* 0 ... 15 */
+                                                   DSV3__16(0x3D), DSV3__16(0x3E),
+                                                   DSV3__16(0x3F), DSV3__16(0x40),
+                                                   DSV3__16(0x41), DSV3__16(0x42),
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x7F};
+static const uint8_t dsv3__k_fp8_bf16_low[128] = {
+    0x00,        0x00, 0x80,        0xC0, 0x00,        0x20, 0x40,        0x60,
+    0x80,        0x90, 0xA0,        0xB0, 0xC0,        0xD0, 0xE0,        0xF0, /* 0 ... 15 */
+    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0,
+    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xC0};
+#undef DSV3__16
+#undef DSV3__STEPS
+
+/* Bytes of the words of columns 4i, 4i + 1, out of 64 low bytes and behind them 64 high ones; 2 more: 4i + 2, 4i + 3. */
+#define DSV3__WORD(i) 0x41014000u + 0x04040404u * i
+static const uint32_t dsv3__k_fp8_bf16_words[16] = {DSV3__WORD(0),  DSV3__WORD(1),  DSV3__WORD(2),  DSV3__WORD(3),
+                                                    DSV3__WORD(4),  DSV3__WORD(5),  DSV3__WORD(6),  DSV3__WORD(7),
+                                                    DSV3__WORD(8),  DSV3__WORD(9),  DSV3__WORD(10), DSV3__WORD(11),
+                                                    DSV3__WORD(12), DSV3__WORD(13), DSV3__WORD(14), DSV3__WORD(15)};
+#undef DSV3__WORD
+
+typedef struct dsv3__k_fp8_bf16 {
+    __m512i high0, high1, low0, low1, words0, words1, sign;
+} dsv3__k_fp8_bf16;
+
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE dsv3__k_fp8_bf16 dsv3__k_fp8_bf16_tables(void)
+{
+    dsv3__k_fp8_bf16 t;
+    t.high0 = _mm512_loadu_si512(dsv3__k_fp8_bf16_high);
+    t.high1 = _mm512_loadu_si512(dsv3__k_fp8_bf16_high + 64);
+    t.low0 = _mm512_loadu_si512(dsv3__k_fp8_bf16_low);
+    t.low1 = _mm512_loadu_si512(dsv3__k_fp8_bf16_low + 64);
+    t.words0 = _mm512_loadu_si512(dsv3__k_fp8_bf16_words);
+    t.words1 = _mm512_add_epi32(t.words0, _mm512_set1_epi32(0x02020202));
+    t.sign = _mm512_set1_epi8((char)0x80);
+    return t;
+}
+
+/* 64 codes: the words of columns 4i, 4i + 1 and of 4i + 2, 4i + 3. PERF: four two-register byte permutes; interleaving low
+   and high within 128 bits would be cheaper by a little, but leaves chains in an order of its own. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_fp8x64_avx512_bf16(__m512i *p0, __m512i *p1,
+                                                                      const dsv3__k_fp8_bf16 *t, __m512i v)
+{
+    __m512i high = _mm512_permutex2var_epi8(t->high0, v, t->high1), low = _mm512_permutex2var_epi8(t->low0, v, t->low1);
+    high = _mm512_or_si512(high, _mm512_and_si512(v, t->sign));
+    *p0 = _mm512_permutex2var_epi8(low, t->words0, high);
+    *p1 = _mm512_permutex2var_epi8(low, t->words1, high);
+}
+
+/* PERF: 4 lines of weights at once, and 2 loads of x for each. */
+DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const void *weights, const float *x,
+                                                                        const float *scale64, size_t k)
+{
+    const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    __m512i v0, v1, v2, v3, p0, p1, y;
+    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
+    (void)scale64;
+#define DSV3__LOAD(i)                      \
+    v##i = _mm512_loadu_si512(w + i * 64); \
+    DSV3__PIN512(v##i)
+#define DSV3__STEP(i, even, odd)                    \
+    dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, v##i); \
+    y = _mm512_loadu_si512(x + i * 32);             \
+    DSV3__DPBF16(even, p0, y);                      \
+    y = _mm512_loadu_si512(x + i * 32 + 16);        \
+    DSV3__DPBF16(odd, p1, y)
+    for (; k >= 256; k -= 256, w += 256, x += 128) {
+        DSV3__LOAD(0);
+        DSV3__LOAD(1);
+        DSV3__LOAD(2);
+        DSV3__LOAD(3);
+        DSV3__STEP(0, a0, a1);
+        DSV3__STEP(1, a2, a3);
+        DSV3__STEP(2, a0, a1);
+        DSV3__STEP(3, a2, a3);
+    }
+    for (; k; k -= dsv3__min(k, 128), w += 128, x += 64) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k);
+            w = tail;
+        }
+        DSV3__LOAD(0);
+        DSV3__LOAD(1);
+        DSV3__STEP(0, a0, a1);
+        DSV3__STEP(1, a2, a3);
+    }
+#undef DSV3__LOAD
+#undef DSV3__STEP
+    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *out, size_t block, size_t group,
+                                                                       const void *weights, const float *scale64,
+                                                                       size_t k)
+{
+    const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    __m512i p0, p1;
+    (void)scale64;
+    for (; k; k -= dsv3__min(k, 128), w += 128, out += block) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k);
+            w = tail;
+        }
+        for (size_t h = 0; h < 2; h++) {
+            dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, _mm512_loadu_si512(w + 64 * h));
+            _mm512_storeu_ps(out + 2 * h * group, _mm512_castsi512_ps(p0));
+            _mm512_storeu_ps(out + (2 * h + 1) * group, _mm512_castsi512_ps(p1));
+        }
+    }
+}
+
+/* Two columns of BF16 are a word as they lie. */
+DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const void *weights, const float *x,
+                                                                         const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    __m512i v, y;
+    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
+    (void)scale64;
+    for (; k; k -= dsv3__min(k, 128), w += 256, x += 64) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * k);
+            w = tail;
+        }
+#define DSV3__STEP(g)                   \
+    v = _mm512_loadu_si512(w + 64 * g); \
+    y = _mm512_loadu_si512(x + 16 * g); \
+    DSV3__DPBF16(a##g, v, y)
+        DSV3__STEP(0);
+        DSV3__STEP(1);
+        DSV3__STEP(2);
+        DSV3__STEP(3);
+#undef DSV3__STEP
+    }
+    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_bf16_pairs_avx512_bf16(float *out, size_t block, size_t group,
+                                                                        const void *weights, const float *scale64,
+                                                                        size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    (void)scale64;
+    for (; k; k -= dsv3__min(k, 128), w += 256, out += block) {
+        if (DSV3__UNLIKELY(k < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * k);
+            w = tail;
+        }
+        for (size_t g = 0; g < 4; g++)
+            _mm512_storeu_ps(out + g * group, _mm512_castsi512_ps(_mm512_loadu_si512(w + 64 * g)));
+    }
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_round_pairs_avx512_bf16(float *out, size_t block, size_t group,
+                                                                     const float *x, const float *scale64, size_t n)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000);
+    for (size_t b = 0; b < n / 128; b++, x += 128, out += block) {
+        const __m512 s0 = _mm512_set1_ps(scale64[2 * b]), s1 = _mm512_set1_ps(scale64[2 * b + 1]);
+        for (size_t g = 0; g < 4; g++) {
+            __m512 s = g < 2 ? s0 : s1;
+            __m512i second = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), s));
+            __m512i first = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 64 + 16 * g), s));
+            __m512i word = _mm512_or_si512(_mm512_and_si512(second, high), _mm512_srli_epi32(first, 16));
+            _mm512_storeu_ps(out + g * group, _mm512_castsi512_ps(word));
+        }
+    }
+}
+
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE __m512 dsv3__k_mac_avx512_bf16(__m512 sum, __m512 w, __m512 x)
+{
+    DSV3__DPBF16(sum, w, x);
+    return sum;
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_tile_add_pairs_avx512_bf16(float *sum, const float *const *w,
+                                                                        size_t w_step, size_t w_group,
+                                                                        const float *const *x, size_t x_step,
+                                                                        size_t x_group, size_t steps, size_t n_x,
+                                                                        bool first)
+{
+    DSV3__TILE_ADD_AVX512(dsv3__k_mac_avx512_bf16)
+}
+#endif // DSV3__VNNI
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
@@ -3894,33 +4670,64 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_i8_avx512(float *out, size_t block, 
 
 // ---- The tables ------------------------------------------------------------------------------------------
 
+/* Where x in pairs is floats, a block of 128 is two blocks like all others. */
+#define dsv3__k_tile_add_pairs_scalar dsv3__k_tile_add_scalar
+#define dsv3__k_tile_add_pairs_avx2   dsv3__k_tile_add_avx2
+#define dsv3__k_tile_add_pairs_avx512 dsv3__k_tile_add_avx512
+
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
-static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
+static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, false, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
 #if DSV3__AVX2
 #define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
-static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, 8, 3, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
+static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, 8, 3, false, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
+#if DSV3__VNNI
+#define DSV3__KERN_AVX_VNNI(ret, op, args) dsv3__k_##op##_avx_vnni,
+static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI, 8, 3, false,
+                                               DSV3__KERN_COMMON(DSV3__KERN_AVX2) DSV3__KERN_PAIRS(DSV3__KERN_AVX2)
+                                                   DSV3__KERN_BYTES(DSV3__KERN_AVX_VNNI)};
+#undef DSV3__KERN_AVX_VNNI
+#endif
 #undef DSV3__KERN_AVX2
 #endif
 #if DSV3__AVX512
 #define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
-static const dsv3__kern dsv3__kern_avx512 = {DSV3_ISA_AVX512, 16, 6, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
+static const dsv3__kern dsv3__kern_avx512 = {DSV3_ISA_AVX512, 16, 6, false, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
+#if DSV3__VNNI
+#define DSV3__KERN_AVX512_VNNI(ret, op, args) dsv3__k_##op##_avx512_vnni,
+#define DSV3__KERN_AVX512_BF16(ret, op, args) dsv3__k_##op##_avx512_bf16,
+static const dsv3__kern dsv3__kern_avx512_vnni = {
+    DSV3_ISA_AVX512_VNNI, 16, 6, false,
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
+static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16, 16, 6, true,
+                                                  DSV3__KERN_COMMON(DSV3__KERN_AVX512)
+                                                      DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
+                                                          DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
+#undef DSV3__KERN_AVX512_VNNI
+#undef DSV3__KERN_AVX512_BF16
+#endif
 #undef DSV3__KERN_AVX512
 #endif
 
 /* isa: what dsv3__cpu_resolve gave, never AUTO. */
 static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
 {
-#if DSV3__AVX512
-    if (isa == DSV3_ISA_AVX512)
-        return &dsv3__kern_avx512;
-#endif
+    switch ((int)isa) {
 #if DSV3__AVX2
-    if (isa == DSV3_ISA_AVX2)
-        return &dsv3__kern_avx2;
+    case DSV3_ISA_AVX2: return &dsv3__kern_avx2;
 #endif
-    (void)isa;
-    return &dsv3__kern_scalar;
+#if DSV3__AVX2 && DSV3__VNNI
+    case DSV3_ISA_AVX_VNNI: return &dsv3__kern_avx_vnni;
+#endif
+#if DSV3__AVX512
+    case DSV3_ISA_AVX512: return &dsv3__kern_avx512;
+#endif
+#if DSV3__AVX512 && DSV3__VNNI
+    case DSV3_ISA_AVX512_VNNI: return &dsv3__kern_avx512_vnni;
+    case DSV3_ISA_AVX512_BF16: return &dsv3__kern_avx512_bf16;
+#endif
+    default: return &dsv3__kern_scalar;
+    }
 }
 
 DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype, bool pairs)
@@ -4083,8 +4890,8 @@ static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form,
 }
 
 /* With more than DSV3__MM_FEW rows of x, DSV3__MM_ROWS rows of weights are decoded at a time, DSV3__MM_CHUNK columns of
-   them (256 KB: half of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile at
-   a time. Where that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
+   them (256 KB: half of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile
+   at a time. Where that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
 #define DSV3__MM_FEW    4
 #define DSV3__MM_ROWS   32
 #define DSV3__MM_CHUNK  2048
@@ -4109,12 +4916,15 @@ static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
     return rows < 4 ? 4 : rows;
 }
 
-/* The scales of 64-blocks for the row block of `row`, unless they are there already: *have is what scale64 holds. */
+/* The scales of 64-blocks for the row block of `row`, 1 where there are none, unless they are there already: *have is what
+   scale64 holds. */
 DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t row, size_t blocks, uint64_t *have)
 {
     uint64_t want = w->scale ? row / w->block_rows : 0;
     if (dsv3__k_scaled(w->dtype) && want != *have)
         dsv3__ten_scales(scale64, w, row, 0, blocks);
+    for (size_t b = 0; !dsv3__k_scaled(w->dtype) && want != *have && b < blocks; b++)
+        scale64[b] = 1;
     *have = want;
 }
 
@@ -4124,7 +4934,7 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
                            size_t rows, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                            size_t out_stride)
 {
-    const bool pairs = dsv3__mm_is_pairs(form);
+    const bool pairs = dsv3__mm_is_pairs(form), words = pairs && k->pair_words;
     const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype);
     const size_t blocks = pairs ? (cols + 127) / 128 * 2 : (cols + 63) / 64;
     const size_t n_chunks = (blocks + DSV3__MM_CHUNK / 64 - 1) / (DSV3__MM_CHUNK / 64),
@@ -4132,6 +4942,7 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
     const size_t lanes = k->lanes, groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W,
                  one = DSV3__TILE_W * k->tile_x * 64;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);
+    const dsv3__tile_add_fn add = pairs ? k->tile_add_pairs : k->tile_add;
     float *scale64 = panel;                      /* [blocks] */
     float *wp = scale64 + dsv3__mm_pad(blocks);  /* [groups][64 / lanes][steps][4][lanes] */
     float *xp = wp + DSV3__MM_ROWS * chunk * 64; /* [64 / lanes][steps][rows of the tile][lanes] */
@@ -4139,7 +4950,8 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
     uint64_t have = UINT64_MAX;
 
     for (size_t b0 = 0; b0 < blocks; b0 += chunk) {
-        const size_t steps = dsv3__min(blocks - b0, chunk), piece = dsv3__min(cols - b0 * 64, steps * 64);
+        const size_t here = dsv3__min(blocks - b0, chunk), piece = dsv3__min(cols - b0 * 64, here * 64);
+        const size_t steps = words ? here / 2 : here; /* of 64 floats, or words of two columns */
         const size_t w_step = DSV3__TILE_W * lanes;
         for (size_t i = 0; i < groups * DSV3__TILE_W; i++) {
             size_t r = dsv3__min(i, rows - 1); /* rows that are not there repeat the last */
@@ -4154,16 +4966,16 @@ static void dsv3__mm_block(const dsv3__kern *k, float *panel, const dsv3_tensor 
             for (size_t i = 0; i < t; i++) {
                 const float *row = x + (index ? index[j + i] : j + i) * x_stride + b0 * 64;
                 xr[i] = xp + i * lanes;
-                if (form == DSV3__FORM_PAIRS_FP8)
-                    k->round_pairs(xp + i * lanes, t * lanes, steps * t * lanes, row, scale64 + b0, steps * 64);
+                if (words || form == DSV3__FORM_PAIRS_FP8)
+                    k->round_pairs(xp + i * lanes, t * lanes, steps * t * lanes, row, scale64 + b0, here * 64);
                 else
                     k->row_f32(xp + i * lanes, t * lanes, steps * t * lanes, row, NULL, steps * 64);
             }
             for (size_t g = 0; g < groups; g++) {
                 for (size_t i = 0; i < DSV3__TILE_W; i++)
                     wr[i] = wp + g * DSV3__TILE_W * steps * 64 + i * lanes;
-                k->tile_add(sum, wr, w_step, steps * w_step, xr, t * lanes, steps * t * lanes, steps, t, b0 == 0);
-                if (b0 + steps == blocks)
+                add(sum, wr, w_step, steps * w_step, xr, t * lanes, steps * t * lanes, steps, t, b0 == 0);
+                if (b0 + here == blocks)
                     k->tree(out + j * out_stride + g * DSV3__TILE_W, out_stride, sum,
                             dsv3__min(rows - g * DSV3__TILE_W, DSV3__TILE_W), t);
                 if (n_chunks > 1)
@@ -4181,8 +4993,9 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), blocks = (cols + 127) / 128 * 2;
     const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype, dsv3__mm_is_pairs(form));
+    const bool round = form == DSV3__FORM_PAIRS_FP8 || (form == DSV3__FORM_PAIRS && k->pair_words);
     float *scale64 = panel;                        /* [blocks] */
-    float *rounded = panel + dsv3__mm_pad(blocks); /* [n, pad(cols)] */
+    float *rounded = panel + dsv3__mm_pad(blocks); /* [n, pad(cols)], as floats or as words of two */
     const float *rows[DSV3__MM_FEW];
     uint64_t have = UINT64_MAX;
     for (size_t j = 0; j < n; j++)
@@ -4192,10 +5005,9 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
         dsv3__mm_scales(scale64, w, r, blocks, &have);
         for (size_t j = 0; j < n; j++) {
             float *y = rounded + j * dsv3__mm_pad(cols);
-            if (form == DSV3__FORM_PAIRS_FP8 && have != before)
+            if (round && have != before)
                 k->round_pairs(y, 64, k->lanes, rows[j], scale64, blocks * 64);
-            out[j * out_stride + (size_t)(r - r0)] =
-                dot(dsv3__ten_row(w, r), form == DSV3__FORM_PAIRS_FP8 ? y : rows[j], scale64, cols);
+            out[j * out_stride + (size_t)(r - r0)] = dot(dsv3__ten_row(w, r), round ? y : rows[j], scale64, cols);
         }
     }
 }

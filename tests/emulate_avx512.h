@@ -1,5 +1,6 @@
-/* emulate_avx512.h: the AVX-512 intrinsics that dsv3.h uses, each as two AVX2 ones, so that its AVX-512 kernels run, and
-   are compared bit for bit, on machines without AVX-512. Include it before dsv3.h. Slow, and only for tests. */
+/* emulate_avx512.h: the AVX-512 intrinsics that dsv3.h uses, each as two AVX2 ones, and the instructions of VNNI, VBMI and
+   BF16 as the manuals define them, so that its kernels for these run, and are compared bit for bit, on machines that have
+   AVX2 alone. Include it before dsv3.h, which then takes all levels for supported. Slow, and only for tests. */
 #ifndef DSV3_EMULATE_AVX512_H
 #define DSV3_EMULATE_AVX512_H
 
@@ -7,9 +8,13 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define DSV3__SIMD_PROVIDED
 #define DSV3__TARGET_AVX512 __attribute__((target("avx2,fma,f16c")))
+#define DSV3__TARGET_AVX_VNNI DSV3__TARGET_AVX512
+#define DSV3__TARGET_AVX512_VNNI DSV3__TARGET_AVX512
+#define DSV3__TARGET_AVX512_BF16 DSV3__TARGET_AVX512
 #define DSV3__PIN512(v) ((void)0)
 
 #if defined(__has_feature)
@@ -72,6 +77,15 @@ typedef struct emu_si {
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi8_epi16
 #undef _mm512_cmpeq_epi8_mask
+#undef _mm512_or_si512
+#undef _mm512_unpacklo_epi32
+#undef _mm512_unpackhi_epi32
+#undef _mm512_unpacklo_epi64
+#undef _mm512_unpackhi_epi64
+#undef _mm512_cvtepi8_epi32
+#undef _mm512_cvtepi32_ps
+#undef _mm512_maskz_loadu_epi8
+#undef _mm512_permutex2var_epi8
 
 #define __m512 emu_ps
 #define __m512d emu_pd
@@ -104,11 +118,21 @@ EMU_PS_2(max_ps)
     }
 EMU_SI_2(and_si512, and_si256)
 EMU_SI_2(xor_si512, xor_si256)
+EMU_SI_2(or_si512, or_si256)
+EMU_SI_2(unpacklo_epi32, unpacklo_epi32) /* within each 128 bits, at 512 as at 256 */
+EMU_SI_2(unpackhi_epi32, unpackhi_epi32)
+EMU_SI_2(unpacklo_epi64, unpacklo_epi64)
+EMU_SI_2(unpackhi_epi64, unpackhi_epi64)
 EMU_SI_2(max_epu8, max_epu8)
 EMU_SI_2(add_epi32, add_epi32)
 EMU_SI_2(sub_epi32, sub_epi32)
 #define _mm512_and_si512 emu_and_si512
 #define _mm512_xor_si512 emu_xor_si512
+#define _mm512_or_si512 emu_or_si512
+#define _mm512_unpacklo_epi32 emu_unpacklo_epi32
+#define _mm512_unpackhi_epi32 emu_unpackhi_epi32
+#define _mm512_unpacklo_epi64 emu_unpacklo_epi64
+#define _mm512_unpackhi_epi64 emu_unpackhi_epi64
 #define _mm512_max_epu8 emu_max_epu8
 #define _mm512_add_epi32 emu_add_epi32
 #define _mm512_sub_epi32 emu_sub_epi32
@@ -227,6 +251,92 @@ EMU uint64_t emu_cmpeq_epi8_mask(emu_si a, emu_si b)
     return hi << 32 | lo;
 }
 #define _mm512_cmpeq_epi8_mask emu_cmpeq_epi8_mask
+
+EMU emu_si emu_cvtepi8_epi32(__m128i a)
+{
+    emu_si r = {{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
+    return r;
+}
+
+EMU emu_ps emu_cvtepi32_ps(emu_si a)
+{
+    emu_ps r = {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}};
+    return r;
+}
+#define _mm512_cvtepi8_epi32 emu_cvtepi8_epi32
+#define _mm512_cvtepi32_ps emu_cvtepi32_ps
+
+/* Bytes whose bit is 0 are zero, and are not read. */
+EMU emu_si emu_maskz_loadu_epi8(uint64_t mask, const void *p)
+{
+    uint8_t bytes[64] = {0};
+    for (int i = 0; i < 64; i++)
+        if (mask >> i & 1)
+            bytes[i] = ((const uint8_t *)p)[i];
+    return emu_loadu_si512(bytes);
+}
+#define _mm512_maskz_loadu_epi8 emu_maskz_loadu_epi8
+
+/* VPERMI2B: bits 0 ... 5 of an index choose a byte, bit 6 the table, bit 7 is not looked at. */
+EMU emu_si emu_permutex2var_epi8(emu_si a, emu_si index, emu_si b)
+{
+    uint8_t table[128], at[64];
+    memcpy(table, &a, 64);
+    memcpy(table + 64, &b, 64);
+    memcpy(at, &index, 64);
+    for (int i = 0; i < 64; i++)
+        at[i] = table[at[i] & 127];
+    return emu_loadu_si512(at);
+}
+#define _mm512_permutex2var_epi8 emu_permutex2var_epi8
+
+/* VPDPBUSD: the products of 4 unsigned with 4 signed bytes are added to an int32, which wraps. */
+EMU __m256i emu_dpbusd_256(__m256i sum, __m256i u, __m256i s)
+{
+    __m256i even_u = _mm256_and_si256(u, _mm256_set1_epi16(0xFF)), odd_u = _mm256_srli_epi16(u, 8);
+    __m256i even_s = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), odd_s = _mm256_srai_epi16(s, 8);
+    __m256i two = _mm256_add_epi32(_mm256_madd_epi16(even_u, even_s), _mm256_madd_epi16(odd_u, odd_s));
+    return _mm256_add_epi32(sum, two);
+}
+
+EMU emu_si emu_dpbusd(emu_si sum, emu_si u, emu_si s)
+{
+    emu_si r = {{emu_dpbusd_256(sum.v[0], u.v[0], s.v[0]), emu_dpbusd_256(sum.v[1], u.v[1], s.v[1])}};
+    return r;
+}
+#define DSV3__DPBUSD(sum, u, s) ((sum) = emu_dpbusd_256(sum, u, s))
+#define DSV3__DPBUSD512(sum, u, s) ((sum) = emu_dpbusd(sum, u, s))
+
+/* VDPBF16PS: fma of the high halves, then of the low ones, to nearest even whatever MXCSR says; operands and results that
+   are denormal become 0 of their sign. (The CPU calls a result denormal before it is rounded to fewer bits, this after it:
+   they differ where it rounds up to 2^-126 itself.) */
+EMU __m256 emu_flush(__m256 v)
+{
+    const __m256i exponent = _mm256_set1_epi32(0x7F800000);
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i small = _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), _mm256_setzero_si256());
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_and_si256(small, _mm256_set1_epi32(0x7FFFFFFF)), bits));
+}
+
+EMU __m256 emu_dpbf16_256(__m256 sum, __m256i w, __m256i x)
+{
+    const __m256i high = _mm256_set1_epi32((int)0xFFFF0000);
+    __m256 w1 = emu_flush(_mm256_castsi256_ps(_mm256_and_si256(w, high)));
+    __m256 x1 = emu_flush(_mm256_castsi256_ps(_mm256_and_si256(x, high)));
+    __m256 w0 = emu_flush(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)));
+    __m256 x0 = emu_flush(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)));
+    sum = emu_flush(_mm256_fmadd_ps(w1, x1, emu_flush(sum)));
+    return emu_flush(_mm256_fmadd_ps(w0, x0, sum));
+}
+
+/* w and x: registers of floats or of words, as the kernels have them. */
+EMU emu_ps emu_dpbf16(emu_ps sum, const void *w, const void *x)
+{
+    emu_si a = emu_loadu_si512(w), b = emu_loadu_si512(x);
+    emu_ps r = {{emu_dpbf16_256(sum.v[0], a.v[0], b.v[0]), emu_dpbf16_256(sum.v[1], a.v[1], b.v[1])}};
+    return r;
+}
+#define DSV3__DPBF16(sum, w, x) ((sum) = emu_dpbf16(sum, &(w), &(x)))
 
 #endif
 #endif /* DSV3_EMULATE_AVX512_H */

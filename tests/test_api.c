@@ -58,12 +58,19 @@ TEST(names)
     CHECK_EQ_UINT(dsv3_dtype_size((dsv3_dtype)999), 0);
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX2), "avx2");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512), "avx512");
+    CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX_VNNI), "avx-vnni");
+    CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512_VNNI), "avx512-vnni");
+    CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512_BF16), "avx512-bf16");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_SCALAR), "scalar");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AUTO), "auto");
     CHECK(dsv3_isa_name((dsv3_isa)999) != NULL);
     CHECK(dsv3_isa_supported(DSV3_ISA_SCALAR));
     CHECK(!dsv3_isa_supported((dsv3_isa)999));
     CHECK(!dsv3_isa_supported(DSV3_ISA_AVX512) || dsv3_isa_supported(DSV3_ISA_AVX2));
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX_VNNI) || dsv3_isa_supported(DSV3_ISA_AVX2));
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX512_VNNI) || dsv3_isa_supported(DSV3_ISA_AVX512));
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX512_BF16) || dsv3_isa_supported(DSV3_ISA_AVX512_VNNI));
+    CHECK(!dsv3_isa_supported((dsv3_isa)7) && !dsv3_isa_supported((dsv3_isa)31) && !dsv3_isa_supported((dsv3_isa)-1));
 }
 
 TEST(structs_of_options_are_right_when_zero)

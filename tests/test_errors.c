@@ -265,7 +265,7 @@ TEST(tokenizer)
 TEST(unsupported_cpu)
 {
     bool found = false;
-    for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa++) {
+    for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512_BF16; isa++) {
         dsv3_model_opts o;
         if (dsv3_isa_supported((dsv3_isa)isa))
             continue;

@@ -30,25 +30,23 @@ static float random_float(void)
     return (float)sum / 65536.0f;
 }
 
-/* Kernel tables that this machine can run, scalar first. */
-static size_t variants(const dsv3__kern *list[3])
+/* All instruction sets there are, on any machine. */
+static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
+                                DSV3_ISA_AVX512_BF16};
+#define N_ISAS (sizeof isas / sizeof isas[0])
+
+/* Kernel tables that this machine can run, or emulates, scalar first. */
+static size_t variants(const dsv3__kern *list[N_ISAS])
 {
     size_t n = 0;
-    list[n++] = dsv3__kern_get(DSV3_ISA_SCALAR);
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
-        list[n++] = dsv3__kern_get(DSV3_ISA_AVX2);
-#if defined(TEST_EMULATE_AVX512) && DSV3__AVX512
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
-        list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
-#else
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX512)
-        list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
-#endif
+    for (size_t i = 0; i < N_ISAS; i++)
+        if (dsv3_isa_supported(isas[i]))
+            list[n++] = dsv3__kern_get(isas[i]);
     return n;
 }
 
 #define FOR_VARIANTS(k)                                                                            \
-    const dsv3__kern *variant_list[3], *k;                                                         \
+    const dsv3__kern *variant_list[N_ISAS], *k;                                                    \
     size_t n_variants = variants(variant_list), variant_at = 0;                                    \
     while (variant_at < n_variants && (k = variant_list[variant_at++], true))
 
@@ -90,14 +88,18 @@ static float fp8_by_definition(unsigned c)
     return (float)(c & 0x80 ? -v : v);
 }
 
-/* The value in column i of k; behind them, of a zero, or of an FP8 code 0. */
+/* The value in column i of k; behind them, of a zero, or of a code 0 of FP8 or I8. */
 static float value_at(const uint8_t *w, size_t i, size_t k, dsv3_dtype dtype, const float *scale64)
 {
     uint16_t h;
     float f;
-    if (i >= k && dtype != DSV3_DTYPE_F8_E4M3)
+    if (i >= k && dtype != DSV3_DTYPE_F8_E4M3 && dtype != DSV3_DTYPE_I8)
         return 0.0f;
     switch (dtype) {
+    case DSV3_DTYPE_I8: {
+        volatile float product = (i < k ? (float)(int8_t)w[i] : 0.0f) * scale64[i / 64];
+        return product;
+    }
     case DSV3_DTYPE_F8_E4M3: {
         volatile float product = (i < k ? fp8_by_definition(w[i]) : 0.0f) * scale64[i / 64];
         return product;
@@ -180,7 +182,7 @@ static void pack(float *packed, const float *x, size_t k, dsv3_dtype dtype)
     }
 }
 
-static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
+static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8};
 static const size_t widths[] = {1, 2, 3, 4, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 191, 320, 511, 512, 513, 576, 1000,
                                 1024, 1088, 1408, 2048, 2112};
 #define MOST 2112
@@ -508,13 +510,230 @@ TEST(tile_bits)
     }
 }
 
+// ---- Pairs, codes of 8 bits ------------------------------------------------------------------------------
+
+/* The column of position i of a block of 128, word for word from the contract. */
+static size_t pair_column(size_t i, dsv3_dtype dtype)
+{
+    size_t r = i % 64 / 16, lane = i % 16, second = i < 64;
+    return (dtype == DSV3_DTYPE_F8_E4M3 ? 64 * (r / 2) + 4 * lane + 2 * (r % 2) : 32 * r + 2 * lane) + second;
+}
+
+/* Floats at positions in pairs, n a multiple of 128 -> what x of the variant's dot products looks like. The floats are bf16. */
+static void pair_form(float *to, const float *x, size_t n, bool words)
+{
+    memcpy(to, x, n * sizeof(float));
+    for (size_t i = 0; words && i < n / 2; i++) {
+        const float *block = x + i / 64 * 128;
+        uint32_t second = dsv3__float_bits(block[i % 64]), first = dsv3__float_bits(block[64 + i % 64]), word;
+        word = (second & 0xFFFF0000) | first >> 16;
+        memcpy(to + i, &word, 4);
+    }
+}
+
+static float pair_value(const uint8_t *w, size_t c, size_t k, dsv3_dtype dtype)
+{
+    static const float ones[MOST / 64 + 2] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    return c < k ? value_at(w, c, k, dtype, ones) : 0;
+}
+
+/* As dot_by_definition, x at positions. */
+static float pair_dot(const uint8_t *w, const float *x, size_t k, dsv3_dtype dtype)
+{
+    float chain[64] = {0}, t[16];
+    for (size_t i = 0; i < (k + 127) / 128 * 128; i++)
+        chain[i % 64] = fmaf(pair_value(w, i / 128 * 128 + pair_column(i % 128, dtype), k, dtype), x[i], chain[i % 64]);
+    for (int i = 0; i < 16; i++) {
+        volatile float a = chain[i] + chain[16 + i], b = chain[32 + i] + chain[48 + i];
+        t[i] = a + b;
+    }
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            t[i] = t[i] + t[i + n];
+    return t[0] == t[0] ? t[0] : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+static const dsv3_dtype pair_dtypes[] = {DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
+
+/* Dot products, rows and rounding in pairs: every width, dtype and variant. */
+TEST(pairs)
+{
+    enum { PAD = (MOST + 127) / 128 * 128 };
+    static uint8_t w[MOST * 2];
+    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], scale64[PAD / 64], raw[PAD];
+    random_state = 31;
+    for (size_t d = 0; d < 2; d++)
+        for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
+            const size_t n = widths[i], padded = (n + 127) / 128 * 128;
+            random_weights(w, n, pair_dtypes[d]);
+            for (size_t p = 0; p < padded; p++) {
+                raw[p] = random_float();
+                x[p] = dsv3__bf16_decode(dsv3__bf16_encode(random_float()));
+            }
+            for (size_t b = 0; b < padded / 64; b++)
+                scale64[b] = 0.01f + fabsf(random_float());
+            const float dot = pair_dot(w, x, n, pair_dtypes[d]);
+            FOR_VARIANTS(k)
+            {
+                const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes, steps = floats / 64;
+                exact e = exact_copy(w, n * dsv3_dtype_size(pair_dtypes[d]), 1 + i % 5);
+                bool ok = true;
+                pair_form(form, x, padded, k->pair_words);
+                float r = dsv3__kern_dot(k, pair_dtypes[d], true)(e.p, form, NULL, n);
+                CHECK(same_bits(&r, &dot, 1));
+
+                for (size_t p = 0; p < padded; p++)
+                    at[p] = pair_value(w, p / 128 * 128 + pair_column(p % 128, pair_dtypes[d]), n, pair_dtypes[d]);
+                pair_form(expected, at, padded, k->pair_words);
+                dsv3__kern_row(k, pair_dtypes[d], true)(out, 64, lanes, e.p, NULL, n);
+                ok = ok && same_bits(out, expected, floats);
+                dsv3__kern_row(k, pair_dtypes[d], true)(spread + lanes, 4 * lanes, steps * 4 * lanes, e.p, NULL, n);
+                for (size_t p = 0; p < floats; p++)
+                    ok = ok && same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
+                                         &expected[p], 1);
+
+                for (size_t p = 0; p < padded; p++) {
+                    volatile float scaled = raw[p] * scale64[p / 128 * 2 + p % 64 / 32];
+                    at[p] = dsv3__bf16_decode(dsv3__bf16_encode(scaled));
+                }
+                pair_form(expected, at, padded, k->pair_words);
+                k->round_pairs(out, 64, lanes, raw, scale64, padded);
+                ok = ok && same_bits(out, expected, floats);
+                k->round_pairs(spread + lanes, 4 * lanes, steps * 4 * lanes, raw, scale64, padded);
+                for (size_t p = 0; p < floats; p++)
+                    ok = ok && same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
+                                         &expected[p], 1);
+                if (!CHECK(ok))
+                    printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(pair_dtypes[d]), (unsigned)n);
+                free(e.block);
+            }
+        }
+}
+
+/* Each of the 256 codes at each of the 128 columns of a block in pairs, against a 1 and alone in its row. */
+TEST(pair_codes_everywhere)
+{
+    static uint8_t w[256 * 128];
+    static float out[256 * 128], expected[256 * 128], at[256 * 128], x[128], form[128];
+    for (size_t column = 0; column < 128; column++) {
+        size_t position = 0;
+        memset(w, 0, sizeof w);
+        for (size_t c = 0; c < 256; c++)
+            w[c * 128 + column] = (uint8_t)c;
+        for (size_t p = 0; p < 128; p++)
+            if (pair_column(p, DSV3_DTYPE_F8_E4M3) == column)
+                position = p;
+        for (size_t p = 0; p < sizeof w; p++)
+            at[p] = p % 128 == position ? fp8_by_definition((unsigned)(p / 128)) : 0;
+        memset(x, 0, sizeof x);
+        x[position] = 1;
+        FOR_VARIANTS(k)
+        {
+            size_t floats = sizeof w / (k->pair_words ? 2 : 1);
+            bool ok = true;
+            pair_form(expected, at, sizeof w, k->pair_words);
+            pair_form(form, x, 128, k->pair_words);
+            k->row_fp8_pairs(out, 64, k->lanes, w, NULL, sizeof w);
+            for (size_t p = 0; p < floats; p++) { /* a NaN among floats is any NaN; among words it is compared */
+                bool nan = !k->pair_words && expected[p] != expected[p];
+                ok = ok && (nan ? out[p] != out[p] : ((dsv3__float_bits(out[p]) ^ dsv3__float_bits(expected[p])) & 0x7FFF7FFF) == 0);
+            }
+            for (size_t c = 0; c < 256; c++) {
+                float r = k->dot_fp8_pairs(w + c * 128, form, NULL, 128), v = fp8_by_definition((unsigned)c);
+                ok = ok && (v != v ? dsv3__float_bits(r) == DSV3__NAN_BITS : r == v);
+                /* the sign of words, where it is more than that of a 0 */
+                size_t word = c * 64 + position % 64;
+                uint32_t half = dsv3__float_bits(out[k->pair_words ? word : 0]) >> (position < 64 ? 16 : 0) & 0xFFFF;
+                ok = ok && (!k->pair_words || v != v || half == dsv3__float_bits(v) >> 16);
+            }
+            if (!CHECK(ok)) {
+                printf("    %s column %u\n", dsv3_isa_name(k->isa), (unsigned)column);
+                return;
+            }
+        }
+    }
+}
+
+/* bytes: all widths, groups, numbers of rows on both sides; the extremes of codes; rows of w end where memory ends. */
+TEST(bytes_bits)
+{
+    static const size_t n_ws[] = {1, 2, 3, 4, 5, 9}, n_xs[] = {1, 2, 3, 4, 6, 7, 13}, groups[] = {128, 64, 40, 0};
+    static const size_t wide[] = {1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 300, 511, 576, 1000, 2112, 33000};
+    enum { W = 9, X = 13, K = 33024 };
+    int8_t *w = (int8_t *)malloc(W * K), *codes = (int8_t *)malloc(X * K);
+    float *w_scale = (float *)malloc(W * K * sizeof(float)), *x_scale = (float *)malloc(X * K * sizeof(float));
+    static float out[X * 16], expected[X * 16];
+    const int8_t *x[X];
+    const float *xs[X];
+    random_state = 32;
+    REQUIRE(w && codes && w_scale && x_scale);
+    for (size_t i = 0; i < W * K; i++)
+        w_scale[i] = random_float();
+    for (size_t i = 0; i < X * K; i++)
+        x_scale[i] = random_float();
+    x_scale[3 * K] = NAN;
+    for (size_t i = 0; i < DSV3__COUNT(wide); i++)
+        for (size_t g = 0; g < DSV3__COUNT(groups); g++) {
+            const size_t k = wide[i], group = groups[g] ? groups[g] : k, n_groups = (k + group - 1) / group;
+            const size_t stride = k + 7;
+            if (k > 3000 && group == 40)
+                continue; /* slow */
+            for (size_t p = 0; p < W * stride; p++)
+                w[p] = (int8_t)(i % 3 ? (int)(random_bits() & 255) - 128 : i % 2 ? -128 : 127);
+            for (size_t j = 0; j < X; j++) {
+                for (size_t c = 0; c < K; c++) {
+                    int code = i % 3 ? (int)(random_bits() & 255) - 128 : -127;
+                    codes[j * K + c] = (int8_t)(c >= k ? 0 : code == -128 ? -127 : code);
+                }
+                x[j] = codes + j * K, xs[j] = x_scale + j * K;
+            }
+            exact e = exact_copy(w, (W - 1) * stride + k, 1 + i % 3);
+            memset(expected, 0x11, sizeof expected);
+            dsv3__k_bytes_scalar(expected, 16, (const int8_t *)e.p, stride, w_scale, W, x, xs, X, k, group);
+            for (size_t j = 0; j < X && i % 5 == 0; j++) { /* the definition, beside the scalar code */
+                float y = 0;
+                for (size_t b = 0; b < n_groups; b++) {
+                    int64_t sum = 0;
+                    for (size_t c = b * group; c < k && c < (b + 1) * group; c++)
+                        sum += (int64_t)w[2 * stride + c] * codes[j * K + c];
+                    volatile float s = w_scale[2 * n_groups + b] * xs[j][b];
+                    y = fmaf((float)sum, s, y);
+                }
+                CHECK(y != y ? dsv3__float_bits(expected[j * 16 + 2]) == DSV3__NAN_BITS : same_bits(&y, &expected[j * 16 + 2], 1));
+            }
+            FOR_VARIANTS(v)
+                for (size_t a = 0; a < DSV3__COUNT(n_ws); a++)
+                    for (size_t b = 0; b < DSV3__COUNT(n_xs); b++) {
+                        size_t n_w = n_ws[a], n_x = n_xs[b];
+                        bool ok = true;
+                        if (v->isa == DSV3_ISA_SCALAR || (k > 3000 && (n_w % 4 != 1 || n_x % 6 != 1)))
+                            continue;
+                        memset(out, 0x11, sizeof out);
+                        v->bytes(out, 16, (const int8_t *)e.p + (W - n_w) * stride, stride, w_scale + (W - n_w) * n_groups, n_w, x, xs,
+                                 n_x, k, group);
+                        for (size_t p = 0; p < X * 16; p++) {
+                            float want = p % 16 < n_w && p / 16 < n_x ? expected[p + W - n_w] : dsv3__bits_float(0x11111111);
+                            ok = ok && same_bits(&out[p], &want, 1);
+                        }
+                        if (!CHECK(ok)) {
+                            printf("    %s %u x %u, %u columns, groups of %u\n", dsv3_isa_name(v->isa), (unsigned)n_w, (unsigned)n_x,
+                                   (unsigned)k, (unsigned)group);
+                            return;
+                        }
+                    }
+            free(e.block);
+        }
+    free(w), free(codes), free(w_scale), free(x_scale);
+}
+
 /* The order of summation itself: these bits must never change, whatever the compiler, the flags and the kernel. */
 TEST(order_is_frozen)
 {
     enum { K = 1000, ROWS = 50 };
     static uint8_t w[K * 4];
     static float x[K], packed[1024], scale64[16];
-    static const uint64_t golden[] = {0xCA35AA03C0F20B39, 0x0D8D38D8C087393A, 0x6B90BFF5E556E356, 0x513265F3A065DB15};
+    static const uint64_t golden[] = {0xCA35AA03C0F20B39, 0x0D8D38D8C087393A, 0x6B90BFF5E556E356, 0x513265F3A065DB15, 0xBCCA59453A69EA36};
     for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
         FOR_VARIANTS(k)
         {
@@ -658,14 +877,19 @@ TEST(tables)
 {
     FOR_VARIANTS(k)
     {
-        CHECK(k->lanes == (k->isa == DSV3_ISA_AVX512 ? 16u : 8u));
+        bool wide = k->isa == DSV3_ISA_AVX512 || k->isa == DSV3_ISA_AVX512_VNNI || k->isa == DSV3_ISA_AVX512_BF16;
+        CHECK_EQ_INT(k->isa, variant_list[variant_at - 1]->isa);
+        CHECK(k->lanes == (wide ? 16u : 8u) && k->tile_x == (wide ? 6u : 3u));
+        CHECK(k->pair_words == (k->isa == DSV3_ISA_AVX512_BF16));
     }
-    CHECK(dsv3__kern_get(DSV3_ISA_SCALAR)->isa == DSV3_ISA_SCALAR);
-#if defined(TEST_EMULATE_AVX512) && DSV3__AVX512
-    CHECK(dsv3__cpu_best() < DSV3_ISA_AVX2 || n_variants == 3);
+    for (size_t i = 0; i < N_ISAS; i++)
+        CHECK(!dsv3_isa_supported(isas[i]) || dsv3__kern_get(isas[i])->isa == isas[i]);
+    CHECK(dsv3_isa_supported(dsv3__cpu_best()) && dsv3_isa_supported(DSV3_ISA_SCALAR));
+#if defined(TEST_EMULATE_AVX512) && DSV3__AVX512 && DSV3__VNNI
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX2) || (n_variants == N_ISAS && dsv3__cpu_best() == DSV3_ISA_AVX512_BF16));
 #endif
 }
 
 TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
-          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
+          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
           RUN(tables))

@@ -1,5 +1,8 @@
 /* The floors ten and mm, and the public calls on tensors: quantize, dequantize, matmul. Results are compared bit for bit
    with a plain reading of the contract, and with themselves: whatever n, strip, order of rows, threads and kernels. */
+#ifdef TEST_EMULATE_AVX512
+    #include "emulate_avx512.h"
+#endif
 #define DSV3_IMPLEMENTATION
 #define DSV3_STATIC
 #include "dsv3.h"
@@ -11,6 +14,10 @@
 #endif
 
 // ---- Helpers ---------------------------------------------------------------------------------------------
+
+/* All instruction sets there are, on any machine. */
+static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
+                                DSV3_ISA_AVX512_BF16};
 
 static uint64_t random_state = 1;
 
@@ -160,7 +167,8 @@ TEST(bits)
             float *in = random_rows(N * cols), *expected = floats(N * rows), *out = floats(N * rows + 1);
             dsv3_error e;
             reference(expected, in, N, &w.t);
-            for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa = (dsv3_isa)(isa + 1)) {
+            for (size_t s = 0; s < DSV3__COUNT(isas); s++) {
+                const dsv3_isa isa = isas[s];
                 dsv3_matmul_opts o = options(isa);
                 if (!dsv3_isa_supported(isa))
                     continue;
@@ -420,10 +428,14 @@ TEST(errors)
     CHECK_CONTAINS(e.message, "struct_size");
     o = options((dsv3_isa)99);
     CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
-    if (!dsv3_isa_supported(DSV3_ISA_AVX512)) {
-        o = options(DSV3_ISA_AVX512);
-        CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_UNSUPPORTED_CPU, e);
-    }
+    for (size_t s = 0; s < DSV3__COUNT(isas); s++)
+        if (!dsv3_isa_supported(isas[s])) {
+            o = options(isas[s]);
+            CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_UNSUPPORTED_CPU, e);
+            CHECK_CONTAINS(e.message, dsv3_isa_name(isas[s]));
+        }
+    o = options((dsv3_isa)7); /* a number between two names */
+    CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
     o = options(DSV3_ISA_AUTO);
     o.allocator.alloc_fn = heap_alloc;
     CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
@@ -582,7 +594,8 @@ TEST(strips)
     }
     for (uint32_t i = 0; i < N; i++)
         index[i] = random_bits() % N;
-    for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa = (dsv3_isa)(isa + 1)) {
+    for (size_t s = 0; s < DSV3__COUNT(isas); s++) {
+        const dsv3_isa isa = isas[s];
         if (!dsv3_isa_supported(isa))
             continue;
         for (size_t n = 1; n <= (isa == DSV3_ISA_SCALAR ? 4 : N); n = n * 4 - (n == 16 ? 4 : 0))

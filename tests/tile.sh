@@ -1,6 +1,7 @@
 #!/bin/sh
-# The innermost loops of the tile functions keep their sums in registers: counts the vector loads and stores relative to the
-# stack pointer inside the loops that multiply, in what gcc and clang make of them at -O2. Called by `make tile-check`.
+# The innermost loops of the tile functions, for floats, words and bytes, keep their sums in registers: counts the vector
+# loads and stores relative to the stack pointer inside the loops that multiply, in what gcc and clang make of them at -O2
+# and -O3. Called by `make tile-check`.
 # Usage: tile.sh [-v] [most allowed in a loop, default 0]
 
 verbose=
@@ -45,7 +46,7 @@ for cc in gcc clang; do
             /^[0-9a-f]+ <.*>:$/ {
                 finish()
                 name = $2; gsub(/[<>:]/, "", name)
-                if (name !~ /^dsv3__k_tile/) name = ""
+                if (name !~ /^dsv3__k_(tile|bytes_tile)/) name = ""
                 n = n_loops = framed = 0
                 next
             }
@@ -54,6 +55,7 @@ for cc in gcc clang; do
                 at[n] = hex(address)
                 if (/mov +%rsp,%rbp/) framed = 1 # else %rbp is a register like any other
                 on_stack[n] = /%[xyz]mm/ && (/\(%rsp/ || (framed && /\(%rbp/))
+                sub(/{vex} /, "")
                 mac[n] = $2 ~ /^(vfmadd|vfnmadd|vpdpbusd|vpdpwssd|vdpbf16ps|vpmaddubsw|vpmaddwd|mulps|mulss)/
                 if ($2 ~ /^j/ && $3 ~ /^[0-9a-f]+$/ && hex($3) <= at[n]) { from[n_loops] = hex($3); to[n_loops++] = at[n] }
                 n++

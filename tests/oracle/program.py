@@ -27,6 +27,12 @@ def cpu_isas():
         isas.append("avx2")
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         isas.append("avx512")
+    if "avx2" in isas and "avx_vnni" in flags:
+        isas.append("avx-vnni")
+    if "avx512" in isas and "avx512_vnni" in flags:
+        isas.append("avx512-vnni")
+    if "avx512-vnni" in isas and {"avx512_bf16", "avx512vbmi"} <= flags:
+        isas.append("avx512-bf16")
     return isas
 
 
