@@ -329,13 +329,12 @@ static void option_set(const char *command, const option *o, const char *arg)
         return;
     }
     case OPTION_ISA: {
-        static const char *const names[] = {"auto", "scalar", "avx2", "avx512"};
-        for (size_t i = 0; i < COUNT(names); i++)
-            if (strcmp(arg, names[i]) == 0) {
+        for (int i = DSV3_ISA_AUTO; i <= DSV3_ISA_NEON; i++)
+            if (strcmp(arg, dsv3_isa_name((dsv3_isa)i)) == 0 && strcmp(arg, "?") != 0) {
                 *(dsv3_isa *)o->value = (dsv3_isa)i;
                 return;
             }
-        usage("%s: --isa wants auto, scalar, avx2 or avx512, found '%s'", command, arg);
+        usage("%s: --isa wants auto, scalar, avx2, avx512 or neon, found '%s'", command, arg);
     }
     case OPTION_COMPUTE:
         for (int i = DSV3_COMPUTE_AUTO; i <= DSV3_COMPUTE_INT8; i++)

@@ -58,6 +58,7 @@ TEST(names)
     CHECK_EQ_UINT(dsv3_dtype_size((dsv3_dtype)999), 0);
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX2), "avx2");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512), "avx512");
+    CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_NEON), "neon");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_SCALAR), "scalar");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AUTO), "auto");
     CHECK(dsv3_isa_name((dsv3_isa)999) != NULL);

@@ -35,14 +35,19 @@ static size_t variants(const dsv3__kern *list[3])
 {
     size_t n = 0;
     list[n++] = dsv3__kern_get(DSV3_ISA_SCALAR);
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
+    if (dsv3_isa_supported(DSV3_ISA_AVX2))
         list[n++] = dsv3__kern_get(DSV3_ISA_AVX2);
 #if defined(TEST_EMULATE_AVX512) && DSV3__AVX512
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX2)
+    if (dsv3_isa_supported(DSV3_ISA_AVX2))
         list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
 #else
-    if (dsv3__cpu_best() >= DSV3_ISA_AVX512)
+    if (dsv3_isa_supported(DSV3_ISA_AVX512))
         list[n++] = dsv3__kern_get(DSV3_ISA_AVX512);
+#endif
+#if DSV3__NEON
+    list[n++] = &dsv3__kern_neon;
+    if (dsv3__cpu_dotprod())
+        list[n++] = &dsv3__kern_neon_dot;
 #endif
     return n;
 }
@@ -658,11 +663,15 @@ TEST(tables)
 {
     FOR_VARIANTS(k)
     {
-        CHECK(k->lanes == (k->isa == DSV3_ISA_AVX512 ? 16u : 8u));
+        CHECK(k->lanes == (k->isa == DSV3_ISA_AVX512 ? 16u : k->isa == DSV3_ISA_NEON ? 4u : 8u));
     }
     CHECK(dsv3__kern_get(DSV3_ISA_SCALAR)->isa == DSV3_ISA_SCALAR);
 #if defined(TEST_EMULATE_AVX512) && DSV3__AVX512
     CHECK(dsv3__cpu_best() < DSV3_ISA_AVX2 || n_variants == 3);
+#endif
+#if DSV3__NEON
+    CHECK_EQ_INT(dsv3__cpu_best(), DSV3_ISA_NEON);
+    CHECK(dsv3__kern_get(DSV3_ISA_NEON) == variant_list[n_variants - 1]);
 #endif
 }
 

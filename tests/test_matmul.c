@@ -160,7 +160,7 @@ TEST(bits)
             float *in = random_rows(N * cols), *expected = floats(N * rows), *out = floats(N * rows + 1);
             dsv3_error e;
             reference(expected, in, N, &w.t);
-            for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa = (dsv3_isa)(isa + 1)) {
+            for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_NEON; isa = (dsv3_isa)(isa + 1)) {
                 dsv3_matmul_opts o = options(isa);
                 if (!dsv3_isa_supported(isa))
                     continue;
@@ -582,7 +582,7 @@ TEST(strips)
     }
     for (uint32_t i = 0; i < N; i++)
         index[i] = random_bits() % N;
-    for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512; isa = (dsv3_isa)(isa + 1)) {
+    for (dsv3_isa isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_NEON; isa = (dsv3_isa)(isa + 1)) {
         if (!dsv3_isa_supported(isa))
             continue;
         for (size_t n = 1; n <= (isa == DSV3_ISA_SCALAR ? 4 : N); n = n * 4 - (n == 16 ? 4 : 0))
