@@ -69,7 +69,7 @@
    dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
-   a prompt is cut into pieces, with any number of threads, on every instruction set (scalar, AVX2, AVX-512), with gcc
+   a prompt is cut into pieces, with any number of threads, on every instruction set (scalar, AVX2, AVX-512, NEON), with gcc
    and clang, at every optimisation level. All sums have one documented order (>>kern). The header pins contraction
    itself and refuses -ffast-math; it sets the floating-point state while it computes and puts the host's back. Rotary
    tables use the C library's double-precision cos, sin, pow and log rounded to float: with another libm a bit of them could
@@ -265,6 +265,7 @@ typedef enum dsv3_isa {
     DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
     DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
     DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
+    DSV3_ISA_NEON = 16,       /* aarch64, with its dot products of bytes where the CPU has them */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
 
@@ -1177,7 +1178,7 @@ static dsv3_result dsv3__mem_grow(dsv3__mem *mem, void **array, uint64_t *cap, u
 }
 // =============================================================================
 // >>os   The default reader (a directory, mapped), time, number of cores.
-//        Operating system headers are included here and in >>thr, nowhere else.
+//        Operating system headers are included here and in >>thr, nowhere else but for one line of >>cpu.
 // =============================================================================
 
 #if defined(_WIN32)
@@ -1461,6 +1462,17 @@ static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given
 #include <cpuid.h>
 #endif
 
+/* NEON itself is part of aarch64, unless the compiler was told to leave its registers alone. */
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(DSV3_NO_SIMD) && defined(__GNUC__)
+#define DSV3__NEON 1
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#else
+#define DSV3__NEON 0
+#endif
+
 DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
 {
     switch (isa) {
@@ -1471,6 +1483,7 @@ DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
     case DSV3_ISA_AVX_VNNI: return "avx-vnni";
     case DSV3_ISA_AVX512_VNNI: return "avx512-vnni";
     case DSV3_ISA_AVX512_BF16: return "avx512-bf16";
+    case DSV3_ISA_NEON: return "neon";
     default: return "?";
     }
 }
@@ -1515,15 +1528,29 @@ static uint32_t dsv3__cpu_levels(void)
 #else
 static uint32_t dsv3__cpu_levels(void)
 {
-    return 1u << DSV3_ISA_SCALAR;
+    return 1u << DSV3_ISA_SCALAR | (DSV3__NEON ? 1u << DSV3_ISA_NEON : 0);
+}
+#endif
+
+#if DSV3__NEON
+/* Has it SDOT? Of systems other than Linux, only what the compiler was told is believed. */
+static bool dsv3__cpu_dotprod(void)
+{
+#if defined(__ARM_FEATURE_DOTPROD)
+    return true;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) >> 20 & 1) != 0; /* HWCAP_ASIMDDP */
+#else
+    return false;
+#endif
 }
 #endif
 
 /* The fastest level there is. */
 static dsv3_isa dsv3__cpu_best(void)
 {
-    static const dsv3_isa order[] = {DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,
-                                     DSV3_ISA_AVX2};
+    static const dsv3_isa order[] = {DSV3_ISA_NEON,   DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI,
+                                     DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,    DSV3_ISA_AVX2};
     const uint32_t levels = dsv3__cpu_levels();
     for (size_t i = 0; i < DSV3__COUNT(order); i++)
         if (levels >> order[i] & 1)
@@ -2142,7 +2169,7 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
     }
 }
 // =============================================================================
-// >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx512. Needs num, cpu.
+// >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx512, _neon. Needs num, cpu.
 //          Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
@@ -2218,7 +2245,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 /* The most floats of `sum` of one tile. */
 #define DSV3__TILE_SUM (DSV3__TILE_W * 6 * 64)
 
-/* A variant works on registers of `lanes` floats, 8 or 16: lane l of register g of a block is position g * lanes + l.
+/* A variant works on registers of `lanes` floats, 4, 8 or 16: lane l of register g of a block is position g * lanes + l.
 
    dot_<dtype>   the dot product of one row of weights w [k] with a packed row x [ceil64(k)].
                  fp8: scale64 [ceil(k / 64)], the scale of each 64 columns. A code that is NaN makes the result NaN.
@@ -2292,7 +2319,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
     dsv3_isa isa;
-    uint32_t lanes;  /* 8 or 16 */
+    uint32_t lanes;  /* 4, 8 or 16 */
     uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
     bool pair_words; /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
@@ -2642,10 +2669,10 @@ static void dsv3__k_tile_scalar(float *out, size_t out_stride, const float *w, s
                                x_stride, index, n_x, k);
 }
 
+#define DSV3__TWO_120 1.329227995784916e36f
+
 #if DSV3__AVX2
 // ---- AVX2: chain 8g + l is lane l of register g ------------------------------------------------------------
-
-#define DSV3__TWO_120 1.329227995784916e36f
 
 /* The sum of 64 chains in 8 registers. */
 DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree64_avx2(const __m256 *a)
@@ -4668,12 +4695,742 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_tile_add_pairs_avx512_bf16(float *s
 #endif
 #endif // DSV3__AVX512
 
+#if DSV3__NEON
+// ---- NEON: chain 4g + l is lane l of register g --------------------------------------------------------------
+
+/* Here fmla rounds once, as fmaf does. BFDOT is of no use: it rounds a sum of two products (to odd, denormals flushed),
+   which no chain does. */
+
+/* v is used behind what makes `done`: gcc begins everything at once otherwise, and runs out of registers. */
+#if defined(__clang__)
+#define DSV3__BEHIND(v, done) ((void)(v), (void)(done))
+#else
+#define DSV3__BEHIND(v, done) __asm__("" : "+w"(v), "+w"(done))
+#endif
+
+/* 64 chains in 16 registers -> lane i: t[i] + t[i + 4], of which the 4 are still to be added. */
+DSV3__INLINE float32x4_t dsv3__k_tree4_neon(const float32x4_t *a)
+{
+    float32x4_t t[4]; /* t[q]: t[4q ... 4q + 3] */
+    DSV3__UNROLL
+    for (size_t q = 0; q < 4; q++)
+        t[q] = vaddq_f32(vaddq_f32(a[q], a[4 + q]), vaddq_f32(a[8 + q], a[12 + q]));
+    return vaddq_f32(vaddq_f32(t[0], t[2]), vaddq_f32(t[1], t[3])); /* + t[i + 8], + t[i + 4] */
+}
+
+DSV3__INLINE float dsv3__k_tree64_neon(const float32x4_t *a)
+{
+    float32x4_t s = dsv3__k_tree4_neon(a);
+    float32x2_t h = vadd_f32(vget_low_f32(s), vget_high_f32(s)); /* + t[i + 2] */
+    float r = vget_lane_f32(h, 0) + vget_lane_f32(h, 1);         /* + t[i + 1] */
+    return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+/* 8 values of F32, F16, BF16; 8 codes of I8. */
+DSV3__INLINE float32x4x2_t dsv3__k_load8_neon(const uint8_t *w, dsv3_dtype dtype)
+{
+    float32x4x2_t v;
+    if (dtype == DSV3_DTYPE_F32) {
+        v.val[0] = vreinterpretq_f32_u8(vld1q_u8(w));
+        v.val[1] = vreinterpretq_f32_u8(vld1q_u8(w + 16));
+    } else if (dtype == DSV3_DTYPE_I8) {
+        int16x8_t h = vmovl_s8(vreinterpret_s8_u8(vld1_u8(w)));
+        v.val[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(h)));
+        v.val[1] = vcvtq_f32_s32(vmovl_high_s16(h));
+    } else if (dtype == DSV3_DTYPE_F16) {
+        float16x8_t h = vreinterpretq_f16_u8(vld1q_u8(w));
+        v.val[0] = vcvt_f32_f16(vget_low_f16(h));
+        v.val[1] = vcvt_high_f32_f16(h);
+    } else {
+        uint16x8_t h = vreinterpretq_u16_u8(vld1q_u8(w));
+        v.val[0] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)); /* bits << 16 */
+        v.val[1] = vreinterpretq_f32_u32(vshll_high_n_u16(h, 16));
+    }
+    return v;
+}
+
+DSV3__INLINE float dsv3__k_dot_neon(const void *weights, const float *x, const float *scale64, size_t k,
+                                    dsv3_dtype dtype)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const size_t block = dsv3__k_block_size(dtype);
+    uint8_t tail[256];
+    float32x4_t a[16];
+    DSV3__UNROLL
+    for (size_t g = 0; g < 16; g++)
+        a[g] = vdupq_n_f32(0);
+    while (k) {
+        if (DSV3__UNLIKELY(k < 64)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k * (block / 64));
+            w = tail;
+            k = 64;
+        }
+        const float s = dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f;
+        DSV3__UNROLL
+        for (size_t g = 0; g < 16; g += 2) {
+            float32x4x2_t v = dsv3__k_load8_neon(w + g * (block / 16), dtype);
+            if (dtype == DSV3_DTYPE_I8) {
+                v.val[0] = vmulq_n_f32(v.val[0], s);
+                v.val[1] = vmulq_n_f32(v.val[1], s);
+            }
+            a[g] = vfmaq_f32(a[g], v.val[0], vld1q_f32(x + 4 * g));
+            a[g + 1] = vfmaq_f32(a[g + 1], v.val[1], vld1q_f32(x + 4 * g + 4));
+        }
+        w += block;
+        x += 64;
+        k -= 64;
+    }
+    return dsv3__k_tree64_neon(a);
+}
+
+DSV3__INLINE void dsv3__k_row_neon(float *out, size_t block, size_t group, const void *weights, const float *scale64,
+                                   size_t k, dsv3_dtype dtype)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const size_t size = dsv3__k_block_size(dtype);
+    uint8_t tail[256];
+    for (size_t b = 0; b * 64 < k; b++, w += size, out += block) {
+        if (DSV3__UNLIKELY(k - b * 64 < 64)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, (k - b * 64) * (size / 64));
+            w = tail;
+        }
+        const float s = dtype == DSV3_DTYPE_I8 ? scale64[b] : 1.0f;
+        for (size_t g = 0; g < 16; g += 2) {
+            float32x4x2_t v = dsv3__k_load8_neon(w + g * (size / 16), dtype);
+            vst1q_f32(out + g * group, dtype == DSV3_DTYPE_I8 ? vmulq_n_f32(v.val[0], s) : v.val[0]);
+            vst1q_f32(out + (g + 1) * group, dtype == DSV3_DTYPE_I8 ? vmulq_n_f32(v.val[1], s) : v.val[1]);
+        }
+    }
+}
+
+#define DSV3__K_DTYPE_NEON(name, dtype)                                                                                \
+    static float dsv3__k_dot_##name##_neon(const void *w, const float *x, const float *scale64, size_t k)              \
+    {                                                                                                                  \
+        return dsv3__k_dot_neon(w, x, scale64, k, dtype);                                                              \
+    }                                                                                                                  \
+    static void dsv3__k_row_##name##_neon(float *out, size_t block, size_t group, const void *w, const float *scale64, \
+                                          size_t k)                                                                    \
+    {                                                                                                                  \
+        dsv3__k_row_neon(out, block, group, w, scale64, k, dtype);                                                     \
+    }
+DSV3__K_DTYPE_NEON(f32, DSV3_DTYPE_F32)
+DSV3__K_DTYPE_NEON(f16, DSV3_DTYPE_F16)
+DSV3__K_DTYPE_NEON(bf16, DSV3_DTYPE_BF16)
+DSV3__K_DTYPE_NEON(i8, DSV3_DTYPE_I8)
+#undef DSV3__K_DTYPE_NEON
+
+/* FP8 as in the AVX2 code: values * 2^-120 by shifts, and the same two things are watched for. 16 codes, w = 4 words:
+   o[p] = bytes p of the words. */
+DSV3__INLINE void dsv3__k_fp8x16_neon(float32x4_t *o, uint8x16_t w)
+{
+    const uint32x4_t keep = vdupq_n_u32(0x87F00000u);
+    int16x8_t v = vreinterpretq_s16_u8(w);
+    uint32x4_t even = vreinterpretq_u32_s16(vshrq_n_s16(vshlq_n_s16(v, 8), 4)); /* bytes 0, 2 */
+    uint32x4_t odd = vreinterpretq_u32_s16(vshrq_n_s16(v, 4));                  /* bytes 1, 3 */
+    o[0] = vreinterpretq_f32_u32(vandq_u32(vshlq_n_u32(even, 16), keep));
+    o[1] = vreinterpretq_f32_u32(vandq_u32(vshlq_n_u32(odd, 16), keep));
+    o[2] = vreinterpretq_f32_u32(vandq_u32(even, keep));
+    o[3] = vreinterpretq_f32_u32(vandq_u32(odd, keep));
+}
+
+DSV3__INLINE uint8x16_t dsv3__k_fp8_worst_neon(uint8x16_t worst, uint8x16_t v) /* bytes: the largest code & 0x7F */
+{
+    return vmaxq_u8(worst, vandq_u8(v, vdupq_n_u8(0x7F)));
+}
+
+DSV3__INLINE bool dsv3__k_fp8_nan_neon(uint8x16_t worst)
+{
+    return vmaxvq_u8(worst) == 0x7F;
+}
+
+/* Register 4p + q: byte p of words 4q ... 4q + 3. */
+static float dsv3__k_dot_fp8_neon(const void *weights, const float *x, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    const float *at = x;
+    uint8_t tail[64];
+    uint8x16_t worst = vdupq_n_u8(0);
+    float32x4_t a[16], o[4];
+    DSV3__UNROLL
+    for (size_t g = 0; g < 16; g++)
+        a[g] = vdupq_n_f32(0);
+    for (size_t b = 0; b * 64 < k; b++, w += 64, at += 64) {
+        const float s = scale64[b] * DSV3__TWO_120;
+        if (DSV3__UNLIKELY(k - b * 64 < 64)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k - b * 64);
+            w = tail;
+        }
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) {
+            uint8x16_t v = vld1q_u8(w + 16 * q);
+            DSV3__BEHIND(v, a[(q + 3) % 4]);
+            worst = dsv3__k_fp8_worst_neon(worst, v);
+            dsv3__k_fp8x16_neon(o, v);
+            DSV3__UNROLL
+            for (size_t p = 0; p < 4; p++) /* fmaf(f32(code * scale), x, chain) */
+                a[4 * p + q] = vfmaq_f32(a[4 * p + q], vmulq_n_f32(o[p], s), vld1q_f32(at + 16 * p + 4 * q));
+        }
+    }
+    float r = dsv3__k_tree64_neon(a);
+    /* a scale that became infinite makes every product it meets infinite or NaN, and with them the sum */
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst) || !(fabsf(r) < INFINITY)))
+        return dsv3__k_dot_fp8_scalar(weights, x, scale64, k);
+    return r;
+}
+
+static void dsv3__k_row_fp8_neon(float *out, size_t block, size_t group, const void *weights, const float *scale64,
+                                 size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[64];
+    uint8x16_t worst = vdupq_n_u8(0);
+    float32x4_t o[4];
+    float scales = 0;
+    for (size_t b = 0; b * 64 < k; b++, w += 64) {
+        const float s = scale64[b] * DSV3__TWO_120;
+        float *to = out + b * block;
+        scales = fmaf(s, 0.0f, scales); /* infinity * 0 is NaN */
+        if (DSV3__UNLIKELY(k - b * 64 < 64)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k - b * 64);
+            w = tail;
+        }
+        for (size_t q = 0; q < 4; q++) {
+            uint8x16_t v = vld1q_u8(w + 16 * q);
+            worst = dsv3__k_fp8_worst_neon(worst, v);
+            dsv3__k_fp8x16_neon(o, v);
+            DSV3__UNROLL
+            for (size_t p = 0; p < 4; p++)
+                vst1q_f32(to + (4 * p + q) * group, vmulq_n_f32(o[p], s));
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst) || scales != scales))
+        dsv3__k_row_scalar(out, block, group, 4, weights, scale64, k, DSV3_DTYPE_F8_E4M3);
+}
+
+/* A code's 7 bits, moved to bits 7 ... 13 of a half, are the f16 of its value * 2^-8. */
+static void dsv3__k_nat_fp8_neon(float *out, size_t block, size_t group, const void *weights, const float *scale64,
+                                 size_t k)
+{
+    const int16x8_t keep = vdupq_n_s16((int16_t)0xBF80);
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[64];
+    uint8x16_t worst = vdupq_n_u8(0);
+    float scales = 0;
+    for (size_t b = 0; b * 64 < k; b++, w += 64) {
+        const float s = scale64[b] * 256.0f;
+        scales = fmaf(s, 0.0f, scales);
+        if (DSV3__UNLIKELY(k - b * 64 < 64)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, k - b * 64);
+            w = tail;
+        }
+        for (size_t i = 0; i < 64; i += 16) {
+            float *to = out + b * 64 + i;
+            uint8x16_t v = vld1q_u8(w + i);
+            int8x16_t c = vreinterpretq_s8_u8(v);
+            float16x8_t lo = vreinterpretq_f16_s16(vandq_s16(vshll_n_s8(vget_low_s8(c), 7), keep));
+            float16x8_t hi = vreinterpretq_f16_s16(vandq_s16(vshll_high_n_s8(c, 7), keep));
+            worst = dsv3__k_fp8_worst_neon(worst, v);
+            vst1q_f32(to, vmulq_n_f32(vcvt_f32_f16(vget_low_f16(lo)), s));
+            vst1q_f32(to + 4, vmulq_n_f32(vcvt_high_f32_f16(lo), s));
+            vst1q_f32(to + 8, vmulq_n_f32(vcvt_f32_f16(vget_low_f16(hi)), s));
+            vst1q_f32(to + 12, vmulq_n_f32(vcvt_high_f32_f16(hi), s));
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst) || scales != scales))
+        dsv3__k_nat_fp8_scalar(out, block, group, weights, scale64, k);
+}
+
+// ---- NEON: pairs -------------------------------------------------------------------------------------------
+
+/* Bytes 1, 0 of words 4q ... 4q + 3 of 64 columns are one chain register's, bytes 3, 2 the next but three's. */
+static float dsv3__k_dot_fp8_pairs_neon(const void *weights, const float *x, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    uint8x16_t worst = vdupq_n_u8(0);
+    float32x4_t a[16], o[4];
+    (void)scale64;
+    DSV3__UNROLL
+    for (size_t g = 0; g < 16; g++)
+        a[g] = vdupq_n_f32(0);
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, x += 128) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, left);
+            w = tail;
+        }
+        DSV3__UNROLL
+        for (size_t h = 0; h < 8; h++) {
+            const size_t g = h / 4 * 8 + h % 4, before = (h + 7) % 8 / 4 * 8 + (h + 7) % 4;
+            uint8x16_t v = vld1q_u8(w + 16 * h);
+            DSV3__BEHIND(v, a[before]);
+            DSV3__BEHIND(v, a[before + 4]);
+            worst = dsv3__k_fp8_worst_neon(worst, v);
+            dsv3__k_fp8x16_neon(o, v);
+            DSV3__UNROLL
+            for (size_t p = 0; p < 4; p++)
+                o[p] = vmulq_n_f32(o[p], DSV3__TWO_120); /* the values */
+            a[g] = vfmaq_f32(a[g], o[1], vld1q_f32(x + 4 * g));
+            a[g + 4] = vfmaq_f32(a[g + 4], o[3], vld1q_f32(x + 4 * g + 16));
+            a[g] = vfmaq_f32(a[g], o[0], vld1q_f32(x + 4 * g + 64));
+            a[g + 4] = vfmaq_f32(a[g + 4], o[2], vld1q_f32(x + 4 * g + 80));
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst)))
+        return dsv3__bits_float(DSV3__NAN_BITS);
+    return dsv3__k_tree64_neon(a);
+}
+
+static void dsv3__k_row_fp8_pairs_neon(float *out, size_t block, size_t group, const void *weights,
+                                       const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[128];
+    uint8x16_t worst = vdupq_n_u8(0);
+    float32x4_t o[4];
+    float *to = out;
+    (void)scale64;
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, left);
+            w = tail;
+        }
+        for (size_t h = 0; h < 8; h++) {
+            float *first = to + (h / 4 * 8 + h % 4) * group, *next = first + 4 * group;
+            uint8x16_t v = vld1q_u8(w + 16 * h);
+            worst = dsv3__k_fp8_worst_neon(worst, v);
+            dsv3__k_fp8x16_neon(o, v);
+            vst1q_f32(first, vmulq_n_f32(o[1], DSV3__TWO_120));
+            vst1q_f32(next, vmulq_n_f32(o[3], DSV3__TWO_120));
+            vst1q_f32(first + block, vmulq_n_f32(o[0], DSV3__TWO_120));
+            vst1q_f32(next + block, vmulq_n_f32(o[2], DSV3__TWO_120));
+        }
+    }
+    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst)))
+        dsv3__k_row_pairs_scalar(out, block, group, 4, weights, k, DSV3_DTYPE_F8_E4M3);
+}
+
+/* BF16: the second of two columns is the high half of a word, the first the low. */
+DSV3__INLINE float32x4_t dsv3__k_second_neon(uint32x4_t v)
+{
+    return vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xFFFF0000u)));
+}
+
+DSV3__INLINE float32x4_t dsv3__k_first_neon(uint32x4_t v)
+{
+    return vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
+}
+
+static float dsv3__k_dot_bf16_pairs_neon(const void *weights, const float *x, const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    float32x4_t a[16];
+    (void)scale64;
+    DSV3__UNROLL
+    for (size_t g = 0; g < 16; g++)
+        a[g] = vdupq_n_f32(0);
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, x += 128) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * left);
+            w = tail;
+        }
+        DSV3__UNROLL
+        for (size_t g = 0; g < 16; g++) {
+            uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(w + 16 * g));
+            a[g] = vfmaq_f32(a[g], dsv3__k_second_neon(v), vld1q_f32(x + 4 * g));
+            a[g] = vfmaq_f32(a[g], dsv3__k_first_neon(v), vld1q_f32(x + 64 + 4 * g));
+        }
+    }
+    return dsv3__k_tree64_neon(a);
+}
+
+static void dsv3__k_row_bf16_pairs_neon(float *out, size_t block, size_t group, const void *weights,
+                                        const float *scale64, size_t k)
+{
+    const uint8_t *w = (const uint8_t *)weights;
+    uint8_t tail[256];
+    (void)scale64;
+    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, out += 2 * block) {
+        if (DSV3__UNLIKELY(left < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, w, 2 * left);
+            w = tail;
+        }
+        for (size_t g = 0; g < 16; g++) {
+            uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(w + 16 * g));
+            vst1q_f32(out + g * group, dsv3__k_second_neon(v));
+            vst1q_f32(out + g * group + block, dsv3__k_first_neon(v));
+        }
+    }
+}
+
+/* bf16(v), as f32; no NaN but the quiet ones of the arithmetic. */
+DSV3__INLINE float32x4_t dsv3__k_bf16_neon(float32x4_t v)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    bits = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), odd);
+    return vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xFFFF0000u)));
+}
+
+static void dsv3__k_round_pairs_neon(float *out, size_t block, size_t group, const float *x, const float *scale64,
+                                     size_t n)
+{
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const float s0 = scale64[b / 2 * 2], s1 = scale64[b / 2 * 2 + 1];
+        for (size_t g = 0; g < 16; g++)
+            vst1q_f32(out + g * group, dsv3__k_bf16_neon(vmulq_n_f32(vld1q_f32(x + 4 * g), g < 8 ? s0 : s1)));
+    }
+}
+
+// ---- NEON: codes of 8 bits -----------------------------------------------------------------------------------
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#define DSV3__SDOT(sum, w, x) (sum) = vdotq_s32(sum, w, x)
+#else
+/* Written as a number: compilers for plain aarch64 refuse the intrinsic, their assemblers the name. %0 is "v7" or so. */
+#define DSV3__SDOT(sum, w, x)                                                                                        \
+    __asm__(".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, " \
+            "26, 27, 28, 29, 30, 31\n\t.equ .Ldsv3_v\\n, \\n\n\t.endr\n\t"                                           \
+            ".inst 0x4E809400 | .Ldsv3_%2 << 16 | .Ldsv3_%1 << 5 | .Ldsv3_%0"                                        \
+            : "+w"(sum)                                                                                              \
+            : "w"(w), "w"(x))
+#endif
+
+/* Adds 16 products, with `dot` on a CPU that has SDOT. x is never -128, so a sum of two fits 16 bits. */
+DSV3__INLINE int32x4_t dsv3__k_bytes_add_neon(int32x4_t sum, int8x16_t w, int8x16_t x, const bool dot)
+{
+    if (dot) {
+        DSV3__SDOT(sum, w, x);
+        return sum;
+    }
+    int16x8_t two = vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), w, x);
+    return vpadalq_s16(sum, two);
+}
+
+/* 16 columns of W rows of w times X rows of x, into sum[i * X + j]. W and X are constants. */
+DSV3__INLINE void dsv3__k_bytes_step_neon(int32x4_t *sum, const int8_t *w, size_t w_stride, const int8_t *const *x,
+                                          size_t c, const size_t W, const size_t X, const bool dot)
+{
+    int8x16_t v[4], row;
+    DSV3__UNROLL
+    for (size_t j = 0; j < X; j++)
+        v[j] = vld1q_s8(x[j] + c);
+    DSV3__UNROLL
+    for (size_t i = 0; i < W; i++) {
+        row = vld1q_s8(w + i * w_stride);
+        DSV3__UNROLL
+        for (size_t j = 0; j < X; j++)
+            sum[i * X + j] = dsv3__k_bytes_add_neon(sum[i * X + j], row, v[j], dot);
+    }
+}
+
+/* W rows of w times X rows of x, both at most 4. */
+DSV3__INLINE void dsv3__k_bytes_wx_neon(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
+                                        const float *w_scale, const int8_t *const *x, const float *const *x_scale,
+                                        size_t k, size_t group, const size_t W, const size_t X, const bool dot)
+{
+    const size_t n_groups = (k + group - 1) / group;
+    const int8_t *xr[4];
+    float y[16];
+    DSV3__UNROLL
+    for (size_t j = 0; j < X; j++)
+        xr[j] = x[j];
+    for (size_t i = 0; i < W * X; i++)
+        y[i] = 0;
+    for (size_t g = 0; g < n_groups; g++) {
+        const size_t end = dsv3__min(k, (g + 1) * group);
+        int32x4_t sum[16];
+        size_t c = g * group;
+        DSV3__UNROLL
+        for (size_t i = 0; i < W * X; i++)
+            sum[i] = vdupq_n_s32(0);
+        for (; c + 16 <= end; c += 16)
+            dsv3__k_bytes_step_neon(sum, w + c, w_stride, xr, c, W, X, dot);
+        if (c < end) {
+            int8_t tail[4 * 16];
+            memset(tail, 0, sizeof tail);
+            for (size_t i = 0; i < W; i++)
+                memcpy(tail + 16 * i, w + i * w_stride + c, end - c);
+            dsv3__k_bytes_step_neon(sum, tail, 16, xr, c, W, X, dot);
+        }
+        DSV3__UNROLL
+        for (size_t i = 0; i < W * X; i++)
+            y[i] = fmaf((float)vaddvq_s32(sum[i]), w_scale[i / X * n_groups + g] * x_scale[i % X][g], y[i]);
+    }
+    for (size_t i = 0; i < W * X; i++)
+        out[i % X * out_stride + i / X] = y[i] == y[i] ? y[i] : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+DSV3__INLINE void dsv3__k_bytes_any_neon(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
+                                         const float *w_scale, size_t n_w, const int8_t *const *x,
+                                         const float *const *x_scale, size_t n_x, size_t k, size_t group,
+                                         const bool dot)
+{
+    const size_t n_groups = (k + group - 1) / group;
+    for (size_t j = 0, t; j < n_x; j += t) {
+        t = dsv3__min(n_x - j, 4);
+        for (size_t i = 0; i < n_w;) {
+            const bool four = t > 1 && i + 4 <= n_w; /* one row of x: one row of w after the other */
+            float *to = out + j * out_stride + i;
+            const int8_t *from = w + i * w_stride;
+            const float *s = w_scale + i * n_groups;
+#define DSV3__CASE(W, X) \
+    case X: dsv3__k_bytes_wx_neon(to, out_stride, from, w_stride, s, x + j, x_scale + j, k, group, W, X, dot); break
+            if (four)
+                switch (t) {
+                    DSV3__CASE(4, 4);
+                    DSV3__CASE(4, 3);
+                    DSV3__CASE(4, 2);
+                }
+            else
+                switch (t) {
+                    DSV3__CASE(1, 4);
+                    DSV3__CASE(1, 3);
+                    DSV3__CASE(1, 2);
+                    DSV3__CASE(1, 1);
+                }
+#undef DSV3__CASE
+            i += four ? 4 : 1;
+        }
+    }
+}
+
+static void dsv3__k_bytes_neon(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
+                               size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
+                               size_t group)
+{
+    dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, false);
+}
+
+static void dsv3__k_bytes_neon_dot(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
+                                   const float *w_scale, size_t n_w, const int8_t *const *x,
+                                   const float *const *x_scale, size_t n_x, size_t k, size_t group)
+{
+    dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, true);
+}
+
+// ---- NEON: tiles ---------------------------------------------------------------------------------------------
+
+/* 24 of the 32 registers accumulate 4 chains of 4 x 6 pairs, 10 loads for 24 multiply-adds. T is a constant. */
+DSV3__INLINE void dsv3__k_tile_add_t_neon(float *sum, const float *const *w, size_t w_step, size_t w_group,
+                                          const float *const *x, size_t x_step, size_t x_group, size_t steps,
+                                          bool first, const size_t T)
+{
+    const float *wr[DSV3__TILE_W], *xr[6];
+    DSV3__UNROLL
+    for (size_t i = 0; i < DSV3__TILE_W; i++)
+        wr[i] = w[i];
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        xr[j] = x[j];
+    for (size_t g = 0; g < 16; g++, sum += DSV3__TILE_W * 24) {
+        size_t wi = g * w_group, xi = g * x_group;
+        float32x4_t a[DSV3__TILE_W * 6], v[DSV3__TILE_W], row;
+        DSV3__UNROLL
+        for (size_t i = 0; i < DSV3__TILE_W; i++) {
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++)
+                a[i * 6 + j] = first ? vdupq_n_f32(0) : vld1q_f32(sum + (i * 6 + j) * 4);
+        }
+        for (size_t s = 0; s < steps; s++, wi += w_step, xi += x_step) {
+            DSV3__UNROLL
+            for (size_t i = 0; i < DSV3__TILE_W; i++)
+                v[i] = vld1q_f32(wr[i] + wi);
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++) {
+                row = vld1q_f32(xr[j] + xi);
+                if (j > 0)
+                    DSV3__BEHIND(row, a[j - 1]);
+                DSV3__UNROLL
+                for (size_t i = 0; i < DSV3__TILE_W; i++)
+                    a[i * 6 + j] = vfmaq_f32(a[i * 6 + j], v[i], row);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t i = 0; i < DSV3__TILE_W; i++) {
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++)
+                vst1q_f32(sum + (i * 6 + j) * 4, a[i * 6 + j]);
+        }
+    }
+}
+
+static void dsv3__k_tile_add_neon(float *sum, const float *const *w, size_t w_step, size_t w_group,
+                                  const float *const *x, size_t x_step, size_t x_group, size_t steps, size_t n_x,
+                                  bool first)
+{
+    switch (n_x) {
+    case 6: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 6); break;
+    case 5: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 5); break;
+    case 4: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 4); break;
+    case 3: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 3); break;
+    case 2: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 2); break;
+    default: dsv3__k_tile_add_t_neon(sum, w, w_step, w_group, x, x_step, x_group, steps, first, 1);
+    }
+}
+
+static void dsv3__k_tree_neon(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    float some[4];
+    for (size_t j = 0; j < n_x; j++, sum += 4) {
+        float32x4_t s[DSV3__TILE_W], a[16];
+        for (size_t i = 0; i < DSV3__TILE_W; i++) {
+            DSV3__UNROLL
+            for (size_t g = 0; g < 16; g++)
+                a[g] = vld1q_f32(sum + g * 96 + i * 24);
+            s[i] = dsv3__k_tree4_neon(a);
+        }
+        /* 4 sums at once: + t[i + 2] of two, then + t[i + 1] of all */
+        float32x4_t s01 = vaddq_f32(vcombine_f32(vget_low_f32(s[0]), vget_low_f32(s[1])),
+                                    vcombine_f32(vget_high_f32(s[0]), vget_high_f32(s[1])));
+        float32x4_t s23 = vaddq_f32(vcombine_f32(vget_low_f32(s[2]), vget_low_f32(s[3])),
+                                    vcombine_f32(vget_high_f32(s[2]), vget_high_f32(s[3])));
+        float32x4_t r = vpaddq_f32(s01, s23);
+        r = vbslq_f32(vceqq_f32(r, r), r, vreinterpretq_f32_u32(vdupq_n_u32(DSV3__NAN_BITS)));
+        vst1q_f32(some, r);
+        memcpy(out + j * out_stride, some, n_w * sizeof(float));
+    }
+}
+
+static void dsv3__k_tile_neon(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
+                              const float *x, size_t x_stride, const uint32_t *index, size_t n_x, size_t k)
+{
+    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_neon, dsv3__k_tree_neon, 4, 6, out, out_stride, w, w_stride, n_w, x,
+                               x_stride, index, n_x, k);
+}
+
+/* H rows of u by C registers of columns; H and C are constants. */
+DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, const float *b,
+                                        size_t b_stride, size_t n_t, const size_t H, const size_t C)
+{
+    float32x4_t acc[16], v[8];
+    DSV3__UNROLL
+    for (size_t h = 0; h < H; h++) {
+        DSV3__UNROLL
+        for (size_t c = 0; c < C; c++)
+            acc[h * C + c] = vld1q_f32(u + h * u_stride + 4 * c);
+    }
+    for (size_t t = 0; t < n_t; t++) {
+        DSV3__UNROLL
+        for (size_t c = 0; c < C; c++)
+            v[c] = vld1q_f32(b + t * b_stride + 4 * c);
+        DSV3__UNROLL
+        for (size_t h = 0; h < H; h++) {
+            const float32x4_t s = vdupq_n_f32(a[h * a_stride + t]);
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++)
+                acc[h * C + c] = vfmaq_f32(acc[h * C + c], s, v[c]);
+        }
+    }
+    DSV3__UNROLL
+    for (size_t h = 0; h < H; h++) {
+        DSV3__UNROLL
+        for (size_t c = 0; c < C; c++)
+            vst1q_f32(u + h * u_stride + 4 * c, acc[h * C + c]);
+    }
+}
+
+static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
+                               size_t b_stride, size_t n_t, size_t n_c)
+{
+    const size_t full = n_c / 4 * 4;
+    size_t h = 0;
+    for (; h + 4 <= n_h; h += 4) {
+        float *to = u + h * u_stride;
+        size_t c = 0;
+        for (; c + 16 <= full; c += 16)
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 4);
+        for (; c < full; c += 4)
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
+    }
+    for (; h < n_h; h++) {
+        float *to = u + h * u_stride;
+        size_t c = 0;
+        for (; c + 32 <= full; c += 32)
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
+        for (; c < full; c += 4)
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
+    }
+    if (full < n_c)
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
+}
+
+/* dsv3__exp, 4 at once. */
+DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
+{
+    const float32x4_t one = vdupq_n_f32(1.0f), magic = vdupq_n_f32(DSV3__EXP_MAGIC);
+    const int32x4_t bias = vdupq_n_s32(127 - 256);
+    x = vminq_f32(x, vdupq_n_f32(DSV3__EXP_HIGH)); /* NaN stays */
+    x = vmaxq_f32(x, vdupq_n_f32(DSV3__EXP_LOW));
+    float32x4_t t = vfmaq_f32(magic, x, vdupq_n_f32(DSV3__EXP_LOG2E)), n = vsubq_f32(t, magic);
+    float32x4_t r = vfmaq_f32(x, n, vdupq_n_f32(-DSV3__EXP_LN2_HI));
+    r = vfmaq_f32(r, n, vdupq_n_f32(-DSV3__EXP_LN2_LO));
+    float32x4_t p = vfmaq_f32(vdupq_n_f32(DSV3__EXP_C5), vdupq_n_f32(DSV3__EXP_C6), r);
+    p = vfmaq_f32(vdupq_n_f32(DSV3__EXP_C4), p, r);
+    p = vfmaq_f32(vdupq_n_f32(DSV3__EXP_C3), p, r);
+    p = vfmaq_f32(vdupq_n_f32(DSV3__EXP_C2), p, r);
+    p = vfmaq_f32(one, p, r);
+    p = vfmaq_f32(one, p, r);
+    int32x4_t biased = vsubq_s32(vreinterpretq_s32_f32(t), vdupq_n_s32(0x4B400000 - 512));
+    int32x4_t half = vshrq_n_s32(biased, 1), rest = vsubq_s32(biased, half); /* biased is positive */
+    p = vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23)));
+    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23)));
+}
+
+static float dsv3__k_exp_sum_neon(float *x, size_t n, float max)
+{
+    const float32x4_t m = vdupq_n_f32(max);
+    float t[16];
+    float32x4_t s[4];
+    size_t i = 0;
+    DSV3__UNROLL
+    for (size_t q = 0; q < 4; q++)
+        s[q] = vdupq_n_f32(0);
+    for (; i + 16 <= n; i += 16) {
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) {
+            float32x4_t e = dsv3__k_exp4_neon(vsubq_f32(vld1q_f32(x + i + 4 * q), m));
+            vst1q_f32(x + i + 4 * q, e);
+            s[q] = vaddq_f32(s[q], e);
+        }
+    }
+    DSV3__UNROLL
+    for (size_t q = 0; q < 4; q++)
+        vst1q_f32(t + 4 * q, s[q]);
+    for (; i < n; i++) {
+        x[i] = dsv3__exp(x[i] - max);
+        t[i % 16] += x[i];
+    }
+    return dsv3__k_tree16(t);
+}
+
+static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, size_t n)
+{
+    const float32x4_t one = vdupq_n_f32(1.0f);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i), e = dsv3__k_exp4_neon(vnegq_f32(g));
+        vst1q_f32(out + i, vmulq_f32(vdivq_f32(g, vaddq_f32(one, e)), vld1q_f32(up + i)));
+    }
+    dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
+}
+#endif // DSV3__NEON
+
 // ---- The tables ------------------------------------------------------------------------------------------
 
 /* Where x in pairs is floats, a block of 128 is two blocks like all others. */
 #define dsv3__k_tile_add_pairs_scalar dsv3__k_tile_add_scalar
 #define dsv3__k_tile_add_pairs_avx2   dsv3__k_tile_add_avx2
 #define dsv3__k_tile_add_pairs_avx512 dsv3__k_tile_add_avx512
+#define dsv3__k_tile_add_pairs_neon   dsv3__k_tile_add_neon
 
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
 static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, false, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
@@ -4709,10 +5466,22 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16, 16, 6, t
 #undef DSV3__KERN_AVX512
 #endif
 
+#if DSV3__NEON
+#define DSV3__KERN_NEON(ret, op, args) dsv3__k_##op##_neon,
+static const dsv3__kern dsv3__kern_neon = {DSV3_ISA_NEON, 4, 6, false, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+#define dsv3__k_bytes_neon dsv3__k_bytes_neon_dot /* the one that differs */
+static const dsv3__kern dsv3__kern_neon_dot = {DSV3_ISA_NEON, 4, 6, false, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+#undef dsv3__k_bytes_neon
+#undef DSV3__KERN_NEON
+#endif
+
 /* isa: what dsv3__cpu_resolve gave, never AUTO. */
 static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
 {
     switch ((int)isa) {
+#if DSV3__NEON
+    case DSV3_ISA_NEON: return dsv3__cpu_dotprod() ? &dsv3__kern_neon_dot : &dsv3__kern_neon;
+#endif
 #if DSV3__AVX2
     case DSV3_ISA_AVX2: return &dsv3__kern_avx2;
 #endif

@@ -61,6 +61,7 @@ TEST(names)
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX_VNNI), "avx-vnni");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512_VNNI), "avx512-vnni");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AVX512_BF16), "avx512-bf16");
+    CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_NEON), "neon");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_SCALAR), "scalar");
     CHECK_EQ_STR(dsv3_isa_name(DSV3_ISA_AUTO), "auto");
     CHECK(dsv3_isa_name((dsv3_isa)999) != NULL);

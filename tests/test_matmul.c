@@ -17,7 +17,7 @@
 
 /* All instruction sets there are, on any machine. */
 static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16};
+                                DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
 
 static uint64_t random_state = 1;
 
