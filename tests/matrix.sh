@@ -179,7 +179,7 @@ echo
 
 # ---- 4. aarch64 ----
 
-slow_in_qemu="test_truncate" # ten thousands of files, byte by byte: minutes for nothing that differs here
+slow_in_qemu="test_truncate test_modes" # minutes; test_kernels and the hash have all modes
 
 if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
     mkdir -p $out/aarch64
