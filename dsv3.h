@@ -64,11 +64,12 @@
    dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
-   a prompt is cut into pieces, with any number of threads, on every instruction set (scalar, AVX2, AVX-512), with gcc
-   and clang, at every optimisation level. All sums have one documented order (>>kern). The header pins contraction
-   itself and refuses -ffast-math; it sets the floating-point state while it computes and puts the host's back. Rotary
-   tables use the C library's double-precision cos, sin, pow and log rounded to float: with another libm a bit of them could
-   move. Sampling is a function of logits, options, position and, with penalties, the tokens so far: the random number for a
+   a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16, compute mode
+   BF16 and numbers below 2^-126 excepted: see dsv3_compute), with gcc and clang, at every optimisation level. All sums
+   have one documented order (>>kern). The header pins contraction itself and refuses -ffast-math; it sets the
+   floating-point state while it computes and puts the host's back. Rotary tables use the C library's double-precision
+   cos, sin, pow and log rounded to float: with another libm a bit of them could move. Sampling is a function of logits,
+   options, position and, with penalties, the tokens so far: the random number for a
    token depends on the seed and its position and on nothing else, so a retry takes a new seed.
 
    NUMBERS. Arithmetic is f32 on the stored weights: value = f32(code * scale), products fused into the sum. Router, norms,
@@ -2123,7 +2124,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
     }
 }
 // =============================================================================
-// >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx512. Needs num, cpu.
+// >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx_vnni, _avx512, _avx512_vnni,
+//          _avx512_bf16. A level borrows what it does not better (`make help` shows which). Needs num, cpu.
 //          Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
