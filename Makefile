@@ -152,5 +152,10 @@ uninstall: ## takes them away again
 clean: ## removes build/
 	rm -rf build
 
-help: ## this list
+build/variants: bench/variants.c dsv3.h
+	@mkdir -p $(@D)
+	@$(COMPILE) -O0 -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+help: build/variants ## this list, and which inner loops each instruction set has of its own, or borrows
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | awk -F '\t' '{ printf "  %-15s %s\n", $$1, $$2 }'
+	@echo; build/variants

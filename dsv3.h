@@ -69,12 +69,12 @@
    dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
-   a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16 in compute mode BF16
-   numbers below 2^-126 are excepted: see dsv3_compute), with gcc and clang, at every optimisation level. All sums have one
-   documented order (>>kern). The header pins contraction itself and refuses -ffast-math; it sets the floating-point state
-   while it computes and puts the host's back. Rotary
-   tables use the C library's double-precision cos, sin, pow and log rounded to float: with another libm a bit of them could
-   move. Sampling is a function of logits, options, position and, with penalties, the tokens so far: the random number for a
+   a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16, compute mode
+   BF16 and numbers below 2^-126 excepted: see dsv3_compute), with gcc and clang, at every optimisation level. All sums
+   have one documented order (>>kern). The header pins contraction itself and refuses -ffast-math; it sets the
+   floating-point state while it computes and puts the host's back. Rotary tables use the C library's double-precision
+   cos, sin, pow and log rounded to float: with another libm a bit of them could move. Sampling is a function of logits,
+   options, position and, with penalties, the tokens so far: the random number for a
    token depends on the seed and its position and on nothing else, so a retry takes a new seed.
 
    NUMBERS. Weights are exact: value = f32(code * scale). dsv3_model_opts.compute names how activations meet them: f32, or

@@ -850,7 +850,7 @@ static const char HELP[] =
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
     "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer\n"
     "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
-    "  --isa LIST         auto, scalar, avx2, avx512 (auto)\n"
+    "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
     "  --context LIST     tokens before the first decoded one (8,4096,16384); before the rows: the first of them\n"
     "  --prompt LIST      lengths of prompts (128,512,4096)\n"
@@ -903,7 +903,7 @@ static uint32_t parse_word(const char *flag, const char **text, const char *cons
 static void parse(int argc, char **argv, bool first)
 {
     static const char *const WHAT[] = {"bandwidth", "open", "kernels", "decode", "prompt", "rows", "tokenizer", "all"};
-    enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 8 };
+    enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 32 };
     static const struct {
         const char *flag, *initial; /* initial: of a list */
         const char **text;
@@ -926,12 +926,9 @@ static void parse(int argc, char **argv, bool first)
         {"--reps", "5", NULL, &opt.reps, MAX_REPS},
     };
     enum { N_FLAGS = sizeof FLAGS / sizeof *FLAGS };
-    const char *isas[MAX_ISAS];
-    uint32_t n_isas = 0;
-    while (n_isas < MAX_ISAS && strcmp(dsv3_isa_name((dsv3_isa)n_isas), "?")) {
-        isas[n_isas] = dsv3_isa_name((dsv3_isa)n_isas);
-        n_isas++;
-    }
+    const char *isas[MAX_ISAS]; /* "?" for a number that names none */
+    for (uint32_t k = 0; k < MAX_ISAS; k++)
+        isas[k] = dsv3_isa_name((dsv3_isa)k);
     opt.what = 0;
     if (first) {
         long cores = sysconf(_SC_NPROCESSORS_ONLN);
@@ -975,7 +972,7 @@ static void parse(int argc, char **argv, bool first)
             }
         else if (strcmp(a, "--isa") == 0)
             for (opt.isas.n = 0; *value && opt.isas.n < MAX_LIST;)
-                opt.isas.v[opt.isas.n++] = parse_word(a, &value, isas, n_isas);
+                opt.isas.v[opt.isas.n++] = parse_word(a, &value, isas, MAX_ISAS);
         else if (strcmp(a, "--compute") == 0)
             for (opt.computes.n = 0; *value && opt.computes.n < MAX_LIST;)
                 opt.computes.v[opt.computes.n++] = parse_word(a, &value, COMPUTES, N_COMPUTES);
@@ -1065,9 +1062,8 @@ static void run_group(void)
     for (uint32_t i = 0; opt.what & WHAT_KERNELS && i < opt.isas.n; i++)
         for (uint32_t j = 0; j < opt.computes.n; j++) {
             dsv3_isa isa = (dsv3_isa)opt.isas.v[i];
-            for (uint32_t level = 1; isa == DSV3_ISA_AUTO; level++) /* the best that there is */
-                if (!dsv3_isa_supported((dsv3_isa)(level + 1)))
-                    isa = (dsv3_isa)level;
+            if (isa == DSV3_ISA_AUTO)
+                isa = dsv3__cpu_best();
             run_kernels(f.dtype, opt.dtype, isa, compute_resolve(opt.computes.v[j], opt.dtype));
         }
     if (!(opt.what & (WHAT_ALL & ~(uint32_t)WHAT_KERNELS)))

@@ -192,14 +192,14 @@ static double peak_rate(peak p, uint32_t n)
    none of its own is two f32 FMAs a pair. */
 static peak peak_of(dsv3_isa isa, const char *products)
 {
-    bool zmm = isa >= DSV3_ISA_AVX512;
-    if (isa < DSV3_ISA_AVX2 || !peak_there(PEAK_FMA_YMM))
+    bool bf16 = isa == DSV3_ISA_AVX512_BF16, vnni = bf16 || isa == DSV3_ISA_AVX512_VNNI, zmm = vnni || isa == DSV3_ISA_AVX512;
+    if (isa == DSV3_ISA_SCALAR || !peak_there(PEAK_FMA_YMM))
         return N_PEAKS;
     if (strcmp(products, "int8") == 0)
-        return zmm && peak_there(PEAK_DPBUSD) ? PEAK_DPBUSD
-               : peak_there(PEAK_DPBUSD_YMM)  ? PEAK_DPBUSD_YMM
-                                              : PEAK_MADDUBS;
-    if (strcmp(products, "f32") && zmm && peak_there(PEAK_DPBF16))
+        return vnni && peak_there(PEAK_DPBUSD)                                  ? PEAK_DPBUSD
+               : isa == DSV3_ISA_AVX_VNNI && peak_there(PEAK_DPBUSD_YMM) ? PEAK_DPBUSD_YMM
+                                                                                : PEAK_MADDUBS;
+    if (strcmp(products, "f32") && bf16 && peak_there(PEAK_DPBF16))
         return PEAK_DPBF16;
     return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
 }

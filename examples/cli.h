@@ -336,7 +336,8 @@ static void option_set(const char *command, const option *o, const char *arg)
                 *(dsv3_isa *)o->value = isas[i];
                 return;
             }
-        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 or neon, found '%s'", command, arg);
+        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 or neon, found '%s'",
+              command, arg);
     }
     case OPTION_COMPUTE:
         for (int i = DSV3_COMPUTE_AUTO; i <= DSV3_COMPUTE_INT8; i++)

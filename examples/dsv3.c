@@ -82,7 +82,8 @@ static const char generate_help[] =
     "  --ids                    the prompt is token ids, separated by white space; nothing is put in front\n"
     "  --json                   a JSON object a token: id, text, logprob; a last one with stats\n"
     "  --threads N              default: as many as cores\n"
-    "  --isa NAME               auto, scalar, avx2, avx512, neon ... (the results are the same)\n"
+    "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
+    "                           (the results are the same)\n"
     "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
     "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
@@ -446,7 +447,8 @@ static const char logits_help[] =
     "  --experts FILE   int32 [n, MoE layers, num_experts_per_tok]: the chosen experts, ascending\n"
     "  --rows N         tokens run at a time (default 512; the results are the same)\n"
     "  --threads N      default: as many as cores\n"
-    "  --isa NAME       auto, scalar, avx2, avx512, neon (the results are the same)\n"
+    "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
+    "                   (the results are the same)\n"
     "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n";
 
 static int logits(int argc, char **argv)
