@@ -5664,6 +5664,7 @@ static void dsv3__mm_pack(float *row, float *scratch, size_t k, dsv3__form form,
    them (256 KB: half of a small L2), into registers in the order in which tiles read them; x is laid out likewise, a tile
    at a time. Where that takes several chunks, the chains of at most DSV3__MM_TOKENS rows of x wait in memory in between. */
 #define DSV3__MM_FEW    4
+#define DSV3__MM_BYTES  32 /* rows of either side that meet at a time as codes of 8 bits */
 #define DSV3__MM_ROWS   32
 #define DSV3__MM_CHUNK  2048
 #define DSV3__MM_TOKENS 48
@@ -5788,20 +5789,19 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
                            uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                            size_t out_stride)
 {
-    enum { ROWS = 32, TOKENS = 32 };
     const size_t cols = (size_t)dsv3__ten_n_cols(w), group = form == DSV3__FORM_BYTES ? cols : 128;
     const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
-    const int8_t *codes[TOKENS];
-    const float *x_scale[TOKENS];
-    for (uint64_t r = r0; r < r1; r += ROWS) {
-        const size_t rows = (size_t)(r1 - r < ROWS ? r1 - r : ROWS);
+    const int8_t *codes[DSV3__MM_BYTES];
+    const float *x_scale[DSV3__MM_BYTES];
+    for (uint64_t r = r0; r < r1; r += DSV3__MM_BYTES) {
+        const size_t rows = (size_t)(r1 - r < DSV3__MM_BYTES ? r1 - r : DSV3__MM_BYTES);
         for (size_t i = 0; i < rows; i++) /* [rows, n_groups] */
             for (size_t g = 0; g < n_groups; g++)
                 panel[i * n_groups + g] =
                     w->scale ? dsv3__num_get(w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride + g)
                              : 1;
         for (size_t j = 0, t; j < n; j += t) {
-            t = dsv3__min(n - j, TOKENS);
+            t = dsv3__min(n - j, DSV3__MM_BYTES);
             for (size_t i = 0; i < t; i++) {
                 const float *row = x + (index ? index[j + i] : j + i) * x_stride;
                 codes[i] = (const int8_t *)(const void *)row;

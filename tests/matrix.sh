@@ -179,7 +179,7 @@ echo
 
 # ---- 4. aarch64 ----
 
-slow_in_qemu="test_truncate test_modes" # minutes; test_kernels and the hash have all modes
+slow_in_qemu="test_truncate test_modes test_modes_emulated test_sparse" # minutes, or more address space than qemu has; test_kernels and the hash have all modes
 
 if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
     mkdir -p $out/aarch64
