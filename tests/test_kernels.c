@@ -565,7 +565,8 @@ TEST(pairs)
 {
     enum { PAD = (MOST + 127) / 128 * 128 };
     static uint8_t w[MOST * 2];
-    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], scale64[PAD / 64], raw[PAD];
+    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], by_register[PAD], scale64[PAD / 64],
+        raw[PAD];
     random_state = 31;
     for (size_t d = 0; d < 2; d++)
         for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
@@ -583,7 +584,9 @@ TEST(pairs)
                 const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes, steps = floats / 64;
                 exact e = exact_copy(w, n * dsv3_dtype_size(pair_dtypes[d]), 1 + i % 5);
                 bool ok = true;
-                pair_form(form, x, padded, k->pair_words);
+                for (size_t p = 0; p < padded; p++)
+                    at[p] = x[p] * (pair_dtypes[d] == DSV3_DTYPE_F8_E4M3 ? k->up : 1);
+                pair_form(form, at, padded, k->pair_words);
                 float r = dsv3__kern_dot(k, pair_dtypes[d], true)(e.p, form, NULL, n);
                 CHECK(same_bits(&r, &dot, 1));
 
@@ -602,9 +605,15 @@ TEST(pairs)
                     at[p] = dsv3__bf16_decode(dsv3__bf16_encode(scaled));
                 }
                 pair_form(expected, at, padded, k->pair_words);
-                k->round_pairs(out, 64, lanes, raw, scale64, padded);
+                k->round_pairs(out, 64, lanes, raw, 64, lanes, scale64, 1, padded);
                 ok = ok && same_bits(out, expected, floats);
-                k->round_pairs(spread + lanes, 4 * lanes, steps * 4 * lanes, raw, scale64, padded);
+                for (size_t p = 0; p < padded; p++) /* registers first, then blocks */
+                    by_register[p % 64 / lanes * (padded / 64) * lanes + p / 64 * lanes + p % lanes] = raw[p];
+                k->round_pairs(out, 64, lanes, by_register, lanes, padded / 64 * lanes, scale64, k->up, padded);
+                for (size_t p = 0; p < floats && !k->pair_words; p++)
+                    out[p] /= k->up;
+                ok = ok && same_bits(out, expected, floats);
+                k->round_pairs(spread + lanes, 4 * lanes, steps * 4 * lanes, raw, 64, lanes, scale64, 1, padded);
                 for (size_t p = 0; p < floats; p++)
                     ok = ok && same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
                                          &expected[p], 1);
@@ -631,9 +640,9 @@ TEST(pair_codes_everywhere)
         for (size_t p = 0; p < sizeof w; p++)
             at[p] = p % 128 == position ? fp8_by_definition((unsigned)(p / 128)) : 0;
         memset(x, 0, sizeof x);
-        x[position] = 1;
         FOR_VARIANTS(k)
         {
+            x[position] = k->up;
             size_t floats = sizeof w / (k->pair_words ? 2 : 1);
             bool ok = true;
             pair_form(expected, at, sizeof w, k->pair_words);

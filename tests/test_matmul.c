@@ -588,10 +588,6 @@ TEST(strips)
     dsv3_error e;
     dsv3__mm_mode mode = {NULL, DSV3_COMPUTE_BF16, false};
     CHECK_OK(dsv3_matmul(expected, in, N, &w.t, NULL, &e), e);
-    for (size_t j = 0; j < N; j++) {
-        memcpy(x + j * stride, in + j * COLS, COLS * sizeof(float));
-        dsv3__mm_pack(x + j * stride, NULL, COLS, dsv3__mm_form(&mode, &w.t), false);
-    }
     for (uint32_t i = 0; i < N; i++)
         index[i] = random_bits() % N;
     for (size_t s = 0; s < DSV3__COUNT(isas); s++) {
@@ -599,15 +595,18 @@ TEST(strips)
         if (!dsv3_isa_supported(isa))
             continue;
         for (size_t n = 1; n <= (isa == DSV3_ISA_SCALAR ? 4 : N); n = n * 4 - (n == 16 ? 4 : 0))
-            for (int indexed = 0; indexed < 2; indexed++) {
+            for (int indexed = 0; indexed < 4; indexed++) { /* odd: rows through an index; 2, 3: packed for tiles, though few */
+                const bool tiled = indexed >= 2 || n > DSV3__MM_FEW;
                 uint32_t saved = dsv3__fp_enter();
                 mode.k = dsv3__kern_get(isa);
+                for (size_t j = 0; j < N; j++)
+                    dsv3__mm_pack(&mode, x + j * stride, in + j * COLS, COLS, dsv3__mm_form(&mode, &w.t), tiled);
                 for (size_t i = 0; i + 1 < DSV3__COUNT(cuts); i++)
-                    dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed ? index : NULL, n,
-                                   out + cuts[i], ROWS);
+                    dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed % 2 ? index : NULL, n,
+                                   tiled, out + cuts[i], ROWS);
                 dsv3__fp_leave(saved);
                 for (size_t j = 0; j < n; j++)
-                    CHECK(memcmp(out + j * ROWS, expected + (indexed ? index[j] : j) * ROWS, ROWS * sizeof(float)) == 0);
+                    CHECK(memcmp(out + j * ROWS, expected + (indexed % 2 ? index[j] : j) * ROWS, ROWS * sizeof(float)) == 0);
             }
     }
     CHECK(dsv3__mm_strip_rows(&w.t, 1) >= 4 && dsv3__mm_strip_rows(&w.t, 2) >= 4);
@@ -623,28 +622,31 @@ TEST(packing)
         for (int form = DSV3__FORM_PLAIN; form < DSV3__FORMS; form++) {
             size_t k = widths[i], stride = dsv3__mm_pad(k);
             bool pairs = dsv3__mm_is_pairs((dsv3__form)form);
-            float *row = floats(stride), *scratch = floats(k);
+            float *row = floats(stride), *values = floats(k);
+            dsv3__mm_mode mode = {dsv3__kern_get(DSV3_ISA_SCALAR), DSV3_COMPUTE_BF16, false};
             if (form == DSV3__FORM_FP8 || dsv3__mm_is_bytes((dsv3__form)form)) {
-                free(row), free(scratch);
+                free(row), free(values);
                 continue; /* values change: see rounding_of_activations */
             }
             CHECK(stride % 64 == 0 && stride >= k && stride * sizeof(float) % 4096 != 0);
             memset(row, 0x33, stride * sizeof(float));
             for (size_t c = 0; c < k; c++)
-                row[c] = (float)(c % 251 + 1); /* bf16 has them all */
-            dsv3__mm_pack(row, scratch, k, (dsv3__form)form, false);
-            for (size_t p = 0; p < (pairs ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64); p++) {
-                size_t q = p % 64, c = p;
+                values[c] = (float)(c % 251 + 1); /* bf16 has them all */
+            const size_t end = pairs ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64;
+            const int tiled = form % 2; /* both layouts: registers of 8, those of number 0 first */
+            dsv3__mm_pack(&mode, row, values, k, (dsv3__form)form, tiled);
+            for (size_t p = 0; p < end; p++) {
+                size_t q = p % 64, c = p, at = tiled ? q / 8 * (end / 8) + p / 64 * 8 + p % 8 : p;
                 if (form == DSV3__FORM_QUADS)
                     c = p - q + q % 16 * 4 + q / 16;
                 else if (form == DSV3__FORM_PAIRS)
                     c = p / 128 * 128 + q / 16 * 32 + q % 16 * 2 + (p % 128 < 64);
                 else if (form == DSV3__FORM_PAIRS_FP8)
                     c = p / 128 * 128 + q / 32 * 64 + q % 16 * 4 + q / 16 % 2 * 2 + (p % 128 < 64);
-                if (!CHECK(row[p] == (c < k ? (float)(c % 251 + 1) : 0.0f)))
+                if (!CHECK(row[at] == (c < k ? (float)(c % 251 + 1) : 0.0f)))
                     return;
             }
-            free(row), free(scratch);
+            free(row), free(values);
         }
 }
 
