@@ -30,10 +30,10 @@
        cpu    instruction sets, floating-point state      split  where a text is cut before merging
        thr    atomics, parallel-for                       bpe    byte-pair merging
        num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
-       ten    the quantized tensor                        smp    logits to a token
-       kern   inner loops, per instruction set            ses    a timeline: cache, tokens, generation
-       mm     matrix products over quantized tensors      api    the public calls
-       json   a bounded pull reader
+       ten    the quantized tensor                        chat   conversations to ids, replies to their parts
+       kern   inner loops, per instruction set            smp    logits to a token
+       mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
+       json   a bounded pull reader                       api    the public calls
        st     safetensors, shards, index
        cfg    config.json, checked once
        wt     names to weights
@@ -415,6 +415,87 @@ DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t t
 DSV3_API int32_t dsv3_token_find(const dsv3_tokenizer *tokenizer, const char *text, size_t len);
 
 DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_tokenizer_info *info);
+
+// ---- Conversations ---------------------------------------------------------------------------------------
+
+/* How a checkpoint writes a conversation. */
+typedef enum dsv3_markup {
+    DSV3_MARKUP_AUTO = 0,     /* the checkpoint's own, recognised by its chat template */
+    DSV3_MARKUP_V3 = 1,       /* DeepSeek-V3 */
+    DSV3_MARKUP_R1 = 2,       /* DeepSeek-R1, January 2025: the model opens <think> itself */
+    DSV3_MARKUP_R1_THINK = 3, /* DeepSeek-R1, since February 2025: the prompt ends in "<think>\n" */
+    DSV3_MARKUP_V3_1 = 4,     /* DeepSeek-V3.1: the prompt ends in <think> or </think> */
+    DSV3_MARKUP_KIMI_K2 = 5,  /* Kimi-K2-Instruct, Moonlight */
+    DSV3_MARKUP_KIMI_K2_THINKING = 6,
+    DSV3_MARKUP_GIGACHAT3 = 7,
+    DSV3_MARKUP_FORCE_32BIT = 0x7fffffff
+} dsv3_markup;
+
+typedef enum dsv3_role {
+    DSV3_ROLE_SYSTEM = 0,
+    DSV3_ROLE_USER = 1,
+    DSV3_ROLE_ASSISTANT = 2,
+    DSV3_ROLE_TOOL = 3, /* what a tool gave back */
+    DSV3_ROLE_FORCE_32BIT = 0x7fffffff
+} dsv3_role;
+
+/* UTF-8, any bytes allowed. */
+typedef struct dsv3_text {
+    const char *p; /* not terminated. NULL: there is none, which is not the same as an empty one */
+    size_t len;
+} dsv3_text;
+
+typedef struct dsv3_tool_call {
+    dsv3_text id;        /* KIMI_K2_THINKING writes it ("functions.NAME:0"), the others do not */
+    dsv3_text name;      /* Required */
+    dsv3_text arguments; /* Required: JSON, written as it is */
+} dsv3_tool_call;
+
+/* = {0} and the fields that are there. A template prints what it prints: a field without a place in the markup is left
+   out, as by the reference (V3 and R1 have none for `reasoning`, `name` and `tool_call_id`). */
+typedef struct dsv3_message {
+    dsv3_role role;
+    dsv3_text content;      /* Required, but in an assistant's turn that has tool_calls */
+    dsv3_text reasoning;    /* assistant: KIMI_K2_THINKING writes it behind the last answer without tool calls */
+    dsv3_text name;         /* KIMI_K2_THINKING writes it in place of the role */
+    dsv3_text tool_call_id; /* tool: which call this answers. KIMI_K2_THINKING requires it */
+    const dsv3_tool_call
+        *tool_calls; /* [n_tool_calls], assistant; NULL: none. Not NULL with 0 of them: an empty list */
+    size_t n_tool_calls;
+    bool prefix; /* assistant, V3_1 with thinking: the turn begins with <think> */
+} dsv3_message;
+
+typedef struct dsv3_chat_opts {
+    uint32_t struct_size;       /* 0, or the caller's sizeof */
+    dsv3_markup markup;         /* Default: AUTO */
+    bool add_generation_prompt; /* end with what makes the model answer */
+    bool thinking;              /* V3_1: with reasoning. The other markups always have it, or never */
+    dsv3_text
+        tools; /* JSON: [{"type": "function", "function": {"name", "description", "parameters"}}, ...]; V3_1 and the
+                        two of Kimi. INVALID_ARGUMENT with the others, which have no place for it */
+} dsv3_chat_opts;
+
+DSV3_API const char *dsv3_markup_name(dsv3_markup markup); /* "r1-think"; "?" if unknown; static */
+
+/* The markup of the checkpoint's chat template. Errors: TOKENIZER if there is none or it is not one of those known; the
+   message says what can be done. Any thread. */
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error);
+
+/* The ids of a conversation, begin-of-text included: those of the checkpoint's template, but for what is said about forged
+   markup in CONVERSATIONS.
+   messages   [n]
+   opts       NULL: defaults
+   tokens     [cap] out; cap 0 (tokens may be NULL) only counts. count: out, as dsv3_tokenize
+   Errors: INVALID_ARGUMENT (where the template raises; the message names the place), INVALID_OPTIONS, TOKENIZER (markup
+   unknown, or a token of it missing), JSON (tools), BUFFER_TOO_SMALL, OUT_OF_MEMORY, MEMORY_LIMIT. Any thread. */
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error);
+
+/* The same as text, markers spelled: to look at. To tokenize it again would let contents pose as markup.
+   text       [cap] out, no terminator; cap 0 only measures. len: out, bytes needed. Errors as dsv3_chat_render. */
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error);
 
 // ---- Model -----------------------------------------------------------------------------------------------
 
@@ -10251,6 +10332,13 @@ static size_t dsv3__tok_stream_flush(dsv3__tok_stream *s, char *out)
     return n;
 }
 
+/* The texts of a checkpoint that are read; those that are not there are empty. */
+typedef struct dsv3__tok_files {
+    dsv3__str json;          /* tokenizer.json */
+    dsv3__str config;        /* tokenizer_config.json */
+    dsv3__str chat_template; /* chat_template.jinja: goes before the one in `config` */
+} dsv3__tok_files;
+
 #ifndef DSV3_NO_TOKENIZER
 
 /* A token's bytes in the pool. */
@@ -10287,6 +10375,8 @@ struct dsv3_tokenizer {
     char *content_pool;
     dsv3__bpe_trie marker_trie; /* text -> place in `markers` */
     bool marker_starts[256];    /* can this byte begin one? */
+    char *chat_template;        /* [n_chat_template] as it is in the checkpoint, for >>chat; NULL: none */
+    size_t n_chat_template;
     dsv3__split split;
     dsv3__bpe bpe;
 };
@@ -11113,10 +11203,47 @@ static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *v
     return DSV3_OK;
 }
 
-/* add_bos_token and the names of three tokens. The rest is not read: DeepSeek-V3's tokenizer_class is wrong. */
+/* Room for a chat template of n bytes, in place of the one that was there. */
+static dsv3_result dsv3__tok_load_template_room(dsv3__tok_load *l, size_t n)
+{
+    dsv3_tokenizer *t = l->t;
+    void *room;
+    dsv3__mem_free(&t->mem, t->chat_template);
+    t->chat_template = NULL;
+    DSV3__TRY(dsv3__mem_alloc(&t->mem, &room, n + 1, "a chat template", l->err));
+    t->chat_template = (char *)room;
+    t->n_chat_template = n;
+    return DSV3_OK;
+}
+
+/* chat_template of tokenizer_config.json: a string, or a list of {"name", "template"}, of which "default" is taken. */
+static dsv3_result dsv3__tok_load_chat_template(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json at = *value, found = *value;
+    dsv3__json_str s;
+    char kind = dsv3__json_peek(&at);
+    if (kind == '[') {
+        bool any = false;
+        dsv3__json_open(&at, '[');
+        while (dsv3__json_item(&at)) {
+            any = any || (dsv3__tok_get_is(&at, "name", "default") && dsv3__tok_get(&at, "template", &found));
+            dsv3__json_skip(&at);
+        }
+        kind = any ? dsv3__json_peek(&found) : 0;
+    }
+    if (kind != '"' || !dsv3__json_string(&found, &s))
+        return DSV3_OK; /* null, or of a form that is not known: as good as none */
+    DSV3__TRY(dsv3__tok_load_template_room(l, s.n));
+    if (!dsv3__json_decode(s, l->t->chat_template, &l->t->n_chat_template))
+        return DSV3__FAIL(l->err, DSV3_ERROR_JSON, "tokenizer_config.json: a bad escape in chat_template");
+    return DSV3_OK;
+}
+
+/* add_bos_token, the names of three tokens, the chat template. The rest is not read: DeepSeek-V3's tokenizer_class is
+   wrong. */
 static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
 {
-    static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token"};
+    static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token", "chat_template"};
     dsv3_tokenizer *t = l->t;
     int32_t template_bos = t->bos;
     int32_t *const ids[] = {&t->bos, &t->eos, &t->pad};
@@ -11154,7 +11281,7 @@ static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
                           (int64_t)t->bos, (int64_t)template_bos);
     if ((seen >> 3 & 1) && dsv3__json_peek(&values[3]) != 'n' && !dsv3__json_bool(&values[3], &t->add_bos))
         return values[3].result;
-    return DSV3_OK;
+    return seen >> 4 & 1 ? dsv3__tok_load_chat_template(l, &values[4]) : DSV3_OK;
 }
 
 static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
@@ -11176,16 +11303,20 @@ static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
     return r;
 }
 
-static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, dsv3__str json, dsv3__str config_json)
+static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, const dsv3__tok_files *files)
 {
     dsv3_tokenizer *t = l->t;
     dsv3__tok_letters_init(l->byte_of);
     dsv3__split_init(&t->split);
-    DSV3__TRY(dsv3__tok_load_file(l, json));
+    DSV3__TRY(dsv3__tok_load_file(l, files->json));
     DSV3__TRY(dsv3__tok_settle_markers(l));
     DSV3__TRY(dsv3__tok_load_marker_trie(l));
-    if (config_json.n)
-        DSV3__TRY(dsv3__tok_load_config(l, config_json));
+    if (files->config.n)
+        DSV3__TRY(dsv3__tok_load_config(l, files->config));
+    if (files->chat_template.n) {
+        DSV3__TRY(dsv3__tok_load_template_room(l, files->chat_template.n));
+        memcpy(t->chat_template, files->chat_template.p, files->chat_template.n);
+    }
     DSV3__TRY(dsv3__tok_load_words(l));
     if (t->bos >= (int32_t)t->n_tokens || (t->add_bos && t->bos < 0))
         return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
@@ -11205,14 +11336,15 @@ static void dsv3__tok_close(dsv3_tokenizer *t)
     dsv3__mem_free(&mem, t->contents);
     dsv3__mem_free(&mem, t->content_pool);
     dsv3__mem_free(&mem, t->marker_trie.units);
+    dsv3__mem_free(&mem, t->chat_template);
     dsv3__bpe_free(&t->bpe, &mem);
     dsv3__mem_free(&mem, t);
 }
 
-/* From the texts of tokenizer.json and, if it has any length, tokenizer_config.json; neither need outlive the call.
+/* From the texts of the files, which need not outlive the call.
    On failure *tok is NULL and nothing is kept. Errors: JSON, TOKENIZER, OUT_OF_MEMORY, MEMORY_LIMIT. */
 static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
-                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
+                                  const dsv3__tok_files *files, dsv3_error *err)
 {
     dsv3__mem mem;
     dsv3__tok_load l;
@@ -11226,7 +11358,7 @@ static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *al
     l.t->mem = mem;
     l.t->bos = l.t->eos = l.t->pad = -1;
     l.err = err;
-    dsv3_result r = dsv3__tok_load_all(&l, json, config_json);
+    dsv3_result r = dsv3__tok_load_all(&l, files);
     dsv3__mem_free(&l.t->mem, l.raw.units);
     dsv3__mem_free(&l.t->mem, l.rules);
     dsv3__mem_free(&l.t->mem, l.items);
@@ -11342,9 +11474,9 @@ static dsv3_result dsv3__tok_disabled(dsv3_error *error)
 }
 
 static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
-                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
+                                  const dsv3__tok_files *files, dsv3_error *err)
 {
-    (void)allocator, (void)memory_limit, (void)json, (void)config_json;
+    (void)allocator, (void)memory_limit, (void)files;
     *tok = NULL;
     return dsv3__tok_disabled(err);
 }
@@ -11395,6 +11527,891 @@ DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_toke
 }
 
 #endif // DSV3_NO_TOKENIZER
+// =============================================================================
+// >>chat  Conversations: messages to ids in a checkpoint's markup.
+//         Needs: json, tok. Owns: nothing.
+// =============================================================================
+
+/* A chat template is a program in Jinja; what the known ones print is written here as rules. One function a family walks
+   over the messages and writes two kinds of things: markers, which are ids, and text. Neighbouring text is tokenized as
+   one piece, as the reference does with the whole string; but it is tokenized as text, so that no content can be a
+   marker. What is odd below (a tool round that is never closed, calls that are left out) is odd in the templates, and
+   models were trained on it. */
+
+DSV3_API const char *dsv3_markup_name(dsv3_markup markup)
+{
+    static const char *const names[] = {"auto",     "v3", "r1", "r1-think", "v3.1", "kimi-k2", "kimi-k2-thinking",
+                                        "gigachat3"};
+    return (size_t)markup < DSV3__COUNT(names) ? names[markup] : "?";
+}
+
+#ifndef DSV3_NO_TOKENIZER
+
+enum {
+    DSV3__CHAT_BOS, /* what tokenizer_config.json names, if it does */
+    DSV3__CHAT_EOS,
+    DSV3__CHAT_USER,
+    DSV3__CHAT_ASSISTANT,
+    DSV3__CHAT_CALLS,
+    DSV3__CHAT_CALLS_END,
+    DSV3__CHAT_CALL,
+    DSV3__CHAT_CALL_END,
+    DSV3__CHAT_SEP,
+    DSV3__CHAT_OUTPUTS,
+    DSV3__CHAT_OUTPUTS_END,
+    DSV3__CHAT_OUTPUT,
+    DSV3__CHAT_OUTPUT_END,
+    DSV3__CHAT_THINK,
+    DSV3__CHAT_THINK_END,
+    DSV3__CHAT_IM_SYSTEM, /* Kimi */
+    DSV3__CHAT_IM_USER,
+    DSV3__CHAT_IM_ASSISTANT,
+    DSV3__CHAT_IM_MIDDLE,
+    DSV3__CHAT_IM_END,
+    DSV3__CHAT_IM_CALLS,
+    DSV3__CHAT_IM_CALLS_END,
+    DSV3__CHAT_IM_CALL,
+    DSV3__CHAT_IM_ARGUMENT,
+    DSV3__CHAT_IM_CALL_END,
+    DSV3__CHAT_ROLE_SEP, /* GigaChat3 */
+    DSV3__CHAT_MESSAGE_SEP,
+    DSV3__CHAT_N_MARKERS
+};
+
+#define DSV3__CHAT_BAR "\xEF\xBD\x9C" /* U+FF5C */
+#define DSV3__CHAT_LOW "\xE2\x96\x81" /* U+2581 */
+
+// clang-format off
+static const char *const dsv3__chat_markers[DSV3__CHAT_N_MARKERS] = {
+    "<" DSV3__CHAT_BAR "begin" DSV3__CHAT_LOW "of" DSV3__CHAT_LOW "sentence" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "end" DSV3__CHAT_LOW "of" DSV3__CHAT_LOW "sentence" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "User" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "calls" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "calls" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "call" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "call" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "sep" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "outputs" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "outputs" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "output" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "output" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<think>", "</think>",
+    "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|role_sep|>", "<|message_sep|>"
+};
+// clang-format on
+
+/* A piece of text within another, or NULL. */
+static const char *dsv3__chat_find(dsv3__str text, const char *part)
+{
+    size_t n = strlen(part);
+    for (const char *p = text.p, *end = text.p + text.n; (size_t)(end - p) >= n; p++) {
+        p = (const char *)memchr(p, part[0], (size_t)(end - p) - n + 1);
+        if (!p)
+            return NULL;
+        if (memcmp(p, part, n) == 0)
+            return p;
+    }
+    return NULL;
+}
+
+/* What stands between two pieces of text; false if they are not there. */
+static bool dsv3__chat_between(dsv3__str text, const char *begin, const char *end, dsv3__str *found)
+{
+    const char *b = text.n ? dsv3__chat_find(text, begin) : NULL, *e;
+    dsv3__str rest;
+    if (!b)
+        return false;
+    rest.p = b + strlen(begin);
+    rest.n = (size_t)(text.p + text.n - rest.p);
+    e = dsv3__chat_find(rest, end);
+    if (!e)
+        return false;
+    found->p = rest.p;
+    found->n = (size_t)(e - rest.p);
+    return true;
+}
+
+static dsv3__str dsv3__chat_template(const dsv3_tokenizer *t)
+{
+    dsv3__str text;
+    text.p = t->chat_template ? t->chat_template : "";
+    text.n = t->chat_template ? t->n_chat_template : 0;
+    return text;
+}
+
+/* The first of these that a template has says what it is; AUTO: not known here. */
+static dsv3_markup dsv3__chat_recognise(dsv3__str text)
+{
+#define DSV3__CHAT_HAS(part) (dsv3__chat_find(text, (part)) != NULL)
+    if (!text.n || DSV3__CHAT_HAS("DSML")) /* V3.2 and V4 */
+        return DSV3_MARKUP_AUTO;
+    if (DSV3__CHAT_HAS("<|im_middle|>"))
+        return DSV3__CHAT_HAS("<think>") ? DSV3_MARKUP_KIMI_K2_THINKING : DSV3_MARKUP_KIMI_K2;
+    if (DSV3__CHAT_HAS("<|role_sep|>"))
+        return DSV3_MARKUP_GIGACHAT3;
+    if (!DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "User" DSV3__CHAT_BAR ">"))
+        return DSV3_MARKUP_AUTO;
+    if (DSV3__CHAT_HAS("is_last_user") && DSV3__CHAT_HAS("thinking"))
+        return DSV3_MARKUP_V3_1;
+    if (DSV3__CHAT_HAS("split('</think>')[-1]"))
+        return DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR "><think>\\n") ||
+                       DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR "><think>\n")
+                   ? DSV3_MARKUP_R1_THINK
+                   : DSV3_MARKUP_R1;
+    return DSV3_MARKUP_V3;
+#undef DSV3__CHAT_HAS
+}
+
+/* *markup: what was asked for, or, AUTO, the checkpoint's own. */
+static dsv3_result dsv3__chat_resolve(const dsv3_tokenizer *t, dsv3_markup *markup, dsv3_error *err)
+{
+    if (*markup < DSV3_MARKUP_AUTO || *markup > DSV3_MARKUP_GIGACHAT3)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "chat: no markup %d", (int64_t)*markup);
+    if (*markup == DSV3_MARKUP_AUTO)
+        *markup = dsv3__chat_recognise(dsv3__chat_template(t));
+    if (*markup == DSV3_MARKUP_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER,
+                          "chat: the checkpoint %s: name a markup (v3, r1, r1-think, v3.1, kimi-k2, kimi-k2-thinking, "
+                          "gigachat3), or write the conversation yourself and give its ids",
+                          t->chat_template ? "has a chat template that is not known here" : "has no chat template");
+    return DSV3_OK;
+}
+
+// ---- Writing ---------------------------------------------------------------------------------------------
+
+/* A conversation on its way out. The first failure stays, and later writing does nothing. */
+typedef struct dsv3__chat {
+    const dsv3_tokenizer *t;
+    const dsv3_message *messages; /* [n] */
+    size_t n;
+    const dsv3_chat_opts *o;
+    dsv3_markup markup;
+    dsv3_result result;
+    dsv3_error *err;
+    char *text; /* [n_text] all of it, markers spelled */
+    uint64_t n_text, text_cap;
+    uint64_t done; /* so much of it is ids already */
+    dsv3__bpe_sink sink;
+} dsv3__chat;
+
+#define DSV3__CHAT_FAIL(c, ...) \
+    ((c)->result = (c)->result ? (c)->result : DSV3__FAIL((c)->err, DSV3_ERROR_INVALID_ARGUMENT, __VA_ARGS__))
+
+static void dsv3__chat_put(dsv3__chat *c, const char *p, size_t n)
+{
+    void *text = c->text;
+    if (c->result || !n)
+        return;
+    if (n > INT32_MAX - c->n_text) {
+        DSV3__CHAT_FAIL(c, "chat: a conversation of more than %u bytes", (uint64_t)INT32_MAX);
+        return;
+    }
+    c->result =
+        dsv3__mem_grow(&c->sink.mem, &text, &c->text_cap, c->n_text, c->n_text + n, 1, "a conversation", c->err);
+    c->text = (char *)text;
+    if (c->result)
+        return;
+    memcpy(c->text + c->n_text, p, n);
+    c->n_text += n;
+}
+
+static void dsv3__chat_str(dsv3__chat *c, const char *s)
+{
+    dsv3__chat_put(c, s, strlen(s));
+}
+
+/* The text since the last marker becomes ids. */
+static void dsv3__chat_flush(dsv3__chat *c)
+{
+    const uint8_t *p = (const uint8_t *)c->text;
+    if (!c->result && c->done < c->n_text)
+        c->result = dsv3__tok_encode(c->t, p + c->done, p + c->n_text, 0, &c->sink);
+    c->done = c->n_text;
+}
+
+static int32_t dsv3__chat_id(const dsv3_tokenizer *t, int marker)
+{
+    if (marker == DSV3__CHAT_BOS && t->bos >= 0)
+        return t->bos;
+    return dsv3__tok_marker_id(t, dsv3__chat_markers[marker], strlen(dsv3__chat_markers[marker]));
+}
+
+/* A tokenizer without <think> (DeepSeek-V3's, under R1's template) spells it; without another it is not made for this
+   markup. */
+static void dsv3__chat_mark(dsv3__chat *c, int marker)
+{
+    int32_t id = dsv3__chat_id(c->t, marker);
+    const char *spelled = dsv3__chat_markers[marker];
+    size_t n = strlen(spelled);
+    if (id < 0) {
+        if (marker == DSV3__CHAT_THINK || marker == DSV3__CHAT_THINK_END)
+            dsv3__chat_put(c, spelled, n);
+        else if (!c->result)
+            c->result = DSV3__FAIL(c->err, DSV3_ERROR_TOKENIZER,
+                                   "chat: markup %s needs the token \"%s\", the tokenizer has none",
+                                   dsv3_markup_name(c->markup), spelled);
+        return;
+    }
+    if (marker == DSV3__CHAT_BOS)
+        spelled = dsv3_token_bytes(c->t, id, &n);
+    dsv3__chat_flush(c);
+    dsv3__chat_put(c, spelled, n);
+    if (!c->result)
+        dsv3__bpe_push(&c->sink, id);
+    c->done = c->n_text;
+}
+
+/* A field that must be there; `i` is the message, `what` the field. */
+static void dsv3__chat_field(dsv3__chat *c, size_t i, dsv3_text text, const char *what)
+{
+    if (text.p)
+        dsv3__chat_put(c, text.p, text.len);
+    else
+        DSV3__CHAT_FAIL(c, "chat: messages[%u] has no %s", (uint64_t)i, what);
+}
+
+static void dsv3__chat_content(dsv3__chat *c, size_t i)
+{
+    dsv3__chat_field(c, i, c->messages[i].content, "content");
+}
+
+/* What stands behind the first </think> of a content, or behind the last; all of it if there is none. */
+static dsv3_text dsv3__chat_answer(dsv3_text content, bool last)
+{
+    dsv3__str rest;
+    const char *at;
+    rest.p = content.p;
+    rest.n = content.len;
+    while (content.p && (at = dsv3__chat_find(rest, "</think>")) != NULL) {
+        rest.n -= (size_t)(at - rest.p) + 8;
+        rest.p = at + 8;
+        if (!last)
+            break;
+    }
+    content.p = rest.p;
+    content.len = rest.n;
+    return content;
+}
+
+// ---- Tools -----------------------------------------------------------------------------------------------
+
+/* A string of JSON as Python's json writes it: no escapes but those that must be. */
+static void dsv3__chat_json_string(dsv3__chat *c, dsv3__json_str s, bool quoted)
+{
+    static const char hex[] = "0123456789abcdef";
+    static const char named[] = "\"\"\\\\\nn\rr\tt\bb\ff";
+    uint64_t from = c->n_text;
+    size_t n;
+    dsv3__chat_put(c, s.p, s.n); /* room for it, and a place to decode it */
+    if (c->result)
+        return;
+    if (!dsv3__json_decode(s, c->text + from, &n)) {
+        c->result = DSV3__FAIL(c->err, DSV3_ERROR_JSON, "tools: a bad escape in a string");
+        return;
+    }
+    c->n_text = from + n;
+    if (!quoted)
+        return;
+    dsv3__chat_str(c, "\"");
+    for (size_t i = 0; i < n && !c->result; i++) {
+        char byte = c->text[from + i], escape[6] = {'\\', 'u', '0', '0', '0', '0'};
+        const char *name = named;
+        while (*name && *name != byte)
+            name += 2;
+        if (!*name && (uint8_t)byte >= 0x20) {
+            dsv3__chat_put(c, &byte, 1);
+            continue;
+        }
+        escape[4] = hex[(uint8_t)byte >> 4], escape[5] = hex[byte & 15];
+        if (*name)
+            escape[1] = name[1];
+        dsv3__chat_put(c, escape, *name ? 2 : 6);
+    }
+    dsv3__chat_str(c, "\"");
+    if (c->result)
+        return;
+    c->n_text -= n; /* the decoded string goes */
+    memmove(c->text + from, c->text + from + n, (size_t)(c->n_text - from));
+}
+
+/* A value of JSON that is known to be sound, spaced as Python's json.dumps does. */
+static void dsv3__chat_json(dsv3__chat *c, dsv3__json at)
+{
+    dsv3__json value = at;
+    const char *end;
+    dsv3__json_peek(&value);
+    at.p = value.p;
+    dsv3__json_skip(&value);
+    end = value.p;
+    while (at.p < end && !c->result) {
+        dsv3__json_str s;
+        const char *p = at.p;
+        if (*p == '"') {
+            dsv3__json_string(&at, &s);
+            dsv3__chat_json_string(c, s, true);
+            continue;
+        }
+        if (*p != ' ' && *p != '\n' && *p != '\r' && *p != '\t')
+            dsv3__chat_put(c, p, 1);
+        if (*p == ',' || *p == ':')
+            dsv3__chat_str(c, " ");
+        at.p++;
+    }
+}
+
+/* Stands before the list of tools. False: there are none, or it is no list of sound JSON. */
+static bool dsv3__chat_tools(dsv3__chat *c, dsv3__json *list)
+{
+    dsv3__json all;
+    if (!c->o->tools.p || !c->o->tools.len || c->result)
+        return false;
+    dsv3__json_init(list, c->o->tools.p, c->o->tools.len, "tools", c->err);
+    all = *list;
+    if (dsv3__json_peek(&all) != '[')
+        dsv3__json_fail(&all, "expected a list");
+    dsv3__json_skip(&all);
+    c->result = dsv3__json_end(&all);
+    all = *list;
+    return !c->result && dsv3__json_open(&all, '[') && dsv3__json_item(&all);
+}
+
+/* A string in an object; nothing if it is not there. */
+static void dsv3__chat_json_field(dsv3__chat *c, const dsv3__json *object, const char *name)
+{
+    dsv3__json value;
+    dsv3__json_str s;
+    if (dsv3__tok_get(object, name, &value) && dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s))
+        dsv3__chat_json_string(c, s, false);
+}
+
+/* The tools of V3.1, behind the system text, as its model card has them. */
+static void dsv3__chat_v3_1_tools(dsv3__chat *c)
+{
+    dsv3__json list;
+    if (!dsv3__chat_tools(c, &list))
+        return;
+    dsv3__chat_str(c, "\n\n## Tools\nYou have access to the following tools:\n");
+    dsv3__json_open(&list, '[');
+    while (dsv3__json_item(&list)) {
+        dsv3__json function, parameters;
+        if (!dsv3__tok_get(&list, "function", &function)) {
+            DSV3__CHAT_FAIL(c, "tools: expected objects with a \"function\"");
+            return;
+        }
+        dsv3__chat_str(c, "\n### ");
+        dsv3__chat_json_field(c, &function, "name");
+        dsv3__chat_str(c, "\nDescription: ");
+        dsv3__chat_json_field(c, &function, "description");
+        dsv3__chat_str(c, "\n\nParameters: ");
+        if (dsv3__tok_get(&function, "parameters", &parameters))
+            dsv3__chat_json(c, parameters);
+        else
+            dsv3__chat_str(c, "{}");
+        dsv3__chat_str(c, "\n");
+        dsv3__json_skip(&list);
+    }
+    dsv3__chat_str(c, "\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n");
+    dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+    dsv3__chat_mark(c, DSV3__CHAT_CALL);
+    dsv3__chat_str(c, "tool_call_name");
+    dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    dsv3__chat_str(c, "tool_call_arguments");
+    dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
+    dsv3__chat_str(c, "{additional_tool_calls}");
+    dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+    dsv3__chat_str(c, "\n\nWhere:\n\n- `tool_call_name` must be an exact match to one of the available tools\n"
+                      "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+                      "- For multiple tool calls, chain them directly without separators or spaces\n");
+}
+
+// ---- The markups -----------------------------------------------------------------------------------------
+
+/* DeepSeek's begin: all system contents, wherever they stand. */
+static void dsv3__chat_system(dsv3__chat *c)
+{
+    dsv3__str text = dsv3__chat_template(c->t);
+    bool any = false, only_last = c->o->markup == DSV3_MARKUP_AUTO && !dsv3__chat_find(text, "is_first_sp");
+    size_t last = c->n;
+    for (size_t i = 0; i < c->n; i++)
+        last = c->messages[i].role == DSV3_ROLE_SYSTEM ? i : last;
+    dsv3__chat_mark(c, DSV3__CHAT_BOS);
+    for (size_t i = 0; i < c->n; i++) {
+        if (c->messages[i].role != DSV3_ROLE_SYSTEM || (only_last && i != last)) /* V3's template of December 2024 */
+            continue;
+        if (any)
+            dsv3__chat_str(c, "\n\n");
+        dsv3__chat_content(c, i);
+        any = true;
+    }
+}
+
+static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+{
+    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
+    bool fenced = c->markup != DSV3_MARKUP_V3_1;
+    dsv3__chat_mark(c, DSV3__CHAT_CALL);
+    if (fenced) {
+        dsv3__chat_str(c, "function");
+        dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    }
+    dsv3__chat_field(c, i, call->name, "name in a tool call");
+    if (fenced)
+        dsv3__chat_str(c, "\n```json\n");
+    else
+        dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    dsv3__chat_field(c, i, call->arguments, "arguments in a tool call");
+    if (fenced)
+        dsv3__chat_str(c, "\n```");
+    dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
+}
+
+/* What V3's and R1's templates keep in mind. Only the first call and the first output of a conversation open a section. */
+typedef struct dsv3__chat_state {
+    bool called, answered; /* there was a call, an output */
+    bool in_tool;          /* the last turn was a tool's */
+} dsv3__chat_state;
+
+static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    const dsv3_message *m = &c->messages[i];
+    bool r1 = c->markup != DSV3_MARKUP_V3;
+    s->in_tool = false;
+    for (size_t k = 0; k < m->n_tool_calls; k++) {
+        bool first = !s->called;
+        s->called = true;
+        if (first) {
+            dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+            if (r1 && m->content.p)
+                dsv3__chat_content(c, i);
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        } else {
+            dsv3__chat_str(c, "\n");
+        }
+        dsv3__chat_call(c, i, k);
+        if (!first && !r1) {
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+            dsv3__chat_mark(c, DSV3__CHAT_EOS);
+        }
+    }
+    if (r1) {
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+        dsv3__chat_mark(c, DSV3__CHAT_EOS);
+    }
+}
+
+static void dsv3__chat_v3_output(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    if (!s->answered)
+        dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS);
+    else if (c->markup == DSV3_MARKUP_V3)
+        dsv3__chat_str(c, "\n");
+    s->answered = s->in_tool = true;
+    dsv3__chat_mark(c, DSV3__CHAT_OUTPUT);
+    dsv3__chat_content(c, i);
+    dsv3__chat_mark(c, DSV3__CHAT_OUTPUT_END);
+}
+
+static void dsv3__chat_v3_answer(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    dsv3_text content = c->messages[i].content;
+    if (!s->in_tool && c->markup != DSV3_MARKUP_V3)
+        content = dsv3__chat_answer(content, true);
+    dsv3__chat_mark(c, s->in_tool ? DSV3__CHAT_OUTPUTS_END : DSV3__CHAT_ASSISTANT);
+    dsv3__chat_field(c, i, content, "content");
+    dsv3__chat_mark(c, DSV3__CHAT_EOS);
+    s->in_tool = false;
+}
+
+/* V3, R1, R1_THINK. V3 knows calls by a content that is missing, R1 by the list that is there. */
+static void dsv3__chat_v3(dsv3__chat *c)
+{
+    dsv3__chat_state s = {false, false, false};
+    dsv3__chat_system(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        bool calls = c->markup == DSV3_MARKUP_V3 ? !m->content.p : m->tool_calls != NULL;
+        if (m->role == DSV3_ROLE_USER) {
+            s.in_tool = false;
+            dsv3__chat_mark(c, DSV3__CHAT_USER);
+            dsv3__chat_content(c, i);
+        } else if (m->role == DSV3_ROLE_TOOL) {
+            dsv3__chat_v3_output(c, i, &s);
+        } else if (m->role == DSV3_ROLE_ASSISTANT) {
+            (calls ? dsv3__chat_v3_calls : dsv3__chat_v3_answer)(c, i, &s);
+        }
+    }
+    if (s.in_tool) {
+        dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
+    } else if (c->o->add_generation_prompt) {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        if (c->markup == DSV3_MARKUP_R1_THINK) {
+            dsv3__chat_mark(c, DSV3__CHAT_THINK);
+            dsv3__chat_str(c, "\n");
+        }
+    }
+}
+
+static void dsv3__chat_v3_1_assistant(dsv3__chat *c, size_t i, bool behind_user, bool in_tool)
+{
+    const dsv3_message *m = &c->messages[i];
+    if (behind_user) {
+        bool open = !m->tool_calls && m->prefix && c->o->thinking;
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        dsv3__chat_mark(c, open ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+    if (!m->tool_calls) {
+        dsv3__chat_field(c, i, in_tool ? m->content : dsv3__chat_answer(m->content, false), "content");
+    } else {
+        if (m->n_tool_calls && m->content.p)
+            dsv3__chat_content(c, i);
+        if (m->n_tool_calls)
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        for (size_t k = 0; k < m->n_tool_calls; k++)
+            dsv3__chat_call(c, i, k);
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_EOS);
+}
+
+static void dsv3__chat_v3_1(dsv3__chat *c)
+{
+    bool behind_user = false, in_tool = false;
+    dsv3__chat_system(c);
+    dsv3__chat_v3_1_tools(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        if (m->role == DSV3_ROLE_SYSTEM)
+            continue;
+        if (m->role == DSV3_ROLE_ASSISTANT) {
+            dsv3__chat_v3_1_assistant(c, i, behind_user, in_tool);
+        } else {
+            bool user = m->role == DSV3_ROLE_USER;
+            dsv3__chat_mark(c, user ? DSV3__CHAT_USER : DSV3__CHAT_OUTPUT);
+            dsv3__chat_content(c, i);
+            if (!user)
+                dsv3__chat_mark(c, DSV3__CHAT_OUTPUT_END);
+        }
+        behind_user = m->role == DSV3_ROLE_USER;
+        in_tool = m->role == DSV3_ROLE_TOOL;
+    }
+    if (c->o->add_generation_prompt && behind_user) {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        dsv3__chat_mark(c, c->o->thinking ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+}
+
+static void dsv3__chat_kimi_head(dsv3__chat *c, dsv3_role role, dsv3_text name)
+{
+    static const char *const words[] = {"system", "user", "assistant", "tool"};
+    dsv3__chat_mark(c, role == DSV3_ROLE_USER        ? DSV3__CHAT_IM_USER
+                       : role == DSV3_ROLE_ASSISTANT ? DSV3__CHAT_IM_ASSISTANT
+                                                     : DSV3__CHAT_IM_SYSTEM);
+    if (name.len)
+        dsv3__chat_put(c, name.p, name.len);
+    else
+        dsv3__chat_str(c, words[role]);
+    dsv3__chat_mark(c, DSV3__CHAT_IM_MIDDLE);
+}
+
+/* The system text where a conversation has none: the template's own. */
+static void dsv3__chat_kimi_system(dsv3__chat *c)
+{
+    const dsv3_text none = {NULL, 0};
+    dsv3__str words;
+    dsv3__chat_kimi_head(c, DSV3_ROLE_SYSTEM, none);
+    if (dsv3__chat_between(dsv3__chat_template(c->t), "system<|im_middle|>You ", "<|im_end|>", &words)) {
+        dsv3__chat_str(c, "You ");
+        dsv3__chat_put(c, words.p, words.n);
+    } else {
+        dsv3__chat_str(c, c->markup == DSV3_MARKUP_KIMI_K2 ? "You are a helpful assistant"
+                                                           : "You are Kimi, an AI assistant created by Moonshot AI.");
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+}
+
+/* An assistant's turn of Kimi-K2-Thinking; `open`: no later one is an answer. */
+static void dsv3__chat_kimi_assistant(dsv3__chat *c, size_t i, bool open)
+{
+    const dsv3_message *m = &c->messages[i];
+    dsv3__chat_mark(c, DSV3__CHAT_THINK);
+    if (open)
+        dsv3__chat_put(c, m->reasoning.p, m->reasoning.p ? m->reasoning.len : 0);
+    dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
+    dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+    if (!m->n_tool_calls)
+        return;
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
+    for (size_t k = 0; k < m->n_tool_calls; k++) {
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
+        dsv3__chat_field(c, i, m->tool_calls[k].id, "id in a tool call");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
+        dsv3__chat_field(c, i, m->tool_calls[k].arguments, "arguments in a tool call");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL_END);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS_END);
+}
+
+static void dsv3__chat_kimi_message(dsv3__chat *c, size_t i, bool open)
+{
+    const dsv3_text none = {NULL, 0};
+    const dsv3_message *m = &c->messages[i];
+    bool thinking = c->markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3__chat_kimi_head(c, m->role, thinking ? m->name : none);
+    if (!thinking) {
+        dsv3__chat_content(c, i);
+    } else if (m->role == DSV3_ROLE_ASSISTANT) {
+        dsv3__chat_kimi_assistant(c, i, open);
+    } else {
+        if (m->role == DSV3_ROLE_TOOL) {
+            dsv3__chat_str(c, "## Return of ");
+            dsv3__chat_field(c, i, m->tool_call_id, "tool_call_id");
+            dsv3__chat_str(c, "\n");
+        }
+        dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+}
+
+/* KIMI_K2, KIMI_K2_THINKING. */
+static void dsv3__chat_kimi(dsv3__chat *c)
+{
+    const dsv3_text none = {NULL, 0};
+    dsv3__json list;
+    size_t answer = 0; /* behind the last answer: a turn of the assistant without calls */
+    for (size_t i = 0; i < c->n; i++)
+        if (c->messages[i].role == DSV3_ROLE_ASSISTANT && !c->messages[i].n_tool_calls)
+            answer = i + 1;
+    if (dsv3__chat_tools(c, &list)) {
+        dsv3__chat_mark(c, DSV3__CHAT_IM_SYSTEM);
+        dsv3__chat_str(c, "tool_declare");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_MIDDLE);
+        dsv3__chat_json(c, list);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+    }
+    if (c->n ? c->messages[0].role != DSV3_ROLE_SYSTEM : c->markup == DSV3_MARKUP_KIMI_K2_THINKING)
+        dsv3__chat_kimi_system(c);
+    for (size_t i = 0; i < c->n && !c->result; i++)
+        dsv3__chat_kimi_message(c, i, i >= answer);
+    if (c->o->add_generation_prompt)
+        dsv3__chat_kimi_head(c, DSV3_ROLE_ASSISTANT, none);
+}
+
+/* A turn of GigaChat3 but for its content. */
+static void dsv3__chat_giga_head(dsv3__chat *c, const char *role)
+{
+    dsv3__chat_str(c, role);
+    dsv3__chat_mark(c, DSV3__CHAT_ROLE_SEP);
+    dsv3__chat_str(c, "\n");
+}
+
+static void dsv3__chat_giga_end(dsv3__chat *c)
+{
+    dsv3__chat_mark(c, DSV3__CHAT_MESSAGE_SEP);
+    dsv3__chat_str(c, "\n\n");
+}
+
+/* Some kilobytes that stand before every conversation: the template's own. */
+static void dsv3__chat_giga_developer(dsv3__chat *c)
+{
+    dsv3__str text;
+    if (!dsv3__chat_between(dsv3__chat_template(c->t), "set DEVSYSTEM -%}", "{%- endset -%}", &text) ||
+        dsv3__chat_find(text, "{{") || dsv3__chat_find(text, "{%")) {
+        DSV3__CHAT_FAIL(c,
+                        "chat: gigachat3 begins with a text that the checkpoint's chat template holds; there is none");
+        return;
+    }
+    while (text.n && (*text.p == ' ' || *text.p == '\n' || *text.p == '\t'))
+        text.p++, text.n--;
+    while (text.n && (text.p[text.n - 1] == ' ' || text.p[text.n - 1] == '\n' || text.p[text.n - 1] == '\t'))
+        text.n--;
+    dsv3__chat_giga_head(c, "developer system");
+    dsv3__chat_put(c, text.p, text.n);
+    dsv3__chat_giga_end(c);
+}
+
+static void dsv3__chat_giga(dsv3__chat *c)
+{
+    static const char *const words[] = {"system", "user", "assistant", "function result"};
+    size_t from = c->n && c->messages[0].role == DSV3_ROLE_SYSTEM ? 1 : 0;
+    dsv3__chat_mark(c, DSV3__CHAT_BOS);
+    dsv3__chat_giga_developer(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        dsv3__chat_giga_head(c, words[m->role]);
+        dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+        dsv3__chat_giga_end(c);
+        if (m->role != DSV3_ROLE_ASSISTANT || !m->n_tool_calls)
+            continue;
+        dsv3__chat_giga_head(c, "function call"); /* the first one only */
+        dsv3__chat_str(c, "{\"name\": \"");
+        dsv3__chat_field(c, i, m->tool_calls[0].name, "name in a tool call");
+        dsv3__chat_str(c, "\", \"arguments\": ");
+        dsv3__chat_field(c, i, m->tool_calls[0].arguments, "arguments in a tool call");
+        dsv3__chat_str(c, "}");
+        dsv3__chat_giga_end(c);
+    }
+    if (c->o->add_generation_prompt && c->n > from && c->messages[c->n - 1].role != DSV3_ROLE_ASSISTANT)
+        dsv3__chat_giga_head(c, "assistant");
+}
+
+// ---- Public: rendering -----------------------------------------------------------------------------------
+
+/* Arguments and options of a call. */
+static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
+{
+    if (!c->t || (c->n && !c->messages))
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT, "chat: tokenizer or messages is NULL");
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_OPTIONS, "chat opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    for (size_t i = 0; i < c->n; i++) {
+        const dsv3_message *m = &c->messages[i];
+        if (m->role < DSV3_ROLE_SYSTEM || m->role > DSV3_ROLE_TOOL || (m->n_tool_calls && !m->tool_calls))
+            return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                              "chat: messages[%u] has the role %d and %u tool calls", (uint64_t)i, (int64_t)m->role,
+                              (uint64_t)m->n_tool_calls);
+    }
+    c->markup = opts->markup;
+    DSV3__TRY(dsv3__chat_resolve(c->t, &c->markup, c->err));
+    bool declares =
+        c->markup == DSV3_MARKUP_V3_1 || c->markup == DSV3_MARKUP_KIMI_K2 || c->markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3__json list;
+    if (!declares && dsv3__chat_tools(c, &list))
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "chat: markup %s has no place for tools: describe them in the system message",
+                          dsv3_markup_name(c->markup));
+    return c->result;
+}
+
+/* Renders into c->text and c->sink; tokens [cap]. dsv3__chat_free in any case. */
+static dsv3_result dsv3__chat_run(dsv3__chat *c, const dsv3_tokenizer *t, const dsv3_message *messages, size_t n,
+                                  const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, dsv3_error *err)
+{
+    c->t = t;
+    c->messages = messages;
+    c->n = n;
+    c->o = opts;
+    c->result = DSV3_OK;
+    c->err = c->sink.err = err;
+    c->text = NULL;
+    c->n_text = c->text_cap = c->done = 0;
+    c->sink.big = NULL;
+    DSV3__TRY(dsv3__chat_check(c, opts));
+    dsv3__bpe_sink_init(&c->sink, &t->mem, tokens, cap);
+    switch (c->markup) {
+    case DSV3_MARKUP_V3_1: dsv3__chat_v3_1(c); break;
+    case DSV3_MARKUP_KIMI_K2:
+    case DSV3_MARKUP_KIMI_K2_THINKING: dsv3__chat_kimi(c); break;
+    case DSV3_MARKUP_GIGACHAT3: dsv3__chat_giga(c); break;
+    default: dsv3__chat_v3(c);
+    }
+    dsv3__chat_flush(c);
+    return c->result;
+}
+
+static void dsv3__chat_free(dsv3__chat *c)
+{
+    if (c->text)
+        dsv3__mem_free(&c->sink.mem, c->text);
+    if (c->sink.big)
+        dsv3__mem_free(&c->sink.mem, c->sink.big);
+}
+
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    if (markup)
+        *markup = DSV3_MARKUP_AUTO;
+    if (!tokenizer || !markup)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_markup: tokenizer or markup is NULL");
+    return dsv3__chat_resolve(tokenizer, markup, err);
+}
+
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error)
+{
+    dsv3_chat_opts none;
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__chat c;
+    dsv3__err_clear(err);
+    if (count)
+        *count = 0;
+    if (!count || (!tokens && cap))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_render: tokens or count is NULL");
+    memset(&none, 0, sizeof none);
+    dsv3_result r = dsv3__chat_run(&c, tokenizer, messages, n, opts ? opts : &none, tokens, cap, err);
+    dsv3__chat_free(&c);
+    if (r)
+        return r;
+    *count = c.sink.n;
+    if (cap && c.sink.n > cap)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_chat_render: room for %u tokens, needed %u",
+                          (uint64_t)cap, (uint64_t)c.sink.n);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error)
+{
+    dsv3_chat_opts none;
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__chat c;
+    dsv3__err_clear(err);
+    if (len)
+        *len = 0;
+    if (!len || (!text && cap))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_text: text or len is NULL");
+    memset(&none, 0, sizeof none);
+    dsv3_result r = dsv3__chat_run(&c, tokenizer, messages, n, opts ? opts : &none, NULL, 0, err);
+    if (!r) {
+        *len = (size_t)c.n_text;
+        if (cap && c.n_text)
+            memcpy(text, c.text, dsv3__min((size_t)c.n_text, cap));
+    }
+    dsv3__chat_free(&c);
+    if (!r && cap && *len > cap)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_chat_text: room for %u bytes, needed %u",
+                          (uint64_t)cap, (uint64_t)*len);
+    return r;
+}
+
+#else // DSV3_NO_TOKENIZER
+
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error)
+{
+    (void)tokenizer;
+    if (markup)
+        *markup = DSV3_MARKUP_AUTO;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error)
+{
+    (void)tokenizer, (void)messages, (void)n, (void)opts, (void)tokens, (void)cap;
+    if (count)
+        *count = 0;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error)
+{
+    (void)tokenizer, (void)messages, (void)n, (void)opts, (void)text, (void)cap;
+    if (len)
+        *len = 0;
+    return dsv3__tok_disabled(error);
+}
+
+#endif // DSV3_NO_TOKENIZER
+
 // =============================================================================
 // >>smp   Logits -> a token. What is picked is a function of logits, options and position: no hidden state.
 //         Needs kern (exp). Scratch: the session's copy of the logits.
@@ -12100,25 +13117,30 @@ static dsv3_result dsv3__api_opened(dsv3_result r, const char *dir, const dsv3_m
     return r;
 }
 
-/* tokenizer.json and, if there, tokenizer_config.json. */
+/* tokenizer.json and, if there, tokenizer_config.json and chat_template.jinja. */
 static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_reader *reader, const dsv3_model_opts *o,
                                        dsv3__mem *mem, dsv3_error *err)
 {
-    dsv3__blob json, config;
-    memset(&config, 0, sizeof config);
-    dsv3_result r = dsv3__blob_open(&json, reader, mem, "tokenizer.json", DSV3__ST_TOKENIZER_MAX, err);
-    if (!r) {
-        r = dsv3__blob_open(&config, reader, mem, "tokenizer_config.json", DSV3__ST_CONFIG_MAX, err);
-        if (r == DSV3_ERROR_FILE_NOT_FOUND)
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"};
+    dsv3__blob blobs[DSV3__COUNT(names)];
+    dsv3__tok_files files;
+    dsv3_result r = DSV3_OK;
+    memset(blobs, 0, sizeof blobs);
+    for (uint32_t i = 0; i < DSV3__COUNT(names) && !r; i++) {
+        r = dsv3__blob_open(&blobs[i], reader, mem, names[i], i ? DSV3__ST_CONFIG_MAX : DSV3__ST_TOKENIZER_MAX, err);
+        if (r == DSV3_ERROR_FILE_NOT_FOUND && i)
             r = DSV3_OK;
-        else if (!r && !config.text.n)
+        else if (!r && i == 1 && !blobs[i].text.n)
             r = DSV3__FAIL(err, DSV3_ERROR_JSON, "tokenizer_config.json: empty");
     }
+    files.json = blobs[0].text;
+    files.config = blobs[1].text;
+    files.chat_template = blobs[2].text;
     uint64_t left = o->memory_limit ? o->memory_limit - mem->used : UINT64_MAX; /* the tokenizer counts for itself */
     if (!r)
-        r = dsv3__tok_open(tokenizer, &o->allocator, left ? left : 1, json.text, config.text, err);
-    dsv3__blob_close(&config, reader, mem);
-    dsv3__blob_close(&json, reader, mem);
+        r = dsv3__tok_open(tokenizer, &o->allocator, left ? left : 1, &files, err);
+    for (size_t i = DSV3__COUNT(names); i--;)
+        dsv3__blob_close(&blobs[i], reader, mem);
     return r;
 }
 

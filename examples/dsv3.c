@@ -3,6 +3,7 @@
      dsv3 generate DIR "Once upon a time"     writes on
      dsv3 tokenize DIR < text                 text -> ids
      dsv3 detokenize DIR < ids                ids -> text
+     dsv3 render DIR < conversation           messages -> text and ids (render.h)
      dsv3 logits DIR --ids FILE --out FILE    the numbers behind the next token, for every token of FILE
      dsv3 inspect DIR                         what is in a checkpoint, and what it needs
      dsv3 quantize DIR OUT --to int8          the checkpoint again, in 8 bits (quantize.h)
@@ -936,6 +937,10 @@ static int inspect(int argc, char **argv)
     return finish();
 }
 
+// ---- render ----------------------------------------------------------------------------------------------
+
+#include "render.h"
+
 // ---- quantize --------------------------------------------------------------------------------------------
 
 #include "quantize.h"
@@ -948,6 +953,7 @@ static const char main_help[] =
     "  dsv3 generate DIR [PROMPT | -f FILE | -]     writes on behind the prompt\n"
     "  dsv3 tokenize DIR < TEXT                     text -> ids\n"
     "  dsv3 detokenize DIR < IDS                    ids -> text\n"
+    "  dsv3 render DIR < JSON                       a conversation -> its text and ids\n"
     "  dsv3 logits DIR --ids FILE --out FILE        the numbers behind the next token, for every token\n"
     "  dsv3 inspect DIR                             what a checkpoint is and what it needs\n"
     "  dsv3 quantize DIR OUT --to int8|fp8|bf16     writes a checkpoint again, in 8 bits or in BF16\n"
@@ -961,7 +967,8 @@ int main(int argc, char **argv)
         int (*run)(int argc, char **argv);
     } commands[] = {
         {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens},
-        {"logits", logits},     {"inspect", inspect}, {"quantize", quantize},
+        {"logits", logits},     {"inspect", inspect}, {"render", render},
+        {"quantize", quantize},
     };
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -978,7 +985,7 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': generate, tokenize, detokenize, logits, inspect or quantize; 'dsv3 -h' tells more",
+        usage("no command '%s': generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' tells more",
               argv[1]);
     fputs(main_help, stdout);
     return finish();

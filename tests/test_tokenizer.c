@@ -56,6 +56,15 @@ static const char *published(void)
     return t.p ? folder : NULL;
 }
 
+static dsv3_result tok_open(dsv3_tokenizer **t, const dsv3_allocator *allocator, uint64_t limit, dsv3__str json, dsv3__str config)
+{
+    dsv3__tok_files files;
+    memset(&files, 0, sizeof files);
+    files.json = json;
+    files.config = config;
+    return dsv3__tok_open(t, allocator, limit, &files, &e);
+}
+
 static dsv3_result open_n(dsv3_tokenizer **t, const char *json, size_t n, const char *config)
 {
     dsv3__str j, c;
@@ -64,7 +73,7 @@ static dsv3_result open_n(dsv3_tokenizer **t, const char *json, size_t n, const 
     c.p = config;
     c.n = config ? strlen(config) : 0;
     dsv3__err_clear(&e);
-    return dsv3__tok_open(t, NULL, 0, j, c, &e);
+    return tok_open(t, NULL, 0, j, c);
 }
 
 static dsv3_tokenizer *open_text(const char *json, const char *config)
@@ -1431,7 +1440,7 @@ TEST(truncated_files)
             memcpy(cut, json, j.n);
             j.p = cut;
             c.p = config, c.n = sizeof config - 1;
-            dsv3_result r = dsv3__tok_open(&t, NULL, 0, j, c, &e);
+            dsv3_result r = tok_open(&t, NULL, 0, j, c);
             if ((r != DSV3_ERROR_JSON && r != DSV3_ERROR_TOKENIZER) || t) /* a number cut short is another id */
                 test_fail(__FILE__, __LINE__, "%lu bytes: %s", (unsigned long)j.n, dsv3_result_name(r));
             free(cut);
@@ -1441,7 +1450,7 @@ TEST(truncated_files)
             char *cut = (char *)malloc(c.n);
             memcpy(cut, config, c.n);
             c.p = cut;
-            CHECK_RESULT(dsv3__tok_open(&t, NULL, 0, j, c, &e), DSV3_ERROR_JSON, e);
+            CHECK_RESULT(tok_open(&t, NULL, 0, j, c), DSV3_ERROR_JSON, e);
             free(cut);
         }
         free(json);
@@ -1504,7 +1513,7 @@ TEST(limits)
     dsv3__str j, c;
     j.p = "{}", j.n = (64u << 20) + 1;
     c.p = NULL, c.n = 0;
-    CHECK_RESULT(dsv3__tok_open(&t, NULL, 0, j, c, &e), DSV3_ERROR_TOKENIZER, e);
+    CHECK_RESULT(tok_open(&t, NULL, 0, j, c), DSV3_ERROR_TOKENIZER, e);
     CHECK_CONTAINS(e.message, "67108865 bytes");
 }
 
@@ -1606,7 +1615,7 @@ TEST(allocations)
             dsv3_tokenizer *t;
             size_t n;
             h.n = 0;
-            r = dsv3__tok_open(&t, &a, 0, j, c, &e);
+            r = tok_open(&t, &a, 0, j, c);
             if (!r) {
                 t->bpe.chain = way == 0;
                 r = dsv3_tokenize(t, s, 100000, 0, NULL, 0, &n, &e);
@@ -1623,7 +1632,7 @@ TEST(allocations)
     uint64_t need = 0;
     dsv3_tokenizer *t;
     for (uint64_t limit = 1024; limit < (1u << 22) && !need; limit += limit / 64) {
-        dsv3_result r = dsv3__tok_open(&t, NULL, limit, j, c, &e);
+        dsv3_result r = tok_open(&t, NULL, limit, j, c);
         CHECK(r == DSV3_OK || r == DSV3_ERROR_MEMORY_LIMIT);
         if (!t)
             continue;
@@ -1652,7 +1661,7 @@ TEST(allocates_nothing_for_text)
     a.user = &h;
     j.p = json, j.n = strlen(json);
     c.p = NULL, c.n = 0;
-    CHECK_OK(dsv3__tok_open(&t, &a, 0, j, c, &e), e);
+    CHECK_OK(tok_open(&t, &a, 0, j, c), e);
     long before = h.n;
     for (int i = 0; i < 1000; i++)
         CHECK_OK(dsv3_tokenize(t, "hello hello worldaaaaaaaaaaaaaaaaaaa", 36, 0, NULL, 0, &n, &e), e);
