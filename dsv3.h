@@ -1491,10 +1491,9 @@ static void dsv3__os_close(void *user, dsv3_file *file)
 /* The reader to use: the host's, or files of `dir`. */
 static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given, dsv3__os_dir *dir, dsv3_error *err)
 {
-    if (given->open_fn) {
-        *reader = *given;
+    *reader = *given;
+    if (given->open_fn)
         return DSV3_OK;
-    }
     if (given->read_fn || given->close_fn)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.reader: open_fn is missing");
 #ifdef DSV3_NO_STDIO
