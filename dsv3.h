@@ -497,6 +497,63 @@ DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv
 DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
                                     const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error);
 
+/* What a piece of a reply is. */
+typedef enum dsv3_reply_kind {
+    DSV3_REPLY_REASONING = 0,
+    DSV3_REPLY_ANSWER = 1,
+    DSV3_REPLY_CALL_ID = 2,   /* Kimi: "functions.NAME:0", whole; to be given back in tool_calls and tool_call_id */
+    DSV3_REPLY_CALL_NAME = 3, /* of the tool, whole, at most 255 bytes of it: a call begins */
+    DSV3_REPLY_CALL_ARGUMENTS = 4, /* as they grow, as the model writes them: JSON if it does */
+    DSV3_REPLY_END = 5,            /* once, the last; no text */
+    DSV3_REPLY_KIND_FORCE_32BIT = 0x7fffffff
+} dsv3_reply_kind;
+
+typedef struct dsv3_reply_event {
+    dsv3_reply_kind kind;
+    int32_t id;    /* the token that was read; each is told once, with the first event that it causes; else -1 */
+    uint32_t call; /* of CALL_...: which of the reply's, from 0 */
+    const char
+        *text; /* whole code points, not terminated, valid during the call; empty while what comes is not certain */
+    size_t len;
+} dsv3_reply_event;
+
+typedef struct dsv3_reply_opts {
+    uint32_t struct_size; /* 0, or the caller's sizeof */
+    dsv3_markup markup;   /* as in dsv3_chat_opts, and what the prompt was rendered with */
+    bool thinking;
+    bool keep_newlines; /* those that stand beside <think> and </think>: one behind the first; one before and two behind
+                           the second. Default: they are no part of the text */
+    const char *const *stop_strings; /* [n_stop_strings], terminated, 1 to 63 bytes, valid while the reply is read; the
+                                        answer ends before the leftmost found. Looked for in the answer only */
+    size_t n_stop_strings;
+    bool (*event_fn)(void *user, const dsv3_reply_event *event); /* Required; false: no more events */
+    void *user;
+} dsv3_reply_opts;
+
+/* A reply that is being read. The caller's memory, of any kind; its fields are not for use. */
+typedef struct dsv3_reply {
+    const dsv3_tokenizer *tokenizer;
+    dsv3_reply_opts opts;
+    int32_t markers[32];
+    int32_t id;
+    uint32_t state, n_calls, skip, n_held, n_out, n_name;
+    dsv3_reply_kind out_kind;
+    uint8_t utf8[4];
+    char held[128], out[256], name[256];
+} dsv3_reply;
+
+/* Sets up a reply: what the model writes behind a conversation rendered with this markup and add_generation_prompt.
+   tokenizer  must outlive the reply
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, TOKENIZER (as dsv3_chat_render). */
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error);
+
+/* Reads one token; fit to be called by token_fn of dsv3_generate. False: the reply has ended, or event_fn said so. */
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token);
+
+/* The model was stopped (length, cancellation): hands out what was held back, then END. Harmless when called again. */
+DSV3_API void dsv3_reply_end(dsv3_reply *reply);
+
 // ---- Model -----------------------------------------------------------------------------------------------
 
 typedef struct dsv3_model dsv3_model; /* weights and tokenizer. Immutable once open: share between threads freely. */
@@ -11527,7 +11584,7 @@ DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_toke
 
 #endif // DSV3_NO_TOKENIZER
 // =============================================================================
-// >>chat  Conversations: messages to ids in a checkpoint's markup.
+// >>chat  Conversations: messages to ids in a checkpoint's markup, and the ids of a reply to its parts.
 //         Needs: json, tok. Owns: nothing.
 // =============================================================================
 
@@ -12380,6 +12437,391 @@ DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_
     return r;
 }
 
+// ---- Reading a reply -------------------------------------------------------------------------------------
+
+/* Ids tell markers from text, so a model may write about "</think>" without ending anything. Only a tokenizer that has no
+   <think> of its own leaves its two to be found in the text. Text passes through two stages: dsv3__tok_stream makes whole
+   characters of it; then what may be the beginning of a pattern (a marker, a stop string, a newline that counts for none)
+   is held back until it is certain. Both see characters and not tokens: where a reply was cut into tokens does not
+   matter. */
+
+enum {
+    DSV3__REPLY_START,  /* an answer, or reasoning if it is opened now */
+    DSV3__REPLY_REASON, /* until </think>, or a tool call */
+    DSV3__REPLY_ANSWER,
+    DSV3__REPLY_CALLS, /* between tool calls */
+    DSV3__REPLY_NAME,
+    DSV3__REPLY_FENCE, /* where "```json" stands before arguments */
+    DSV3__REPLY_ARGUMENTS,
+    DSV3__REPLY_END
+};
+
+enum { DSV3__REPLY_PATTERN_MAX = 63 };
+
+/* V3 and R1 fence arguments as Markdown does. */
+static bool dsv3__reply_fenced(const dsv3_reply *r)
+{
+    return r->opts.markup == DSV3_MARKUP_V3 || r->opts.markup == DSV3_MARKUP_R1 ||
+           r->opts.markup == DSV3_MARKUP_R1_THINK;
+}
+
+/* May the text open reasoning? */
+static bool dsv3__reply_opens(const dsv3_reply *r)
+{
+    return r->state == DSV3__REPLY_START && r->markers[DSV3__CHAT_THINK] < 0 &&
+           (r->opts.markup == DSV3_MARKUP_R1 || r->opts.markup == DSV3_MARKUP_KIMI_K2_THINKING);
+}
+
+/* What is looked for where the reply is now; NULL behind the last. "\xFF" is in no text: what stands before it is held
+   back to the end of its part, and never found. */
+static const char *dsv3__reply_pattern(const dsv3_reply *r, size_t i)
+{
+    static const char *const spelled[] = {"</think>", "\n</think>"};
+    bool keep = r->opts.keep_newlines;
+    switch (r->state) {
+    case DSV3__REPLY_REASON:
+        if (r->markers[DSV3__CHAT_THINK_END] < 0)
+            return i < (keep ? 1u : 2u) ? spelled[i] : NULL;
+        return i || keep ? NULL : "\n\xFF";
+    case DSV3__REPLY_FENCE: return i ? NULL : "```json\n";
+    case DSV3__REPLY_ARGUMENTS: return i || !dsv3__reply_fenced(r) ? NULL : "\n```\xFF";
+    case DSV3__REPLY_START:
+        if (dsv3__reply_opens(r) && i-- == 0)
+            return "<think>";
+        break;
+    case DSV3__REPLY_ANSWER: break;
+    default: return NULL;
+    }
+    return i < r->opts.n_stop_strings ? r->opts.stop_strings[i] : NULL;
+}
+
+static dsv3_reply_kind dsv3__reply_kind(const dsv3_reply *r)
+{
+    switch (r->state) {
+    case DSV3__REPLY_REASON: return DSV3_REPLY_REASONING;
+    case DSV3__REPLY_NAME: return DSV3_REPLY_CALL_NAME;
+    case DSV3__REPLY_FENCE:
+    case DSV3__REPLY_ARGUMENTS: return DSV3_REPLY_CALL_ARGUMENTS;
+    case DSV3__REPLY_END: return DSV3_REPLY_END;
+    default: return DSV3_REPLY_ANSWER;
+    }
+}
+
+static void dsv3__reply_event(dsv3_reply *r, dsv3_reply_kind kind, const char *text, size_t len)
+{
+    dsv3_reply_event event;
+    if (!r->opts.event_fn)
+        return;
+    event.kind = kind;
+    event.id = r->id;
+    event.call = r->n_calls ? r->n_calls - 1 : 0;
+    event.text = text;
+    event.len = len;
+    r->id = -1;
+    if (!r->opts.event_fn(r->opts.user, &event) || kind == DSV3_REPLY_END)
+        r->opts.event_fn = NULL; /* that was the last */
+}
+
+static void dsv3__reply_flush(dsv3_reply *r)
+{
+    size_t n = r->n_out;
+    r->n_out = 0;
+    if (n)
+        dsv3__reply_event(r, r->out_kind, r->out, n);
+}
+
+static void dsv3__reply_emit(dsv3_reply *r, const char *p, size_t n)
+{
+    dsv3_reply_kind kind = dsv3__reply_kind(r);
+    if (kind != r->out_kind || r->n_out + n > sizeof r->out)
+        dsv3__reply_flush(r);
+    r->out_kind = kind;
+    memcpy(r->out + r->n_out, p, n);
+    r->n_out += (uint32_t)n;
+}
+
+static void dsv3__reply_finish(dsv3_reply *r)
+{
+    dsv3__reply_flush(r);
+    r->n_held = 0;
+    r->state = DSV3__REPLY_END;
+    dsv3__reply_event(r, DSV3_REPLY_END, "", 0);
+}
+
+static void dsv3__reply_skip(dsv3_reply *r, uint32_t newlines)
+{
+    r->skip = r->opts.keep_newlines ? 0 : newlines;
+}
+
+/* Pattern i of this state was found. */
+static void dsv3__reply_found(dsv3_reply *r, size_t i)
+{
+    if (r->state == DSV3__REPLY_REASON) {
+        r->state = DSV3__REPLY_ANSWER;
+        dsv3__reply_skip(r, 2);
+    } else if (r->state == DSV3__REPLY_FENCE) {
+        r->state = DSV3__REPLY_ARGUMENTS;
+    } else if (dsv3__reply_opens(r) && i == 0) {
+        r->state = DSV3__REPLY_REASON;
+        dsv3__reply_skip(r, 1);
+    } else {
+        dsv3__reply_finish(r);
+    }
+}
+
+/* Hands out the first character that is held. */
+static void dsv3__reply_release(dsv3_reply *r)
+{
+    size_t n = dsv3__utf8_length(r->held, r->held + r->n_held);
+    n = n ? n : 1;
+    if (r->state == DSV3__REPLY_START)
+        r->state = DSV3__REPLY_ANSWER;
+    if (r->state == DSV3__REPLY_FENCE)
+        r->state = DSV3__REPLY_ARGUMENTS;
+    dsv3__reply_emit(r, r->held, n);
+    r->n_held -= (uint32_t)n;
+    memmove(r->held, r->held + n, r->n_held);
+}
+
+/* Is some pattern found at the beginning of what is held (*i is its number), or might one be? */
+static bool dsv3__reply_match(const dsv3_reply *r, size_t *i, bool *found)
+{
+    bool may = false;
+    const char *pattern;
+    for (*i = 0; (pattern = dsv3__reply_pattern(r, *i)) != NULL; ++*i) {
+        size_t n = strlen(pattern);
+        if (memcmp(r->held, pattern, dsv3__min(n, r->n_held)) != 0)
+            continue;
+        may = true;
+        *found = n <= r->n_held;
+        if (*found)
+            break;
+    }
+    return may;
+}
+
+/* Decides about what is held, from the left, as far as it is certain. */
+static void dsv3__reply_settle(dsv3_reply *r)
+{
+    while (r->n_held) {
+        bool found = false;
+        size_t i;
+        if (!dsv3__reply_match(r, &i, &found)) {
+            dsv3__reply_release(r);
+            continue;
+        }
+        if (!found)
+            return;
+        r->n_held = 0; /* behind a stop string nothing counts, and behind the others nothing is held */
+        dsv3__reply_found(r, i);
+    }
+}
+
+/* The name of a call is complete. Kimi writes an id that holds it. */
+static void dsv3__reply_named(dsv3_reply *r, bool kimi)
+{
+    static const char prefix[] = "functions.";
+    size_t from = 0, to = r->n_name;
+    dsv3__reply_flush(r);
+    if (kimi) {
+        dsv3__reply_event(r, DSV3_REPLY_CALL_ID, r->name, to);
+        if (to >= sizeof prefix - 1 && memcmp(r->name, prefix, sizeof prefix - 1) == 0)
+            from = sizeof prefix - 1;
+        for (size_t i = from; i < r->n_name; i++)
+            to = r->name[i] == ':' ? i : to;
+    }
+    dsv3__reply_event(r, DSV3_REPLY_CALL_NAME, r->name + from, to - from);
+    r->state = dsv3__reply_fenced(r) ? DSV3__REPLY_FENCE : DSV3__REPLY_ARGUMENTS;
+}
+
+/* One whole character. */
+static void dsv3__reply_char(dsv3_reply *r, const char *p, size_t n)
+{
+    bool newline = *p == '\n';
+    if (r->skip && newline) {
+        r->skip--;
+        return;
+    }
+    r->skip = 0;
+    if (r->state == DSV3__REPLY_CALLS && newline)
+        return;
+    if (r->state == DSV3__REPLY_CALLS)
+        r->state = DSV3__REPLY_ANSWER;
+    if (r->state == DSV3__REPLY_NAME) {
+        if (newline && dsv3__reply_fenced(r))
+            dsv3__reply_named(r, false);
+        else if (r->n_name + n < sizeof r->name)
+            memcpy(r->name + r->n_name, p, n), r->n_name += (uint32_t)n;
+        return;
+    }
+    if (r->state == DSV3__REPLY_END)
+        return;
+    memcpy(r->held + r->n_held, p, n); /* at most a pattern without its last byte, and a character */
+    r->n_held += (uint32_t)n;
+    dsv3__reply_settle(r);
+}
+
+static void dsv3__reply_chars(dsv3_reply *r, const char *p, size_t n)
+{
+    for (size_t i = 0, step; i < n; i += step) {
+        step = dsv3__utf8_length(p + i, p + n);
+        dsv3__reply_char(r, p + i, step);
+    }
+}
+
+/* Bytes of the reply that are no marker. */
+static void dsv3__reply_text(dsv3_reply *r, const char *bytes, size_t n)
+{
+    char out[3 * (DSV3__TOK_CHUNK + 3)];
+    dsv3__tok_stream stream;
+    memcpy(&stream, r->utf8, sizeof stream);
+    for (size_t chunk; n; bytes += chunk, n -= chunk) {
+        chunk = dsv3__min(n, DSV3__TOK_CHUNK);
+        dsv3__reply_chars(r, out, dsv3__tok_stream_put(&stream, bytes, chunk, out));
+    }
+    memcpy(r->utf8, &stream, sizeof stream);
+}
+
+/* A part ends here. `marked`: by a marker that belongs there, before which a newline of reasoning counts for none. */
+static void dsv3__reply_close(dsv3_reply *r, bool marked)
+{
+    char out[3];
+    dsv3__tok_stream stream;
+    memcpy(&stream, r->utf8, sizeof stream);
+    dsv3__reply_chars(r, out, dsv3__tok_stream_flush(&stream, out));
+    memcpy(r->utf8, &stream, sizeof stream);
+    if (r->state == DSV3__REPLY_ARGUMENTS || (r->state == DSV3__REPLY_REASON && marked && !r->opts.keep_newlines)) {
+        static const char *const dropped[] = {"\n```", "\n"};
+        const char *drop = dropped[r->state == DSV3__REPLY_REASON];
+        if (r->n_held == strlen(drop) && memcmp(r->held, drop, r->n_held) == 0)
+            r->n_held = 0;
+    }
+    while (r->n_held)
+        dsv3__reply_release(r);
+    r->skip = 0;
+}
+
+/* A marker by its id. False: it has no meaning here and is text, as its spelling. */
+static bool dsv3__reply_marker(dsv3_reply *r, int marker)
+{
+    bool reasoning = r->state == DSV3__REPLY_REASON, named = r->state == DSV3__REPLY_NAME;
+    bool in_call = named || r->state == DSV3__REPLY_FENCE || r->state == DSV3__REPLY_ARGUMENTS;
+    switch (marker) {
+    case DSV3__CHAT_THINK:
+        if (r->state != DSV3__REPLY_START || r->n_held || r->utf8[0])
+            return reasoning;
+        r->state = DSV3__REPLY_REASON;
+        dsv3__reply_skip(r, 1);
+        return true;
+    case DSV3__CHAT_THINK_END:
+        if (!reasoning)
+            return r->state == DSV3__REPLY_START;
+        dsv3__reply_close(r, true);
+        r->state = DSV3__REPLY_ANSWER;
+        dsv3__reply_skip(r, 2);
+        return true;
+    case DSV3__CHAT_CALLS:
+    case DSV3__CHAT_IM_CALLS:
+    case DSV3__CHAT_CALLS_END:
+    case DSV3__CHAT_IM_CALLS_END:
+        dsv3__reply_close(r, true);
+        r->state = marker == DSV3__CHAT_CALLS || marker == DSV3__CHAT_IM_CALLS ? DSV3__REPLY_CALLS : DSV3__REPLY_ANSWER;
+        return true;
+    case DSV3__CHAT_CALL:
+    case DSV3__CHAT_IM_CALL:
+        dsv3__reply_close(r, true);
+        dsv3__reply_flush(r);
+        r->state = DSV3__REPLY_NAME;
+        r->n_name = 0;
+        r->n_calls++;
+        return true;
+    case DSV3__CHAT_SEP:
+    case DSV3__CHAT_IM_ARGUMENT:
+        if (!named)
+            return false;
+        dsv3__reply_close(r, true);
+        if (marker == DSV3__CHAT_SEP && dsv3__reply_fenced(r))
+            r->n_name = 0; /* that was the type, "function" */
+        else
+            dsv3__reply_named(r, marker == DSV3__CHAT_IM_ARGUMENT);
+        return true;
+    case DSV3__CHAT_CALL_END:
+    case DSV3__CHAT_IM_CALL_END:
+        if (!in_call)
+            return false;
+        dsv3__reply_close(r, true);
+        if (named)
+            dsv3__reply_named(r, marker == DSV3__CHAT_IM_CALL_END);
+        r->state = DSV3__REPLY_CALLS;
+        return true;
+    default: /* the end, or a turn that is not the model's */
+        dsv3__reply_close(r, false);
+        dsv3__reply_finish(r);
+        return true;
+    }
+}
+
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    if (!reply || !tokenizer || !opts || !opts->event_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "dsv3_reply_init: reply, tokenizer, opts or event_fn is NULL");
+    memset(reply, 0, sizeof *reply);
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "reply opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    for (size_t i = 0; i < opts->n_stop_strings; i++) {
+        const char *s = opts->stop_strings ? opts->stop_strings[i] : NULL;
+        if (!s || !*s || strlen(s) > DSV3__REPLY_PATTERN_MAX)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "reply opts: stop string %u: expected 1 to %u bytes",
+                              (uint64_t)i, (uint64_t)DSV3__REPLY_PATTERN_MAX);
+    }
+    dsv3_markup markup = opts->markup;
+    DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    reply->tokenizer = tokenizer;
+    reply->opts = *opts;
+    reply->opts.markup = markup;
+    reply->id = -1;
+    for (int i = 0; i < DSV3__CHAT_N_MARKERS; i++)
+        reply->markers[i] = dsv3__chat_id(tokenizer, i);
+    bool thinks = markup == DSV3_MARKUP_R1_THINK || (markup == DSV3_MARKUP_V3_1 && opts->thinking);
+    reply->state = thinks ? DSV3__REPLY_REASON : DSV3__REPLY_START;
+    dsv3__reply_skip(reply, markup == DSV3_MARKUP_V3_1 && thinks ? 1 : 0); /* R1's prompt has that newline */
+    return DSV3_OK;
+}
+
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token)
+{
+    int marker = 0;
+    if (!reply || !reply->opts.event_fn)
+        return false;
+    reply->id = token;
+    while (marker < DSV3__CHAT_N_MARKERS && (reply->markers[marker] != token || token < 0))
+        marker++;
+    if (token >= 0 && token == reply->tokenizer->eos)
+        marker = DSV3__CHAT_EOS;
+    if (marker == DSV3__CHAT_N_MARKERS || !dsv3__reply_marker(reply, marker)) {
+        size_t n;
+        const char *bytes = dsv3_token_bytes(reply->tokenizer, token, &n);
+        dsv3__reply_text(reply, bytes, n);
+    }
+    dsv3__reply_flush(reply);
+    if (reply->id >= 0) /* nothing is certain yet, but the token was read */
+        dsv3__reply_event(reply, dsv3__reply_kind(reply), "", 0);
+    return reply->opts.event_fn != NULL;
+}
+
+DSV3_API void dsv3_reply_end(dsv3_reply *reply)
+{
+    if (!reply || !reply->opts.event_fn)
+        return;
+    dsv3__reply_close(reply, false);
+    dsv3__reply_finish(reply);
+}
+
 #else // DSV3_NO_TOKENIZER
 
 DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error)
@@ -12407,6 +12849,26 @@ DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_
     if (len)
         *len = 0;
     return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error)
+{
+    (void)tokenizer, (void)opts;
+    if (reply)
+        memset(reply, 0, sizeof *reply);
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token)
+{
+    (void)reply, (void)token;
+    return false;
+}
+
+DSV3_API void dsv3_reply_end(dsv3_reply *reply)
+{
+    (void)reply;
 }
 
 #endif // DSV3_NO_TOKENIZER

@@ -784,5 +784,332 @@ TEST(no_memory)
     free(long_text);
 }
 
+// ---- Replies ----------------------------------------------------------------------------------------------
+
+/* In scripts a marker is '@' and a letter. */
+static const struct {
+    char letter;
+    int marker;
+} script_markers[] = {
+    {'T', DSV3__CHAT_THINK},   {'t', DSV3__CHAT_THINK_END},   {'S', DSV3__CHAT_CALLS},        {'s', DSV3__CHAT_CALLS_END},
+    {'C', DSV3__CHAT_CALL},    {'c', DSV3__CHAT_CALL_END},    {'|', DSV3__CHAT_SEP},          {'E', DSV3__CHAT_EOS},
+    {'U', DSV3__CHAT_USER},    {'K', DSV3__CHAT_IM_CALLS},    {'k', DSV3__CHAT_IM_CALLS_END}, {'L', DSV3__CHAT_IM_CALL},
+    {'l', DSV3__CHAT_IM_CALL_END}, {'=', DSV3__CHAT_IM_ARGUMENT}, {'I', DSV3__CHAT_IM_END},   {'M', DSV3__CHAT_MESSAGE_SEP},
+};
+
+typedef struct script {
+    const char *markup;
+    int how;              /* or'ed together */
+    const char *stops[2]; /* where STOPS */
+    const char *text;
+    const char *expected; /* R[reasoning]A[answer]I0[id of call 0]N0[name]G0[arguments]E */
+} script;
+
+enum { PLAIN = 0, THINKING = 1, SPELLED = 2 /* no <think> in the tokenizer */, KEEP = 4, STOPS = 8 };
+
+#define V3_END "<\xEF\xBD\x9Ctool\xE2\x96\x81" "call\xE2\x96\x81" "end\xEF\xBD\x9C>"
+#define V3_SEP "<\xEF\xBD\x9Ctool\xE2\x96\x81sep\xEF\xBD\x9C>"
+
+static const script scripts[] = {
+    {"v3", 0, {0, 0}, "Hello@E", "A[Hello]E"},
+    {"v3", 0, {0, 0}, "@E", "E"},
+    {"v3", 0, {0, 0}, "", "E"},
+    {"v3", 0, {0, 0}, "Ciao\n\n@E", "A[Ciao\n\n]E"},
+    {"v3", 0, {0, 0}, "caf\xC3\xA9 \xF0\x9F\x98\x80 \xE4\xB8\x80@E", "A[caf\xC3\xA9 \xF0\x9F\x98\x80 \xE4\xB8\x80]E"},
+    {"v3", 0, {0, 0}, "a\xC3@E", "A[a\xEF\xBF\xBD]E"},
+    {"v3", 0, {0, 0}, "\xF0\x9F\x98" "a\xFF\xE4\xB8", "A[\xEF\xBF\xBD" "a\xEF\xBF\xBD\xEF\xBF\xBD]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|look\n```json\n{\"n\": 0}\n```@c@s@E", "N0[look]G0[{\"n\": 0}]E"},
+    {"v3", 0, {0, 0}, "Let me see.@S@Cfunction@|f\n```json\n{}\n```@c@s@E", "A[Let me see.]N0[f]G0[{}]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n```json\n1\n```@c\n@Cfunction@|g\n```json\n2\n```@c@s@E", "N0[f]G0[1]N1[g]G1[2]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n{\"a\":1}@c@s@E", "N0[f]G0[{\"a\":1}]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n```js@c@s@E", "N0[f]G0[```js]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n```json\nx\n```y\n``@c@s@E", "N0[f]G0[x\n```y\n``]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n```json\n{\"a\n```@E", "N0[f]G0[{\"a]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\n```json\n{\"a", "N0[f]G0[{\"a]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f", "E"},
+    {"v3", 0, {0, 0}, "@S@Cf\n```json\n1\n```@c@s@E", "N0[f]G0[1]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f@c@s@E", "N0[f]E"},
+    {"v3", 0, {0, 0}, "@Cfunction@|f\n```json\n1\n```@cDone\n@E", "N0[f]G0[1]A[Done\n]E"},
+    {"v3", 0, {0, 0}, "@S@Cfunction@|f\xE4\n```json\n\xE4\xB8@c@s@E", "N0[f\xEF\xBF\xBD]G0[\xEF\xBF\xBD]E"},
+    {"v3", 0, {0, 0}, "a@cb@|d@E", "A[a" V3_END "b" V3_SEP "d]E"},
+    {"v3", 0, {0, 0}, "Yes@UNo", "A[Yes]E"},
+    {"v3", 0, {0, 0}, "close it with </think>, then\n```json\n@E", "A[close it with </think>, then\n```json\n]E"},
+    {"r1", 0, {0, 0}, "@T\nhm\n@t\n\nNo.@E", "R[hm]A[No.]E"},
+    {"r1", 0, {0, 0}, "No need@E", "A[No need]E"},
+    {"r1", 0, {0, 0}, "@Thm@tYes@E", "R[hm]A[Yes]E"},
+    {"r1", 0, {0, 0}, "@T\n\n@t\n\nAt once.@E", "A[At once.]E"},
+    {"r1", 0, {0, 0}, "@Thm", "R[hm]E"},
+    {"r1", 0, {0, 0}, "@Ta@Tb@tc@E", "R[ab]A[c]E"},
+    {"r1", 0, {0, 0}, "a@Tb@t@E", "A[a<think>b</think>]E"},
+    {"r1", 0, {0, 0}, "@T a\n\nb\n\n@t\n\n\nc@E", "R[ a\n\nb\n]A[\nc]E"},
+    {"r1", 0, {0, 0}, "@TI should look\n@S@Cfunction@|f\n```json\n1\n```@c@s@E", "R[I should look]N0[f]G0[1]E"},
+    {"r1", 0, {0, 0}, "@Tx@t\n\n@S@Cfunction@|f\n```json\n1\n```@c@s@E", "R[x]N0[f]G0[1]E"},
+    {"r1", KEEP, {0, 0}, "@T\nhm\n@t\n\nNo@E", "R[\nhm\n]A[\n\nNo]E"},
+    {"r1-think", 0, {0, 0}, "hm\n@t\n\nNo.@E", "R[hm]A[No.]E"},
+    {"r1-think", 0, {0, 0}, "hm\n", "R[hm\n]E"},
+    {"r1-think", 0, {0, 0}, "@tYes@E", "A[Yes]E"},
+    {"r1-think", 0, {0, 0}, "write </think>?\xE4\xB8@tYes@E", "R[write </think>?\xEF\xBF\xBD]A[Yes]E"},
+    {"v3.1", THINKING, {0, 0}, "\nhm@tNo@E", "R[hm]A[No]E"},
+    {"v3.1", 0, {0, 0}, "@S@Cf@|{\"a\": 1}@c@Cg@|{}@c@s@E", "N0[f]G0[{\"a\": 1}]N1[g]G1[{}]E"},
+    {"v3.1", 0, {0, 0}, "Sure.@S@Cf@|@c@s@E", "A[Sure.]N0[f]E"},
+    {"v3.1", THINKING, {0, 0}, "a@S@Cf@|\n```@c@s@E", "R[a]N0[f]G0[\n```]E"},
+    {"kimi-k2", 0, {0, 0}, "Hi@I", "A[Hi]E"},
+    {"kimi-k2", 0, {0, 0}, "@K@Lfunctions.look:0@={\"n\": 0}@l@Lfunctions.a:b:12@={}@l@k@I",
+     "I0[functions.look:0]N0[look]G0[{\"n\": 0}]I1[functions.a:b:12]N1[a:b]G1[{}]E"},
+    {"kimi-k2-thinking", 0, {0, 0}, "@Thm@t@K@Lsearch:1@=q@l@k@I", "R[hm]I0[search:1]N0[search]G0[q]E"},
+    {"kimi-k2-thinking", 0, {0, 0}, "@TI call\n@K@Lfunctions.x@=1@l@k@I", "R[I call]I0[functions.x]N0[x]G0[1]E"},
+    {"gigachat3", 0, {0, 0}, "Hello.@M\n\nuser", "A[Hello.]E"},
+    {"r1", SPELLED, {0, 0}, "<think>\nhm\n</think>\n\nNo.@E", "R[hm]A[No.]E"},
+    {"r1", SPELLED, {0, 0}, "<thinker>x</think>@E", "A[<thinker>x</think>]E"},
+    {"r1", SPELLED, {0, 0}, "<think", "A[<think]E"},
+    {"r1", SPELLED | KEEP, {0, 0}, "<think>\nhm\n</think>\n\nNo.@E", "R[\nhm\n]A[\n\nNo.]E"},
+    {"r1-think", SPELLED, {0, 0}, "a < b </thin k>\n\n</think>c</think>@E", "R[a < b </thin k>\n]A[c</think>]E"},
+    {"r1-think", SPELLED, {0, 0}, "a\n</thi", "R[a\n</thi]E"},
+    {"v3", STOPS, {"STOP", "\n\n"}, "one\nSTO two STOP three@E", "A[one\nSTO two ]E"},
+    {"v3", STOPS, {"STOP", "\n\n"}, "one\n\ntwo", "A[one]E"},
+    {"v3", STOPS, {"abcd", "bc"}, "zabce", "A[za]E"},
+    {"v3", STOPS, {"cd", "\xE4\xB8\x80!"}, "\xE4\xB8\x80? abc", "A[\xE4\xB8\x80? abc]E"},
+    {"v3", STOPS, {"aab", "x"}, "aaab", "A[a]E"},
+    {"r1-think", STOPS, {"STOP", "x"}, "STOP@tgoSTOPy@E", "R[STOP]A[go]E"},
+    {"r1", SPELLED | STOPS, {"<thy", "<think>"}, "<think>a</think>b<think>c", "R[a]A[b]E"},
+    {"v3", STOPS, {"f", "x"}, "@S@Cfunction@|f\n```json\nfx\n```@c@s@E", "N0[f]G0[fx]E"},
+};
+
+/* What the events said: one entry a byte, and one where something whole begins. */
+typedef struct transcript {
+    int32_t entries[4096]; /* kind << 24 | call << 16 | byte, or 256: begins, 257: the end */
+    size_t n, n_ids;
+    int32_t ids[1024];
+    bool utf8;
+} transcript;
+
+static bool write_down(void *user, const dsv3_reply_event *event)
+{
+    transcript *t = (transcript *)user;
+    int32_t tag = (int32_t)event->kind << 24 | (int32_t)(event->call << 16);
+    if (event->id >= 0)
+        t->ids[t->n_ids++] = event->id;
+    if (event->kind == DSV3_REPLY_END || ((event->kind == DSV3_REPLY_CALL_NAME || event->kind == DSV3_REPLY_CALL_ID) && event->len))
+        t->entries[t->n++] = tag | (event->kind == DSV3_REPLY_END ? 257 : 256);
+    for (size_t i = 0; i < event->len; i++)
+        t->entries[t->n++] = tag | (uint8_t)event->text[i];
+    for (size_t i = 0, step; i < event->len && t->utf8; i += step) {
+        step = dsv3__utf8_length(event->text + i, event->text + event->len);
+        t->utf8 = step > 0;
+        step = step ? step : 1;
+    }
+    return true;
+}
+
+/* As it stands in the scripts. */
+static const char *spelled_out(const transcript *t)
+{
+    static char s[8192];
+    static const char *const names[] = {"R", "A", "I", "N", "G"};
+    size_t n = 0;
+    int32_t last = -1;
+    for (size_t i = 0; i < t->n; i++) {
+        int32_t tag = t->entries[i] >> 16, byte = t->entries[i] & 0xFFFF, kind = tag >> 8;
+        if (tag != last || byte >= 256)
+            n += (size_t)snprintf(s + n, sizeof s - n, "%s", last >= 0 ? "]" : "");
+        if (byte == 257) {
+            n += (size_t)snprintf(s + n, sizeof s - n, "E");
+            last = -1;
+            continue;
+        }
+        if ((tag != last || byte == 256) && kind <= DSV3_REPLY_ANSWER)
+            n += (size_t)snprintf(s + n, sizeof s - n, "%s[", names[kind]);
+        else if (tag != last || byte == 256)
+            n += (size_t)snprintf(s + n, sizeof s - n, "%s%d[", names[kind], (int)(tag & 255));
+        if (byte < 256)
+            s[n++] = (char)byte;
+        last = tag;
+    }
+    s[n] = 0;
+    return s;
+}
+
+/* A script as bytes and, below 0, markers. */
+static size_t script_items(const script *s, int *items)
+{
+    size_t n = 0;
+    for (const char *c = s->text; *c; c++) {
+        if (*c != '@') {
+            items[n++] = (uint8_t)*c;
+            continue;
+        }
+        c++;
+        for (size_t i = 0; i < TEST_COUNT(script_markers); i++)
+            if (script_markers[i].letter == *c)
+                items[n] = -1 - script_markers[i].marker;
+        n++;
+    }
+    return n;
+}
+
+static void reply_begin(dsv3_reply *r, const dsv3_tokenizer *t, const script *s, transcript *to)
+{
+    dsv3_reply_opts o;
+    memset(&o, 0, sizeof o);
+    memset(to, 0, sizeof *to);
+    to->utf8 = true;
+    for (int m = 1; m < N_MARKUPS; m++)
+        if (strcmp(s->markup, dsv3_markup_name((dsv3_markup)m)) == 0)
+            o.markup = (dsv3_markup)m;
+    o.thinking = (s->how & THINKING) != 0;
+    o.keep_newlines = (s->how & KEEP) != 0;
+    o.stop_strings = s->stops;
+    o.n_stop_strings = s->how & STOPS ? 2 : 0;
+    o.event_fn = write_down;
+    o.user = to;
+    CHECK_OK(dsv3_reply_init(r, t, &o, &e), e);
+}
+
+/* One piece of text, as if there were a token of it. */
+static void reply_piece(dsv3_reply *r, const int *items, size_t n)
+{
+    char bytes[512];
+    for (size_t i = 0; i < n; i++)
+        bytes[i] = (char)items[i];
+    if (!r->opts.event_fn)
+        return;
+    dsv3__reply_text(r, bytes, n);
+    dsv3__reply_flush(r);
+}
+
+static int32_t byte_id(const dsv3_tokenizer *t, int byte)
+{
+    return t->bpe.ids[byte];
+}
+
+/* Everything that decides what comes next. */
+static bool same_state(const dsv3_reply *a, const dsv3_reply *b)
+{
+    return a->state == b->state && a->n_calls == b->n_calls && a->skip == b->skip && a->n_out == 0 && b->n_out == 0 &&
+           memcmp(a->utf8, b->utf8, 1u + a->utf8[0]) == 0 && a->n_held == b->n_held && memcmp(a->held, b->held, a->n_held) == 0 &&
+           a->n_name == b->n_name && memcmp(a->name, b->name, a->n_name) == 0 && !a->opts.event_fn == !b->opts.event_fn;
+}
+
+static transcript uncut, bytewise, piece;
+static dsv3_reply states[512];
+static size_t written[512]; /* entries of the transcript before item i */
+
+/* Read byte by byte, item i finds the reply in states[i]. Any piece [i, j) of text, put at once there, must say the same
+   and leave states[j]: so every way to cut the reply does. */
+static bool all_cuts(const dsv3_tokenizer *t, const script *s, const int *items, size_t n)
+{
+    dsv3_reply r;
+    reply_begin(&states[0], t, s, &bytewise);
+    for (size_t i = 0; i < n; i++) {
+        written[i] = bytewise.n;
+        states[i + 1] = states[i];
+        dsv3_reply_put(&states[i + 1], items[i] < 0 ? dsv3__chat_id(t, -1 - items[i]) : byte_id(t, items[i]));
+    }
+    written[n] = bytewise.n;
+    for (size_t i = 0; i < n; i++)
+        for (size_t j = i + 1; j <= n && items[j - 1] >= 0; j++) {
+            r = states[i];
+            r.opts.user = &piece;
+            memset(&piece, 0, sizeof piece);
+            reply_piece(&r, items + i, j - i);
+            if (!same_state(&r, &states[j]) || piece.n != written[j] - written[i] ||
+                memcmp(piece.entries, bytewise.entries + written[i], piece.n * sizeof *piece.entries) != 0)
+                return false;
+        }
+    return true;
+}
+
+TEST(replies)
+{
+    CHECK(TEST_COUNT(scripts) >= 40);
+    for (size_t k = 0; k < TEST_COUNT(scripts); k++) {
+        const script *s = &scripts[k];
+        dsv3_tokenizer *t = chat_tokenizer(!(s->how & SPELLED), CHAT_GIGA_TEMPLATE);
+        int items[512];
+        size_t n = script_items(s, items), n_put = 0;
+        dsv3_reply r;
+        reply_begin(&r, t, s, &uncut);
+        for (size_t i = 0, j; i < n; i = j) { /* as few pieces as there can be */
+            for (j = i; j < n && items[j] >= 0; j++)
+                continue;
+            if (j > i)
+                reply_piece(&r, items + i, j - i);
+            else
+                dsv3_reply_put(&r, dsv3__chat_id(t, -1 - items[j++]));
+        }
+        dsv3_reply_end(&r);
+        dsv3_reply_end(&r);
+        CHECK(!dsv3_reply_put(&r, 5));
+        CHECK_EQ_STR(spelled_out(&uncut), s->expected);
+        CHECK(uncut.utf8);
+        if (!CHECK(all_cuts(t, s, items, n)))
+            test_fail(__FILE__, __LINE__, "cut otherwise, script %lu says something else", (unsigned long)k);
+        dsv3_reply_end(&states[n]);
+        CHECK_EQ_STR(spelled_out(&bytewise), s->expected);
+        for (size_t i = 0; i < n && states[i].opts.event_fn; i++) /* each token is told once, in order */
+            n_put++;
+        CHECK_EQ_UINT(bytewise.n_ids, n_put);
+        for (size_t i = 0; i < bytewise.n_ids && i < n_put; i++)
+            CHECK_EQ_INT(bytewise.ids[i], items[i] < 0 ? dsv3__chat_id(t, -1 - items[i]) : byte_id(t, items[i]));
+        dsv3_tokenizer_close(t);
+    }
+}
+
+static bool refuse(void *user, const dsv3_reply_event *event)
+{
+    (void)event;
+    return --*(int *)user > 0;
+}
+
+TEST(reply_edges)
+{
+    static const char *const bad[] = {"", NULL, "0123456789012345678901234567890123456789012345678901234567890123"};
+    dsv3_tokenizer *t = chat_tokenizer(true, NULL);
+    dsv3_reply r;
+    dsv3_reply_opts o;
+    int left = 2;
+    memset(&o, 0, sizeof o);
+    CHECK_RESULT(dsv3_reply_init(&r, t, &o, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    o.event_fn = refuse;
+    o.user = &left;
+    CHECK_RESULT(dsv3_reply_init(&r, t, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_reply_init(NULL, t, &o, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_reply_init(&r, NULL, &o, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_reply_init(&r, t, &o, &e), DSV3_ERROR_TOKENIZER, e); /* no template, no markup named */
+    CHECK(!dsv3_reply_put(&r, 5));
+    o.markup = DSV3_MARKUP_V3;
+    o.struct_size = 4;
+    CHECK_RESULT(dsv3_reply_init(&r, t, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
+    o.struct_size = sizeof o;
+    o.n_stop_strings = 1;
+    CHECK_RESULT(dsv3_reply_init(&r, t, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
+    for (size_t i = 0; i < TEST_COUNT(bad); i++) {
+        o.stop_strings = bad + i;
+        CHECK_RESULT(dsv3_reply_init(&r, t, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
+    }
+    o.n_stop_strings = 0;
+    CHECK_OK(dsv3_reply_init(&r, t, &o, &e), e);
+    CHECK(dsv3_reply_put(&r, byte_id(t, 'a')));
+    CHECK(!dsv3_reply_put(&r, byte_id(t, 'b'))); /* the second event is refused */
+    CHECK_EQ_INT(left, 0);
+    CHECK(!dsv3_reply_put(&r, byte_id(t, 'c')));
+    dsv3_reply_end(&r);
+    CHECK_EQ_INT(left, 0);
+    /* unknown ids are no text, but they are told; a name is cut where its room ends */
+    script s = {"v3.1", 0, {0, 0}, "", ""};
+    reply_begin(&r, t, &s, &uncut);
+    CHECK(dsv3_reply_put(&r, 1 << 20));
+    CHECK(dsv3_reply_put(&r, -7));
+    CHECK_EQ_UINT(uncut.n_ids, 1);
+    dsv3_reply_put(&r, dsv3__chat_id(t, DSV3__CHAT_CALL));
+    for (int i = 0; i < 300; i++)
+        dsv3_reply_put(&r, byte_id(t, 'n'));
+    dsv3_reply_put(&r, dsv3__chat_id(t, DSV3__CHAT_SEP));
+    CHECK_EQ_UINT(uncut.n, 256); /* one: it begins; 255 bytes */
+    dsv3_reply_end(&r);
+    dsv3_tokenizer_close(t);
+}
+
 TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
-          RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(tools), RUN(errors), RUN(no_memory))
+          RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(tools), RUN(errors), RUN(no_memory),
+          RUN(replies), RUN(reply_edges))
