@@ -1,5 +1,6 @@
 /* dsv3: runs a checkpoint from the command line. All it does goes through the public calls of dsv3.h.
 
+     dsv3 chat DIR                            a conversation (chat_tui.h)
      dsv3 generate DIR "Once upon a time"     writes on
      dsv3 tokenize DIR < text                 text -> ids
      dsv3 detokenize DIR < ids                ids -> text
@@ -941,6 +942,10 @@ static int inspect(int argc, char **argv)
 
 #include "render.h"
 
+// ---- chat ------------------------------------------------------------------------------------------------
+
+#include "chat_tui.h"
+
 // ---- quantize --------------------------------------------------------------------------------------------
 
 #include "quantize.h"
@@ -950,6 +955,7 @@ static int inspect(int argc, char **argv)
 static const char main_help[] =
     "dsv3 " DSV3_VERSION_STRING ": runs DeepSeek-V3 checkpoints as they are published\n"
     "\n"
+    "  dsv3 chat DIR                                a conversation\n"
     "  dsv3 generate DIR [PROMPT | -f FILE | -]     writes on behind the prompt\n"
     "  dsv3 tokenize DIR < TEXT                     text -> ids\n"
     "  dsv3 detokenize DIR < IDS                    ids -> text\n"
@@ -968,7 +974,7 @@ int main(int argc, char **argv)
     } commands[] = {
         {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens},
         {"logits", logits},     {"inspect", inspect}, {"render", render},
-        {"quantize", quantize},
+        {"quantize", quantize}, {"chat", chat_run},
     };
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -985,7 +991,7 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' tells more",
+        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' tells more",
               argv[1]);
     fputs(main_help, stdout);
     return finish();
