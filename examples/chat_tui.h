@@ -472,7 +472,7 @@ static bool chat_message(bytes *message, bytes *line, bool prompts)
     return true;
 }
 
-#ifndef _WIN32
+#if !defined(_WIN32) && !defined(DSV3_READLINE)
 static struct termios chat_terminal; /* as it was */
 
 static void chat_restore(void)
