@@ -90,15 +90,46 @@
    errors, never asserts: all lengths, offsets, shapes and names from files are checked before use.
 
    FILES. config.json; model.safetensors.index.json with its shards, or one model.safetensors; optional:
-   generation_config.json, tokenizer.json, tokenizer_config.json. Names of shards must be plain names that end in
-   .safetensors, 4,096 of them at most; a read that comes up short is DSV3_ERROR_IO, a file that is shorter than its header
-   says DSV3_ERROR_TRUNCATED. Mapped files
+   generation_config.json, tokenizer.json (or Kimi's tiktoken.model), tokenizer_config.json, chat_template.jinja. Names of
+   shards must be plain names that end in .safetensors, 4,096 of them at most; a read that comes up short is DSV3_ERROR_IO,
+   a file that is shorter than its header says DSV3_ERROR_TRUNCATED. Mapped files
    must not shrink while a model is open (the system would raise SIGBUS): use no_mmap where that can happen.
    With a dsv3_reader checkpoints come from anywhere.
 
    TEXT. dsv3_tokenize treats text as text: special tokens written in it stay ordinary characters, unless
    DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works
    by ids; calls on text fail and say why.
+
+   CONVERSATIONS. dsv3_chat_render turns messages (role, content, reasoning, tool calls and results) into ids, as the
+   checkpoint's chat template would, to the byte: there is no Jinja here, but what the known templates print is written
+   as rules. Which one it is, is recognised by the template's text; one that is not known is an error, never a guess; a
+   host may name one. dsv3_reply reads what the model answers, token by token, into reasoning, answer, tool calls and the
+   end.
+
+       dsv3_chat_opts opts = {0};
+       opts.add_generation_prompt = true;
+       dsv3_chat_render(tokenizer, messages, n, &opts, ids, cap, &count, &error);
+       ... of the session's tokens keep what `ids` begins with (dsv3_session_rewind), append the rest ...
+       dsv3_reply_init(&reply, tokenizer, &reply_opts, &error);
+       ... dsv3_generate, whose token_fn says: return token->id < 0 || dsv3_reply_put(&reply, token->id); ...
+
+   Forged markup: whatever stands in contents, names, ids, arguments, reasoning, results and tools, the ids hold those
+   markers that the rules wrote and no other: "<|User|>" typed by a user is ordinary characters, also where two fields
+   meet. This holds for tokens. A text that only looks like a turn ("User: ...") is still text that a model reads; and
+   the two tags <think> and </think>, where a tokenizer has no ids for them (V3's under R1's template), are characters
+   for all. Contents are otherwise untouched but for one thing the templates do: of an assistant's content, R1 and V3.1
+   print only what is behind </think>.
+
+   A conversation that grows gives ids that begin with those of before, so that a session goes on. The past changes where
+   a template rewrites it: system messages all go to the front (DeepSeek); reasoning of earlier turns is left out (R1 and
+   V3.1: all but the tool rounds; Kimi-K2-Thinking: up to the last answer without tool calls); and a reply may have been
+   cut into other tokens than its text is. Comparing ids finds the common beginning in each case.
+
+   Of a reply: </think> may be missing (then all is reasoning), and so may the end; a tool call ends reasoning; between
+   tool calls newlines count for none, and other text is answer; markers of another speaker's turn end the reply; a
+   marker where it has no meaning is text. Characters cut by tokens arrive whole, ill-formed ones as U+FFFD. A stop
+   string ends the answer even where tokens cut it, and is not part of it. GigaChat3's function calls are not taken
+   apart.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
@@ -186,7 +217,7 @@ typedef enum dsv3_result {
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
     DSV3_ERROR_BAD_TENSOR = -32,       /* wrong shape or dtype, scales missing, values that are not finite */
-    DSV3_ERROR_TOKENIZER = -33,        /* tokenizer.json missing, or of a kind this library does not know */
+    DSV3_ERROR_TOKENIZER = -33,        /* the tokenizer is missing or of an unknown kind, or a chat template is */
     DSV3_ERROR_UNSUPPORTED_CPU = -40,  /* the instruction set asked for is not there */
     DSV3_ERROR_THREAD = -41,           /* a thread could not be started */
     DSV3_ERROR_FEATURE_DISABLED = -42, /* compiled out by a DSV3_NO_... macro */
@@ -394,7 +425,8 @@ typedef struct dsv3_tokenizer_info {
     bool add_bos;          /* tokenizer_config.json add_bos_token */
 } dsv3_tokenizer_info;
 
-/* Exactly the checkpoint's tokenizer (byte-level BPE of tokenizer.json), see reference in section >>tok.
+/* Exactly the checkpoint's tokenizer: byte-level BPE of tokenizer.json, or tiktoken.model; see section >>tok. Kimi's Python
+   wrapper cuts texts of more than 25,000 characters without, or with nothing but, white space; this does not.
    text       UTF-8, `len` bytes, any bytes allowed: ill-formed ones are carried through
    flags      DSV3_TOKENIZE_...; 0 is the safe mode: no input can yield the id of an added token
    tokens     [cap] out; cap 0 (tokens may be NULL) only counts
@@ -647,7 +679,8 @@ DSV3_API bool dsv3_isa_supported(dsv3_isa isa);            /* does this CPU, and
 DSV3_API const char *dsv3_compute_name(dsv3_compute mode); /* "bf16"; static */
 
 /* Opens a checkpoint directory as published: config.json, model.safetensors.index.json with its shards or one
-   model.safetensors, and, if there, tokenizer.json, tokenizer_config.json, generation_config.json.
+   model.safetensors, and, if there, tokenizer.json or tiktoken.model, tokenizer_config.json, chat_template.jinja,
+   generation_config.json.
    Weights are mapped, not copied, not scanned. A missing or unknown tokenizer is no error: see dsv3_model_tokenizer.
    model      out; NULL on failure. Close with dsv3_model_close
    dir        UTF-8 path; may be NULL when opts->reader is given

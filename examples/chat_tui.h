@@ -9,11 +9,11 @@
 #define DSV3_CHAT_TUI_H
 
 #ifndef _WIN32
-    #include <termios.h>
+#include <termios.h>
 #endif
 #ifdef DSV3_READLINE
-    #include <readline/history.h>
-    #include <readline/readline.h>
+#include <readline/history.h>
+#include <readline/readline.h>
 #endif
 
 static const char chat_help[] =
@@ -29,7 +29,8 @@ static const char chat_help[] =
     "  --temp T, --top-k K, --top-p P, --min-p P, --greedy, --seed N, --threads N, --isa NAME, --compute MODE,\n"
     "  --read-ahead             as 'dsv3 generate -h' tells\n"
     "\n"
-    "Ctrl-C stops an answer, Ctrl-D ends the program. A line that ends in \\ goes on in the next; pasted lines are one\n"
+    "Ctrl-C stops an answer, Ctrl-D ends the program. A line that ends in \\ goes on in the next; pasted lines are "
+    "one\n"
     "message. /help lists the commands. Reasoning is dimmed; where stdout is no terminal it is left out.\n";
 
 static const char chat_commands[] = "/new            begins anew, the system message stays\n"
@@ -54,10 +55,10 @@ typedef struct chat {
     uint32_t context; /* tokens of room */
     turn *turns;      /* [n]; the first may be the system message */
     size_t n, cap;
-    turn *answer;  /* the one that is being written */
-    bool screen;   /* stdout is a terminal */
-    bool dimmed;   /* and writes in grey now */
-    char last;     /* byte printed */
+    turn *answer;              /* the one that is being written */
+    bool screen;               /* stdout is a terminal */
+    bool dimmed;               /* and writes in grey now */
+    char last;                 /* byte printed */
     uint64_t reused, rendered; /* tokens of the last prompt: kept from before, in all */
     dsv3_stats stats;
 } chat;
@@ -141,7 +142,7 @@ static bool chat_save(const chat *c, const char *path)
     bytes out = {NULL, 0, 0};
     FILE *f = fopen(path, "wb");
     if (!f) {
-        fprintf(stderr, "%s: %s\n", path, strerror(errno));
+        fprintf(stderr, "dsv3: %s: %s\n", path, strerror(errno));
         return false;
     }
     bytes_format(&out, "{\"messages\":[");
@@ -159,7 +160,7 @@ static bool chat_save(const chat *c, const char *path)
     bool good = fwrite(out.p, 1, out.n, f) == out.n;
     good = fclose(f) == 0 && good;
     if (!good)
-        fprintf(stderr, "%s: cannot write: %s\n", path, strerror(errno));
+        fprintf(stderr, "dsv3: %s: cannot write: %s\n", path, strerror(errno));
     free(out.p);
     return good;
 }
@@ -170,7 +171,7 @@ static bool chat_load(chat *c, const char *path)
     conversation from;
     FILE *f = fopen(path, "rb");
     if (!f) {
-        fprintf(stderr, "%s: %s\n", path, strerror(errno));
+        fprintf(stderr, "dsv3: %s: %s\n", path, strerror(errno));
         return false;
     }
     fclose(f);
@@ -180,7 +181,7 @@ static bool chat_load(chat *c, const char *path)
     if (conversation_read(&from, &j) && from.n_calls)
         j.error = "the messages have tool calls, which a conversation here has not", j.error_at = 0;
     if (j.error)
-        fprintf(stderr, "%s: byte %" PRIu64 ": %s\n", path, (uint64_t)j.error_at, j.error);
+        fprintf(stderr, "dsv3: %s: byte %" PRIu64 ": %s\n", path, (uint64_t)j.error_at, j.error);
     else
         chat_clear(c, 0);
     for (size_t i = 0; i < from.n && !j.error; i++) {
@@ -389,10 +390,12 @@ static void chat_show(const chat *c)
 {
     fprintf(stderr, "messages   %" PRIu64 "%s\n", (uint64_t)c->n, first_turn(c) ? ", a system message first" : "");
     fprintf(stderr, "markup     %s%s\n", dsv3_markup_name(c->opts.markup), c->opts.thinking ? ", with reasoning" : "");
-    fprintf(stderr, "context    %" PRIu64 " of %" PRIu32 " tokens\n", (uint64_t)dsv3_session_length(c->session), c->context);
+    fprintf(stderr, "context    %" PRIu64 " of %" PRIu32 " tokens\n", (uint64_t)dsv3_session_length(c->session),
+            c->context);
     if (!c->rendered)
         return;
-    fprintf(stderr, "last       prompt of %" PRIu64 " tokens, %" PRIu64 " of them there before\n", c->rendered, c->reused);
+    fprintf(stderr, "last       prompt of %" PRIu64 " tokens, %" PRIu64 " of them there before\n", c->rendered,
+            c->reused);
     fprintf(stderr, "           answer of %" PRIu64 " tokens, %.1f a second, ended by %s, seed %" PRIu64 "\n",
             c->stats.n_generated, rate(c->stats.n_generated, c->stats.decode_seconds), stop_name(c->stats.stop),
             c->generate.sample.seed);
@@ -491,9 +494,9 @@ static void chat_prepare(void)
     if (tcgetattr(fileno(stdin), &chat_terminal))
         return;
     plain = chat_terminal;
-    #ifdef ECHOCTL
+#ifdef ECHOCTL
     plain.c_lflag &= ~(tcflag_t)ECHOCTL;
-    #endif
+#endif
     tcsetattr(fileno(stdin), TCSANOW, &plain);
     atexit(chat_restore);
     fputs("\033[?2004h", stdout);

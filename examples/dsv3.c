@@ -991,7 +991,8 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' tells more",
+        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' "
+              "tells more",
               argv[1]);
     fputs(main_help, stdout);
     return finish();

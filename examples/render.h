@@ -12,8 +12,10 @@ static const char render_help[] =
     "                   {\"messages\":[...],\"add_generation_prompt\":bool,\"thinking\":bool,\"tools\":[...]}\n"
     "                   -> {\"rendered\":...,\"ids\":[...]}; one that cannot be rendered gives {\"error\":\"...\"}\n"
     "\n"
-    "A message: {\"role\":\"system\"|\"user\"|\"assistant\"|\"tool\",\"content\":\"...\"} and, where they apply, name,\n"
-    "reasoning_content, tool_call_id, prefix, tool_calls: [{\"id\":...,\"function\":{\"name\":...,\"arguments\":\"...\"}}].\n"
+    "A message: {\"role\":\"system\"|\"user\"|\"assistant\"|\"tool\",\"content\":\"...\"} and, where they apply, "
+    "name,\n"
+    "reasoning_content, tool_call_id, prefix, tool_calls: "
+    "[{\"id\":...,\"function\":{\"name\":...,\"arguments\":\"...\"}}].\n"
     "Contents are text: markers written in them are ordinary characters.\n";
 
 static dsv3_markup markup_named(const char *command, const char *name)
@@ -21,8 +23,8 @@ static dsv3_markup markup_named(const char *command, const char *name)
     for (int i = DSV3_MARKUP_AUTO; i <= DSV3_MARKUP_GIGACHAT3; i++)
         if (strcmp(name, dsv3_markup_name((dsv3_markup)i)) == 0)
             return (dsv3_markup)i;
-    usage("%s: --markup wants auto, v3, r1, r1-think, v3.1, kimi-k2, kimi-k2-thinking or gigachat3, found '%s'", command,
-          name);
+    usage("%s: --markup wants auto, v3, r1, r1-think, v3.1, kimi-k2, kimi-k2-thinking or gigachat3, found '%s'",
+          command, name);
 }
 
 /* A conversation read from one line of JSON. Its strings lie in `pool`. */
