@@ -457,7 +457,7 @@ typedef enum dsv3_markup {
     DSV3_MARKUP_R1 = 2,       /* DeepSeek-R1, January 2025: the model opens <think> itself */
     DSV3_MARKUP_R1_THINK = 3, /* DeepSeek-R1, since February 2025: the prompt ends in "<think>\n" */
     DSV3_MARKUP_V3_1 = 4,     /* DeepSeek-V3.1: the prompt ends in <think> or </think> */
-    DSV3_MARKUP_KIMI_K2 = 5,  /* Kimi-K2-Instruct, Moonlight */
+    DSV3_MARKUP_KIMI_K2 = 5,  /* Kimi-K2-Instruct as first published, Moonlight: tool calls are not written */
     DSV3_MARKUP_KIMI_K2_THINKING = 6,
     DSV3_MARKUP_GIGACHAT3 = 7,
     DSV3_MARKUP_FORCE_32BIT = 0x7fffffff
@@ -12177,8 +12177,12 @@ static dsv3_markup dsv3__chat_recognise(dsv3__str text)
 #define DSV3__CHAT_HAS(part) (dsv3__chat_find(text, (part)) != NULL)
     if (!text.n || DSV3__CHAT_HAS("DSML")) /* V3.2 and V4 */
         return DSV3_MARKUP_AUTO;
-    if (DSV3__CHAT_HAS("<|im_middle|>"))
-        return DSV3__CHAT_HAS("<think>") ? DSV3_MARKUP_KIMI_K2_THINKING : DSV3_MARKUP_KIMI_K2;
+    if (DSV3__CHAT_HAS("<|im_middle|>")) {
+        bool thinks = DSV3__CHAT_HAS("<think>"), calls = DSV3__CHAT_HAS("<|tool_calls_section_begin|>");
+        if (thinks != calls || DSV3__CHAT_HAS("thinking")) /* later revisions of K2-Instruct, K2.5 */
+            return DSV3_MARKUP_AUTO;
+        return thinks ? DSV3_MARKUP_KIMI_K2_THINKING : DSV3_MARKUP_KIMI_K2;
+    }
     if (DSV3__CHAT_HAS("<|role_sep|>"))
         return DSV3_MARKUP_GIGACHAT3;
     if (!DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "User" DSV3__CHAT_BAR ">"))

@@ -373,7 +373,9 @@ TEST(recognition)
         {"'<\xEF\xBD\x9CUser\xEF\xBD\x9C>' split('</think>')[-1] '<\xEF\xBD\x9C" "Assistant\xEF\xBD\x9C><think>\n'", "r1-think"},
         {"'<\xEF\xBD\x9CUser\xEF\xBD\x9C>' ns.is_last_user thinking", "v3.1"},
         {"<|im_user|>user<|im_middle|>", "kimi-k2"},
-        {"<|im_user|>user<|im_middle|> <think>", "kimi-k2-thinking"},
+        {"<|im_user|>user<|im_middle|> <think> <|tool_calls_section_begin|>", "kimi-k2-thinking"},
+        {"<|im_user|>user<|im_middle|> <|tool_calls_section_begin|>", NULL}, /* revisions of K2-Instruct */
+        {"<|im_user|>user<|im_middle|> <think> <|tool_calls_section_begin|> thinking", NULL}, /* K2.5 */
         {CHAT_GIGA_TEMPLATE, "gigachat3"},
         {"'<\xEF\xBD\x9CUser\xEF\xBD\x9C>' DSML", NULL}, /* V3.2 */
         {"User: {{content}}", NULL},
