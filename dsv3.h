@@ -148,7 +148,7 @@
        DSV3_NO_STDIO            no file access: a dsv3_reader is required
        DSV3_NO_SIMD             scalar kernels only
        DSV3_NO_AVX512           up to AVX2
-       DSV3_NO_TOKENIZER        no tokenizer: ids only
+       DSV3_NO_TOKENIZER        no tokenizer and no conversations: ids only
        DSV3_REGRESSION          for tests: small tables, so that rare paths are common
 */
 #ifndef DSV3_H

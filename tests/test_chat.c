@@ -177,7 +177,7 @@ static dsv3_markup markup_of(dsv3__json *j)
         for (int m = 1; m < N_MARKUPS; m++)
             if (strcmp(name, dsv3_markup_name((dsv3_markup)m)) == 0)
                 return (dsv3_markup)m;
-    CHECK(!"a markup");
+    test_fail(__FILE__, __LINE__, "a line names no markup");
     return DSV3_MARKUP_AUTO;
 }
 
@@ -642,6 +642,24 @@ TEST(kimi_system)
     out.text[out.len] = 0;
     CHECK_EQ_STR(out.text, "<|im_system|>system<|im_middle|>You are a tree.<|im_end|><|im_user|>user<|im_middle|>u<|im_end|>");
     CHECK_EQ_INT(out.ids[0], dsv3_token_find(t, "<|im_system|>", 13));
+    dsv3_tokenizer_close(t);
+}
+
+/* V3's template of December 2024 takes the last system message alone, and so does its tokenizer's AUTO. */
+TEST(one_system)
+{
+    dsv3_message c[3];
+    dsv3_chat_opts o;
+    memset(&o, 0, sizeof o);
+    say(&c[0], DSV3_ROLE_SYSTEM, "first");
+    say(&c[1], DSV3_ROLE_USER, "u");
+    say(&c[2], DSV3_ROLE_SYSTEM, "last");
+    dsv3_tokenizer *t = chat_tokenizer(true, "{{ns.system_prompt}} '<\xEF\xBD\x9CUser\xEF\xBD\x9C>'");
+    CHECK_OK(render(t, c, 3, &o), e);
+    CHECK_BYTES(out.text, out.len, TINY_BOS "last" TINY_USER "u", strlen(TINY_BOS "last" TINY_USER "u"));
+    o.markup = DSV3_MARKUP_V3; /* named: the form that is current */
+    CHECK_OK(render(t, c, 3, &o), e);
+    CHECK_BYTES(out.text, out.len, TINY_BOS "first\n\nlast" TINY_USER "u", strlen(TINY_BOS "first\n\nlast" TINY_USER "u"));
     dsv3_tokenizer_close(t);
 }
 
@@ -1113,5 +1131,5 @@ TEST(reply_edges)
 }
 
 TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
-          RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(tools), RUN(errors), RUN(no_memory),
+          RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(one_system), RUN(tools), RUN(errors), RUN(no_memory),
           RUN(replies), RUN(reply_edges))
