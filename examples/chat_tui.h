@@ -174,11 +174,16 @@ static bool chat_load(chat *c, const char *path)
         fprintf(stderr, "dsv3: %s: %s\n", path, strerror(errno));
         return false;
     }
+    bytes text = {NULL, 0, 0};
+    for (size_t n = 1; n;)
+        text.n += n = fread(bytes_room(&text, 65536), 1, 65536, f);
+    bool unread = ferror(f) != 0;
     fclose(f);
-    bytes text = file_read(path);
     json j = {text.p, text.p, text.p + text.n, NULL, 0};
     memset(&from, 0, sizeof from);
-    if (conversation_read(&from, &j) && from.n_calls)
+    if (unread)
+        j.error = "cannot be read", j.error_at = 0;
+    else if (conversation_read(&from, &j) && from.n_calls)
         j.error = "the messages have tool calls, which a conversation here has not", j.error_at = 0;
     if (j.error)
         fprintf(stderr, "dsv3: %s: byte %" PRIu64 ": %s\n", path, (uint64_t)j.error_at, j.error);
@@ -347,10 +352,10 @@ static bool chat_answer(chat *c)
                 r == DSV3_ERROR_CONTEXT_FULL ? " (/undo, /new, or --context N makes room)" : "");
     else
         chat_status(c);
-    if (!any) {
+    if (!any)
         turn_drop(c);
+    if (!any && !r)
         fputs("(no answer)\n", stderr);
-    }
     return any;
 }
 
@@ -422,8 +427,13 @@ static bool chat_line(bytes *line, const char *prompt, bool *stopped)
     fflush(stdout);
     for (;;) {
         int byte = getc(stdin);
-        if (byte == '\n')
+        if (byte == '\n') {
+            if (*prompt && line->n == 4095) /* what a terminal takes of a line */
+                fputs("dsv3: the terminal has cut this line at 4,095 bytes; 'dsv3 chat' built with Readline has no "
+                      "limit\n",
+                      stderr);
             return true;
+        }
         if (byte == EOF && ferror(stdin) && chat_stop) { /* Ctrl-C came while waiting */
             clearerr(stdin);
             *stopped = true;

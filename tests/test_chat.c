@@ -397,6 +397,43 @@ TEST(recognition)
     dsv3_tokenizer_close(t);
 }
 
+/* A chat template stands in one of two files, in one of two forms. */
+TEST(where_templates_stand)
+{
+    static const struct {
+        const char *config, *file, *name;
+    } cases[] = {
+        {"{\"chat_template\": \"a <|im_middle|>\\n\"}", NULL, "kimi-k2"},
+        {"{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"<|role_sep|>\"}, "
+         "{\"name\": \"default\", \"template\": \"<|im_middle|>\"}]}", NULL, "kimi-k2"},
+        {"{\"chat_template\": \"<|im_middle|>\"}", "<|role_sep|>", "gigachat3"},
+        {"{\"chat_template\": null}", NULL, NULL},
+        {"{\"chat_template\": [{\"name\": \"tool_use\", \"template\": \"<|im_middle|>\"}, 3]}", NULL, NULL},
+        {"{\"chat_template\": {\"default\": \"<|im_middle|>\"}}", NULL, NULL},
+        {"{\"chat_template\": \"\"}", "", NULL},
+    };
+    tiny t;
+    tiny_opts to = tiny_micro();
+    dsv3_model_opts mo;
+    dsv3_markup m;
+    to.vocab = 320, to.tokenizer = true;
+    memset(&mo, 0, sizeof mo);
+    for (size_t i = 0; i < TEST_COUNT(cases); i++) {
+        dsv3_tokenizer *tok;
+        tiny_build(&t, &to);
+        mo.reader = tiny_reader(&t);
+        tiny_put(&t, "tokenizer_config.json", cases[i].config, strlen(cases[i].config));
+        if (cases[i].file)
+            tiny_put(&t, "chat_template.jinja", cases[i].file, strlen(cases[i].file));
+        if (CHECK_OK(dsv3_tokenizer_open(&tok, NULL, &mo, &e), e)) {
+            CHECK_EQ_INT(dsv3_chat_markup(tok, &m, &e), cases[i].name ? DSV3_OK : DSV3_ERROR_TOKENIZER);
+            CHECK_EQ_STR(dsv3_markup_name(m), cases[i].name ? cases[i].name : "auto");
+        }
+        dsv3_tokenizer_close(tok);
+        tiny_free(&t);
+    }
+}
+
 static dsv3_tokenizer *small; /* all markers */
 
 static const dsv3_tokenizer *small_for(dsv3_markup m)
@@ -1130,6 +1167,6 @@ TEST(reply_edges)
     dsv3_tokenizer_close(t);
 }
 
-TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
+TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(where_templates_stand), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
           RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(one_system), RUN(tools), RUN(errors), RUN(no_memory),
           RUN(replies), RUN(reply_edges))

@@ -1605,7 +1605,7 @@ TEST(allocations)
     memset(s, 'a', 100000);
     dsv3__str j, c;
     j.p = json, j.n = strlen(json);
-    c.p = "{\"bos_token\":\"<B>\"}", c.n = strlen(c.p);
+    c.p = "{\"bos_token\":\"<B>\",\"chat_template\":\"x\"}", c.n = strlen(c.p);
     for (int way = 0; way < 2; way++) {
         dsv3_result r = DSV3_ERROR_OUT_OF_MEMORY;
         heap h = {0, 0, 0};
