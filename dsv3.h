@@ -30,10 +30,10 @@
        cpu    instruction sets, floating-point state      split  where a text is cut before merging
        thr    atomics, parallel-for                       bpe    byte-pair merging
        num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
-       ten    the quantized tensor                        smp    logits to a token
-       kern   inner loops, per instruction set            ses    a timeline: cache, tokens, generation
-       mm     matrix products over quantized tensors      api    the public calls
-       json   a bounded pull reader
+       ten    the quantized tensor                        chat   conversations to ids, replies to their parts
+       kern   inner loops, per instruction set            smp    logits to a token
+       mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
+       json   a bounded pull reader                       api    the public calls
        st     safetensors, shards, index
        cfg    config.json, checked once
        wt     names to weights
@@ -90,15 +90,46 @@
    errors, never asserts: all lengths, offsets, shapes and names from files are checked before use.
 
    FILES. config.json; model.safetensors.index.json with its shards, or one model.safetensors; optional:
-   generation_config.json, tokenizer.json, tokenizer_config.json. Names of shards must be plain names that end in
-   .safetensors, 4,096 of them at most; a read that comes up short is DSV3_ERROR_IO, a file that is shorter than its header
-   says DSV3_ERROR_TRUNCATED. Mapped files
+   generation_config.json, tokenizer.json (or Kimi's tiktoken.model), tokenizer_config.json, chat_template.jinja. Names of
+   shards must be plain names that end in .safetensors, 4,096 of them at most; a read that comes up short is DSV3_ERROR_IO,
+   a file that is shorter than its header says DSV3_ERROR_TRUNCATED. Mapped files
    must not shrink while a model is open (the system would raise SIGBUS): use no_mmap where that can happen.
    With a dsv3_reader checkpoints come from anywhere.
 
    TEXT. dsv3_tokenize treats text as text: special tokens written in it stay ordinary characters, unless
    DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works
    by ids; calls on text fail and say why.
+
+   CONVERSATIONS. dsv3_chat_render turns messages (role, content, reasoning, tool calls and results) into ids, as the
+   checkpoint's chat template would, to the byte: there is no Jinja here, but what the known templates print is written
+   as rules. Which one it is, is recognised by the template's text; one that is not known is an error, never a guess; a
+   host may name one. dsv3_reply reads what the model answers, token by token, into reasoning, answer, tool calls and the
+   end.
+
+       dsv3_chat_opts opts = {0};
+       opts.add_generation_prompt = true;
+       dsv3_chat_render(tokenizer, messages, n, &opts, ids, cap, &count, &error);
+       ... of the session's tokens keep what `ids` begins with (dsv3_session_rewind), append the rest ...
+       dsv3_reply_init(&reply, tokenizer, &reply_opts, &error);
+       ... dsv3_generate, whose token_fn says: return token->id < 0 || dsv3_reply_put(&reply, token->id); ...
+
+   Forged markup: whatever stands in contents, names, ids, arguments, reasoning, results and tools, the ids hold those
+   markers that the rules wrote and no other: "<|User|>" typed by a user is ordinary characters, also where two fields
+   meet. This holds for tokens. A text that only looks like a turn ("User: ...") is still text that a model reads; and
+   the two tags <think> and </think>, where a tokenizer has no ids for them (V3's under R1's template), are characters
+   for all. Contents are otherwise untouched but for one thing the templates do: of an assistant's content, R1 and V3.1
+   print only what is behind </think>.
+
+   A conversation that grows gives ids that begin with those of before, so that a session goes on. The past changes where
+   a template rewrites it: system messages all go to the front (DeepSeek); reasoning of earlier turns is left out (R1 and
+   V3.1: all but the tool rounds; Kimi-K2-Thinking: up to the last answer without tool calls); and a reply may have been
+   cut into other tokens than its text is. Comparing ids finds the common beginning in each case.
+
+   Of a reply: </think> may be missing (then all is reasoning), and so may the end; a tool call ends reasoning; between
+   tool calls newlines count for none, and other text is answer; markers of another speaker's turn end the reply; a
+   marker where it has no meaning is text. Characters cut by tokens arrive whole, ill-formed ones as U+FFFD. A stop
+   string ends the answer even where tokens cut it, and is not part of it. GigaChat3's function calls are not taken
+   apart.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
@@ -117,7 +148,7 @@
        DSV3_NO_STDIO            no file access: a dsv3_reader is required
        DSV3_NO_SIMD             scalar kernels only
        DSV3_NO_AVX512           up to AVX2
-       DSV3_NO_TOKENIZER        no tokenizer: ids only
+       DSV3_NO_TOKENIZER        no tokenizer and no conversations: ids only
        DSV3_REGRESSION          for tests: small tables, so that rare paths are common
 */
 #ifndef DSV3_H
@@ -186,7 +217,7 @@ typedef enum dsv3_result {
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
     DSV3_ERROR_BAD_TENSOR = -32,       /* wrong shape or dtype, scales missing, values that are not finite */
-    DSV3_ERROR_TOKENIZER = -33,        /* tokenizer.json missing, or of a kind this library does not know */
+    DSV3_ERROR_TOKENIZER = -33,        /* the tokenizer is missing or of an unknown kind, or a chat template is */
     DSV3_ERROR_UNSUPPORTED_CPU = -40,  /* the instruction set asked for is not there */
     DSV3_ERROR_THREAD = -41,           /* a thread could not be started */
     DSV3_ERROR_FEATURE_DISABLED = -42, /* compiled out by a DSV3_NO_... macro */
@@ -394,7 +425,8 @@ typedef struct dsv3_tokenizer_info {
     bool add_bos;          /* tokenizer_config.json add_bos_token */
 } dsv3_tokenizer_info;
 
-/* Exactly the checkpoint's tokenizer (byte-level BPE of tokenizer.json), see reference in section >>tok.
+/* Exactly the checkpoint's tokenizer: byte-level BPE of tokenizer.json, or tiktoken.model; see section >>tok. Kimi's Python
+   wrapper cuts texts of more than 25,000 characters without, or with nothing but, white space; this does not.
    text       UTF-8, `len` bytes, any bytes allowed: ill-formed ones are carried through
    flags      DSV3_TOKENIZE_...; 0 is the safe mode: no input can yield the id of an added token
    tokens     [cap] out; cap 0 (tokens may be NULL) only counts
@@ -415,6 +447,144 @@ DSV3_API const char *dsv3_token_bytes(const dsv3_tokenizer *tokenizer, int32_t t
 DSV3_API int32_t dsv3_token_find(const dsv3_tokenizer *tokenizer, const char *text, size_t len);
 
 DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_tokenizer_info *info);
+
+// ---- Conversations ---------------------------------------------------------------------------------------
+
+/* How a checkpoint writes a conversation. */
+typedef enum dsv3_markup {
+    DSV3_MARKUP_AUTO = 0,     /* the checkpoint's own, recognised by its chat template */
+    DSV3_MARKUP_V3 = 1,       /* DeepSeek-V3 */
+    DSV3_MARKUP_R1 = 2,       /* DeepSeek-R1, January 2025: the model opens <think> itself */
+    DSV3_MARKUP_R1_THINK = 3, /* DeepSeek-R1, since February 2025: the prompt ends in "<think>\n" */
+    DSV3_MARKUP_V3_1 = 4,     /* DeepSeek-V3.1: the prompt ends in <think> or </think> */
+    DSV3_MARKUP_KIMI_K2 = 5,  /* Kimi-K2-Instruct as first published, Moonlight: tool calls are not written */
+    DSV3_MARKUP_KIMI_K2_THINKING = 6,
+    DSV3_MARKUP_GIGACHAT3 = 7,
+    DSV3_MARKUP_FORCE_32BIT = 0x7fffffff
+} dsv3_markup;
+
+typedef enum dsv3_role {
+    DSV3_ROLE_SYSTEM = 0,
+    DSV3_ROLE_USER = 1,
+    DSV3_ROLE_ASSISTANT = 2,
+    DSV3_ROLE_TOOL = 3, /* what a tool gave back */
+    DSV3_ROLE_FORCE_32BIT = 0x7fffffff
+} dsv3_role;
+
+/* UTF-8, any bytes allowed. */
+typedef struct dsv3_text {
+    const char *p; /* not terminated. NULL: there is none, which is not the same as an empty one */
+    size_t len;
+} dsv3_text;
+
+typedef struct dsv3_tool_call {
+    dsv3_text id;        /* KIMI_K2_THINKING writes it ("functions.NAME:0"), the others do not */
+    dsv3_text name;      /* Required */
+    dsv3_text arguments; /* Required: JSON, written as it is */
+} dsv3_tool_call;
+
+/* = {0} and the fields that are there. A template prints what it prints: a field without a place in the markup is left
+   out, as by the reference (V3 and R1 have none for `reasoning`, `name` and `tool_call_id`). */
+typedef struct dsv3_message {
+    dsv3_role role;
+    dsv3_text content;      /* Required, but in an assistant's turn that has tool_calls */
+    dsv3_text reasoning;    /* assistant: KIMI_K2_THINKING writes it behind the last answer without tool calls */
+    dsv3_text name;         /* KIMI_K2_THINKING writes it in place of the role */
+    dsv3_text tool_call_id; /* tool: which call this answers. KIMI_K2_THINKING requires it */
+    const dsv3_tool_call
+        *tool_calls; /* [n_tool_calls], assistant; NULL: none. Not NULL with 0 of them: an empty list */
+    size_t n_tool_calls;
+    bool prefix; /* assistant, V3_1 with thinking: the turn begins with <think> */
+} dsv3_message;
+
+typedef struct dsv3_chat_opts {
+    uint32_t struct_size;       /* 0, or the caller's sizeof */
+    dsv3_markup markup;         /* Default: AUTO */
+    bool add_generation_prompt; /* end with what makes the model answer */
+    bool thinking;              /* V3_1: with reasoning. The other markups always have it, or never */
+    dsv3_text
+        tools; /* JSON: [{"type": "function", "function": {"name", "description", "parameters"}}, ...]; V3_1 and the
+                        two of Kimi. INVALID_ARGUMENT with the others, which have no place for it */
+} dsv3_chat_opts;
+
+DSV3_API const char *dsv3_markup_name(dsv3_markup markup); /* "r1-think"; "?" if unknown; static */
+
+/* The markup of the checkpoint's chat template. Errors: TOKENIZER if there is none or it is not one of those known; the
+   message says what can be done. Any thread. */
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error);
+
+/* The ids of a conversation, begin-of-text included: those of the checkpoint's template, but for what is said about forged
+   markup in CONVERSATIONS.
+   messages   [n]
+   opts       NULL: defaults
+   tokens     [cap] out; cap 0 (tokens may be NULL) only counts. count: out, as dsv3_tokenize
+   Errors: INVALID_ARGUMENT (where the template raises; the message names the place), INVALID_OPTIONS, TOKENIZER (markup
+   unknown, or a token of it missing), JSON (tools), BUFFER_TOO_SMALL, OUT_OF_MEMORY, MEMORY_LIMIT. Any thread. */
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error);
+
+/* The same as text, markers spelled: to look at. To tokenize it again would let contents pose as markup.
+   text       [cap] out, no terminator; cap 0 only measures. len: out, bytes needed. Errors as dsv3_chat_render. */
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error);
+
+/* What a piece of a reply is. */
+typedef enum dsv3_reply_kind {
+    DSV3_REPLY_REASONING = 0,
+    DSV3_REPLY_ANSWER = 1,
+    DSV3_REPLY_CALL_ID = 2,   /* Kimi: "functions.NAME:0", whole; to be given back in tool_calls and tool_call_id */
+    DSV3_REPLY_CALL_NAME = 3, /* of the tool, whole, at most 255 bytes of it: a call begins */
+    DSV3_REPLY_CALL_ARGUMENTS = 4, /* as they grow, as the model writes them: JSON if it does */
+    DSV3_REPLY_END = 5,            /* once, the last; no text */
+    DSV3_REPLY_KIND_FORCE_32BIT = 0x7fffffff
+} dsv3_reply_kind;
+
+typedef struct dsv3_reply_event {
+    dsv3_reply_kind kind;
+    int32_t id;    /* the token that was read; each is told once, with the first event that it causes; else -1 */
+    uint32_t call; /* of CALL_...: which of the reply's, from 0 */
+    const char
+        *text; /* whole code points, not terminated, valid during the call; empty while what comes is not certain */
+    size_t len;
+} dsv3_reply_event;
+
+typedef struct dsv3_reply_opts {
+    uint32_t struct_size; /* 0, or the caller's sizeof */
+    dsv3_markup markup;   /* as in dsv3_chat_opts, and what the prompt was rendered with */
+    bool thinking;
+    bool keep_newlines; /* those that stand beside <think> and </think>: one behind the first; one before and two behind
+                           the second. Default: they are no part of the text */
+    const char *const *stop_strings; /* [n_stop_strings], terminated, 1 to 63 bytes, valid while the reply is read; the
+                                        answer ends before the leftmost found. Looked for in the answer only */
+    size_t n_stop_strings;
+    bool (*event_fn)(void *user, const dsv3_reply_event *event); /* Required; false: no more events */
+    void *user;
+} dsv3_reply_opts;
+
+/* A reply that is being read. The caller's memory, of any kind; its fields are not for use. */
+typedef struct dsv3_reply {
+    const dsv3_tokenizer *tokenizer;
+    dsv3_reply_opts opts;
+    int32_t markers[32];
+    int32_t id;
+    uint32_t state, n_calls, skip, n_held, n_out, n_name;
+    dsv3_reply_kind out_kind;
+    uint8_t utf8[4];
+    char held[128], out[256], name[256];
+} dsv3_reply;
+
+/* Sets up a reply: what the model writes behind a conversation rendered with this markup and add_generation_prompt.
+   tokenizer  must outlive the reply
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, TOKENIZER (as dsv3_chat_render). */
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error);
+
+/* Reads one token; fit to be called by token_fn of dsv3_generate. False: the reply has ended, or event_fn said so. */
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token);
+
+/* The model was stopped (length, cancellation): hands out what was held back, then END. Harmless when called again. */
+DSV3_API void dsv3_reply_end(dsv3_reply *reply);
 
 // ---- Model -----------------------------------------------------------------------------------------------
 
@@ -509,7 +679,8 @@ DSV3_API bool dsv3_isa_supported(dsv3_isa isa);            /* does this CPU, and
 DSV3_API const char *dsv3_compute_name(dsv3_compute mode); /* "bf16"; static */
 
 /* Opens a checkpoint directory as published: config.json, model.safetensors.index.json with its shards or one
-   model.safetensors, and, if there, tokenizer.json, tokenizer_config.json, generation_config.json.
+   model.safetensors, and, if there, tokenizer.json or tiktoken.model, tokenizer_config.json, chat_template.jinja,
+   generation_config.json.
    Weights are mapped, not copied, not scanned. A missing or unknown tokenizer is no error: see dsv3_model_tokenizer.
    model      out; NULL on failure. Close with dsv3_model_close
    dir        UTF-8 path; may be NULL when opts->reader is given
@@ -1413,10 +1584,9 @@ static void dsv3__os_close(void *user, dsv3_file *file)
 /* The reader to use: the host's, or files of `dir`. */
 static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given, dsv3__os_dir *dir, dsv3_error *err)
 {
-    if (given->open_fn) {
-        *reader = *given;
+    *reader = *given;
+    if (given->open_fn)
         return DSV3_OK;
-    }
     if (given->read_fn || given->close_fn)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.reader: open_fn is missing");
 #ifdef DSV3_NO_STDIO
@@ -9334,8 +9504,8 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
 #ifndef DSV3_NO_TOKENIZER
 
 // =============================================================================
-// >>split   Where a text is cut before it is merged: the three regular expressions of DeepSeek-V3's tokenizer, by hand.
-//           Needs: json (UTF-8). Owns: nothing; the table of classes lies in the tokenizer.
+// >>split   Where a text is cut before it is merged: the regular expressions of two tokenizers, DeepSeek-V3's three and
+//           Kimi's one, by hand. Needs: json (UTF-8). Owns: nothing; the table of classes lies in the tokenizer.
 // =============================================================================
 
 /* tokenizer.json has three patterns, each applied to the pieces that the one before left:
@@ -9346,17 +9516,30 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
          |  \s*[\r\n]+  |  \s+(?!\S)  |  \s+
 
    They tell five classes of characters apart, and the ranges of the second. So there is no regex engine:
-   dsv3__split_piece finds the end of the next piece in one walk over the UTF-8. What no pattern matches is a piece of
-   its own. Bytes that are not UTF-8 are characters of the class "other", each by itself. */
+   dsv3__split_v3 finds the end of the next piece in one walk over the UTF-8. What no pattern matches is a piece of
+   its own. Bytes that are not UTF-8 are characters of the class "other", each by itself.
 
-/* What \p{L}\p{M}, \p{P}\p{S}, \p{N} and \s tell apart. */
+   Kimi's code has one pattern, over the whole text, with Upper = [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}] and Lower =
+   [\p{Ll}\p{Lm}\p{Lo}\p{M}], both without \p{Han}; every character is in some piece:
+
+         \p{Han}+  |  [^\r\n\p{L}\p{N}]?Upper*Lower+('s|'t|'re|'ve|'m|'ll|'d)?
+         |  [^\r\n\p{L}\p{N}]?Upper+Lower*('s|'t|'re|'ve|'m|'ll|'d)?  |  \p{N}{1,3}
+         |   ?[^\s\p{L}\p{N}]+[\r\n]*  |  \s*[\r\n]+  |  \s+(?!\S)  |  \s+ */
+
+/* What \p{L}\p{M}, \p{P}\p{S}, \p{N} and \s tell apart; then, what Kimi's pattern does. */
 enum {
     DSV3__SPLIT_OTHER = 0, /* controls, format characters, unassigned, ill-formed bytes */
     DSV3__SPLIT_WORD = 1,  /* letters and marks */
     DSV3__SPLIT_PUNCT = 2, /* punctuation and symbols */
     DSV3__SPLIT_NUMBER = 3,
     DSV3__SPLIT_SPACE = 4,
-    DSV3__SPLIT_CJK = 8 /* or'ed in: the second split's ranges */
+    DSV3__SPLIT_CJK = 8, /* or'ed in: the second split's ranges */
+    /* Kimi: OTHER (with punctuation and symbols), NUMBER, SPACE, and for words: */
+    DSV3__SPLIT_UPPER = 1,
+    DSV3__SPLIT_LOWER = 2,
+    DSV3__SPLIT_CASELESS = 5, /* a letter that is upper and lower at once */
+    DSV3__SPLIT_MARK = 6,     /* the same, but no letter */
+    DSV3__SPLIT_HAN = 8       /* or'ed in */
 };
 
 #define DSV3__SPLIT_END        0x32400 /* behind it only U+E0100 ... U+E01EF have a class (marks) */
@@ -9365,6 +9548,8 @@ enum {
 
 /* The class of each character, in two steps. */
 typedef struct dsv3__split {
+    bool kimi;
+    uint8_t mark; /* the class of the marks from U+E0100 on */
     uint8_t block_of[DSV3__SPLIT_END / DSV3__SPLIT_BLOCK];
     uint8_t blocks[DSV3__SPLIT_BLOCKS_MAX][DSV3__SPLIT_BLOCK];
 } dsv3__split;
@@ -9459,32 +9644,125 @@ static const uint8_t dsv3__split_runs[] = {
 };
 // clang-format on
 
+/* Letters and marks by case, as run lengths over U+0000 ... U+323FF: 0 mark, 1 upper, 2 lower, 3 a letter without case, 4
+   upper and lower by turns, 5 lower and upper. Characters that are neither belong to any run. */
+/* 966 bytes. Generated by tests/gen_unicode.py. */
+// clang-format off
+static const uint8_t dsv3__split_cases[] = {
+    62, 67, 94, 43, 107, 69, 102, 62, 1, 94, 3, 158, 26, 177, 190, 18, 134, 66, 34, 164, 131, 34, 66, 36, 162, 131,
+    34, 67, 34, 162, 135, 132, 164, 131, 34, 164, 130, 65, 97, 130, 66, 100, 34, 162, 131, 146, 179, 162, 133, 34,
+    190, 29, 70, 34, 162, 130, 164, 35, 169, 94, 38, 97, 91, 126, 50, 30, 82, 132, 98, 132, 97, 68, 49, 162, 58, 94,
+    5, 130, 162, 34, 67, 152, 68, 131, 131, 130, 162, 62, 20, 94, 18, 158, 5, 7, 158, 25, 142, 190, 68, 62, 10, 103,
+    94, 19, 30, 33, 126, 34, 16, 126, 13, 30, 5, 98, 1, 126, 71, 15, 98, 7, 126, 5, 1, 126, 0, 29, 126, 59, 11, 126,
+    28, 9, 105, 3, 118, 4, 97, 9, 97, 3, 97, 23, 121, 7, 126, 25, 9, 126, 12, 30, 28, 126, 24, 3, 97, 18, 97, 7,
+    106, 15, 112, 4, 126, 25, 1, 97, 16, 105, 5, 102, 14, 110, 7, 126, 25, 29, 119, 2, 99, 16, 126, 25, 1, 97, 18,
+    114, 23, 97, 11, 126, 25, 1, 97, 30, 0, 102, 15, 113, 1, 126, 29, 18, 103, 30, 16, 126, 25, 1, 97, 26, 106, 30,
+    0, 97, 4, 126, 25, 1, 97, 30, 1, 101, 15, 98, 17, 126, 25, 2, 97, 16, 105, 8, 99, 24, 103, 4, 126, 39, 30, 25,
+    126, 18, 1, 98, 12, 103, 30, 28, 126, 18, 1, 98, 9, 107, 20, 126, 30, 30, 10, 126, 19, 23, 101, 30, 85, 126, 13,
+    20, 119, 4, 100, 3, 97, 3, 98, 7, 99, 4, 109, 12, 97, 17, 62, 18, 94, 14, 97, 67, 127, 93, 2, 0, 30, 5, 126, 2,
+    62, 58, 73, 127, 17, 3, 0, 13, 115, 14, 114, 14, 114, 14, 126, 22, 30, 5, 102, 30, 37, 126, 71, 2, 126, 4, 1,
+    126, 88, 30, 18, 126, 169, 9, 126, 23, 30, 52, 105, 30, 55, 126, 17, 17, 126, 8, 24, 126, 0, 13, 126, 26, 26,
+    126, 6, 30, 11, 126, 21, 73, 135, 62, 34, 25, 100, 1, 102, 1, 98, 3, 102, 94, 14, 126, 33, 77, 97, 94, 4, 126,
+    7, 30, 34, 158, 120, 72, 158, 68, 72, 40, 72, 40, 72, 40, 72, 40, 72, 40, 73, 136, 71, 40, 88, 40, 72, 40, 72,
+    40, 72, 38, 74, 40, 72, 40, 72, 42, 70, 62, 91, 126, 65, 30, 20, 40, 162, 34, 66, 35, 66, 58, 162, 35, 65, 100,
+    69, 40, 94, 31, 159, 125, 10, 0, 62, 18, 94, 18, 131, 34, 66, 135, 35, 163, 163, 69, 98, 35, 190, 69, 171, 3,
+    142, 94, 18, 126, 49, 1, 126, 66, 30, 49, 127, 251, 1, 0, 7, 126, 74, 4, 127, 163, 117, 0, 158, 16, 97, 16, 97,
+    156, 98, 2, 126, 50, 30, 9, 107, 142, 66, 158, 32, 97, 72, 133, 138, 99, 132, 97, 132, 66, 149, 36, 162, 36,
+    176, 35, 164, 158, 8, 99, 130, 99, 65, 103, 1, 99, 1, 100, 1, 119, 29, 126, 34, 2, 126, 20, 30, 32, 109, 11,
+    124, 10, 119, 25, 126, 2, 4, 126, 17, 28, 118, 1, 126, 37, 23, 99, 1, 104, 20, 123, 3, 126, 20, 1, 97, 3, 98, 2,
+    101, 2, 97, 1, 126, 11, 7, 99, 12, 126, 17, 94, 14, 100, 73, 103, 94, 50, 126, 5, 29, 127, 0, 79, 0, 93, 97, 1,
+    127, 225, 2, 0, 30, 82, 126, 147, 62, 2, 94, 7, 127, 151, 2, 0, 30, 101, 126, 66, 30, 2, 126, 88, 10, 126, 98,
+    62, 10, 94, 10, 126, 66, 62, 10, 94, 10, 126, 82, 62, 9, 94, 11, 127, 65, 4, 0, 15, 126, 10, 30, 10, 126, 103,
+    27, 127, 128, 1, 0, 62, 34, 94, 34, 126, 6, 30, 8, 102, 57, 6, 97, 94, 242, 126, 13, 5, 126, 46, 4, 126, 40, 30,
+    12, 114, 30, 16, 126, 50, 3, 126, 23, 30, 27, 98, 2, 106, 4, 126, 15, 30, 2, 126, 18, 3, 126, 6, 29, 97, 2, 126,
+    14, 3, 106, 3, 126, 18, 14, 104, 17, 126, 52, 19, 98, 30, 33, 126, 65, 30, 8, 126, 24, 2, 97, 18, 103, 6, 101,
+    30, 0, 126, 26, 25, 97, 1, 110, 30, 1, 126, 23, 18, 119, 1, 126, 51, 20, 126, 205, 30, 11, 100, 30, 6, 126, 18,
+    20, 126, 73, 13, 126, 71, 30, 5, 126, 206, 30, 86, 62, 2, 94, 33, 126, 19, 15, 97, 1, 97, 30, 64, 126, 19, 16,
+    99, 28, 97, 10, 126, 10, 7, 97, 21, 97, 11, 126, 16, 19, 127, 146, 1, 0, 17, 126, 52, 30, 80, 126, 19, 21, 97,
+    25, 126, 12, 14, 127, 91, 1, 0, 15, 97, 1, 126, 18, 30, 94, 127, 144, 20, 0, 1, 102, 25, 127, 190, 44, 0, 31,
+    226, 6, 0, 127, 240, 2, 0, 16, 126, 18, 16, 127, 0, 3, 0, 62, 2, 94, 130, 126, 49, 1, 97, 30, 36, 126, 51, 28,
+    127, 157, 76, 0, 31, 99, 23, 0, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90, 58, 90,
+    58, 90, 58, 90, 58, 94, 0, 58, 94, 2, 58, 94, 2, 58, 94, 2, 58, 94, 2, 58, 94, 2, 159, 54, 2, 0, 31, 0, 5, 0,
+    74, 97, 94, 215, 30, 18, 126, 65, 30, 83, 126, 18, 7, 127, 119, 1, 0, 18, 126, 14, 31, 228, 1, 0, 124, 30, 198,
+    126, 0, 2, 127, 224, 2, 0, 30, 18, 62, 4, 94, 4, 7, 127, 181, 58, 1,
+};
+// clang-format on
+
 /* The second split: [一-龥぀-ゟ゠-ヿ]+ */
 static bool dsv3__split_is_cjk(uint32_t code)
 {
     return (code >= 0x4E00 && code <= 0x9FA5) || (code >= 0x3040 && code <= 0x30FF);
 }
 
+/* \p{Han}: a script, and not a range. Asked for one code after the other; *at: the range that is next. */
+DSV3__INLINE bool dsv3__split_is_han(uint32_t code, uint32_t *at)
+{
+    static const uint32_t ranges[][2] = {
+        {0x2E80, 0x2E99},   {0x2E9B, 0x2EF3},   {0x2F00, 0x2FD5},   {0x3005, 0x3005},   {0x3007, 0x3007},
+        {0x3021, 0x3029},   {0x3038, 0x303B},   {0x3400, 0x4DBF},   {0x4E00, 0x9FFF},   {0xF900, 0xFA6D},
+        {0xFA70, 0xFAD9},   {0x16FE2, 0x16FE3}, {0x16FF0, 0x16FF1}, {0x20000, 0x2A6DF}, {0x2A700, 0x2B739},
+        {0x2B740, 0x2B81D}, {0x2B820, 0x2CEA1}, {0x2CEB0, 0x2EBE0}, {0x2EBF0, 0x2EE5D}, {0x2F800, 0x2FA1D},
+        {0x30000, 0x3134A}, {0x31350, 0x323AF},
+    };
+    if (*at < DSV3__COUNT(ranges) && code > ranges[*at][1])
+        ++*at;
+    return *at < DSV3__COUNT(ranges) && code >= ranges[*at][0];
+}
+
+/* Unfolds run lengths, a character at a time. */
+typedef struct dsv3__split_reader {
+    const uint8_t *p;
+    uint32_t left, at; /* characters of the run to come, and gone */
+    uint8_t class_of_run;
+} dsv3__split_reader;
+
+DSV3__INLINE uint8_t dsv3__split_next(dsv3__split_reader *r)
+{
+    if (!r->left) {
+        r->class_of_run = *r->p >> 5;
+        r->left = *r->p++ & 31;
+        if (r->left == 30)
+            r->left += *r->p++;
+        else if (r->left == 31)
+            r->left = r->p[0] | (uint32_t)r->p[1] << 8 | (uint32_t)r->p[2] << 16, r->p += 3;
+        r->at = 0;
+    }
+    r->left--;
+    r->at++;
+    return r->class_of_run;
+}
+
+/* The class of a letter or mark by the case table's run. */
+static uint8_t dsv3__split_case(const dsv3__split_reader *r)
+{
+    static const uint8_t classes[] = {DSV3__SPLIT_MARK, DSV3__SPLIT_UPPER, DSV3__SPLIT_LOWER, DSV3__SPLIT_CASELESS};
+    if (r->class_of_run < 4)
+        return classes[r->class_of_run];
+    return (r->class_of_run + r->at) & 1 ? DSV3__SPLIT_UPPER : DSV3__SPLIT_LOWER; /* turn by turn, 4: upper first */
+}
+
 /* Unfolds the run lengths into blocks of 128; blocks of one class throughout are shared. */
-static void dsv3__split_init(dsv3__split *s)
+static void dsv3__split_init(dsv3__split *s, bool kimi)
 {
     uint8_t uniform[16] = {0}; /* class -> 1 + its block */
-    const uint8_t *run = dsv3__split_runs;
-    uint32_t left = 0, n_blocks = 0;
-    uint8_t class_of_run = 0;
+    dsv3__split_reader classes = {dsv3__split_runs, 0, 0, 0}, cases = {dsv3__split_cases, 0, 0, 0};
+    uint32_t n_blocks = 0, han = 0;
+    s->kimi = kimi;
+    s->mark = kimi ? DSV3__SPLIT_MARK : DSV3__SPLIT_WORD;
     for (uint32_t b = 0; b < DSV3__COUNT(s->block_of); b++) {
         uint8_t *block = s->blocks[n_blocks];
         bool same = true;
-        for (uint32_t i = 0; i < DSV3__SPLIT_BLOCK; i++, left--) {
-            if (!left) {
-                class_of_run = *run >> 5;
-                left = *run++ & 31;
-                if (left == 30)
-                    left += *run++;
-                else if (left == 31)
-                    left = run[0] | (uint32_t)run[1] << 8 | (uint32_t)run[2] << 16, run += 3;
-            }
-            block[i] = (uint8_t)(class_of_run | (dsv3__split_is_cjk(b * DSV3__SPLIT_BLOCK + i) ? DSV3__SPLIT_CJK : 0));
+        for (uint32_t i = 0; i < DSV3__SPLIT_BLOCK; i++) {
+            uint32_t code = b * DSV3__SPLIT_BLOCK + i;
+            bool zone = kimi ? dsv3__split_is_han(code, &han) : dsv3__split_is_cjk(code);
+            uint8_t c = dsv3__split_next(&classes);
+            if (kimi)
+                dsv3__split_next(&cases);
+            if (kimi && c == DSV3__SPLIT_WORD)
+                c = dsv3__split_case(&cases);
+            else if (kimi && c == DSV3__SPLIT_PUNCT)
+                c = DSV3__SPLIT_OTHER;
+            block[i] = (uint8_t)(c | (zone ? DSV3__SPLIT_CJK : 0));
             same = same && block[i] == block[0];
         }
         if (same && uniform[block[0]]) {
@@ -9512,7 +9790,7 @@ DSV3__INLINE unsigned dsv3__split_class(const dsv3__split *s, const uint8_t *p, 
     case 4:
         code = (p[0] & 7u) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
         if (code >= DSV3__SPLIT_END)
-            return code >= 0xE0100 && code <= 0xE01EF ? DSV3__SPLIT_WORD : DSV3__SPLIT_OTHER;
+            return code >= 0xE0100 && code <= 0xE01EF ? s->mark : (unsigned)DSV3__SPLIT_OTHER;
         break;
     default: *n = 1; return DSV3__SPLIT_OTHER;
     }
@@ -9543,7 +9821,7 @@ static const uint8_t *dsv3__split_punct(const dsv3__split *s, const uint8_t *p, 
 }
 
 /* `\s*[\r\n]+|\s+(?!\S)|\s+`: to the last newline of the run; else all but its last character, which is left for the
-   word behind it, unless the piece ends there. */
+   word behind it, unless the text ends there, or V3's first two splits cut there. */
 static const uint8_t *dsv3__split_space(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
 {
     const uint8_t *begin = p, *last = p, *newline = NULL;
@@ -9556,7 +9834,7 @@ static const uint8_t *dsv3__split_space(const dsv3__split *s, const uint8_t *p, 
     }
     if (newline)
         return newline;
-    if (p == end || c == DSV3__SPLIT_NUMBER || (c & DSV3__SPLIT_CJK) || last == begin)
+    if (p == end || last == begin || (!s->kimi && (c == DSV3__SPLIT_NUMBER || (c & DSV3__SPLIT_CJK))))
         return p;
     return last;
 }
@@ -9581,7 +9859,7 @@ static const uint8_t *dsv3__split_other(const dsv3__split *s, const uint8_t *p, 
 /* End of the piece that begins at p (before end). The first two splits (numbers in threes; CJK or not) are only borders
    that the alternatives of the third do not cross: its classes are compared together with the zone's bit, and a number
    is in none of them. */
-static const uint8_t *dsv3__split_piece(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
+static const uint8_t *dsv3__split_v3(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
 {
     size_t n;
     unsigned c = dsv3__split_class(s, p, end, &n), zone = c & DSV3__SPLIT_CJK, next;
@@ -9607,6 +9885,102 @@ static const uint8_t *dsv3__split_piece(const dsv3__split *s, const uint8_t *p, 
         return dsv3__split_space(s, p, end);
     default: return dsv3__split_other(s, p, end, zone);
     }
+}
+
+/* Is it in a set of Kimi's classes? Of the sets of cased letters Han is no part. */
+#define DSV3__SPLIT_BIT(c)   (1u << (c))
+#define DSV3__SPLIT_ANY_CASE (DSV3__SPLIT_BIT(DSV3__SPLIT_CASELESS) | DSV3__SPLIT_BIT(DSV3__SPLIT_MARK))
+#define DSV3__SPLIT_UPPERS   (DSV3__SPLIT_BIT(DSV3__SPLIT_UPPER) | DSV3__SPLIT_ANY_CASE)
+#define DSV3__SPLIT_LOWERS   (DSV3__SPLIT_BIT(DSV3__SPLIT_LOWER) | DSV3__SPLIT_ANY_CASE)
+#define DSV3__SPLIT_SIGNS    (DSV3__SPLIT_BIT(DSV3__SPLIT_OTHER) | DSV3__SPLIT_BIT(DSV3__SPLIT_MARK))
+
+/* End of the run of characters whose class is in a set; *last: behind the last one that has any case, or NULL. */
+static const uint8_t *dsv3__split_set(const dsv3__split *s, const uint8_t *p, const uint8_t *end, unsigned set,
+                                      const uint8_t **last)
+{
+    size_t n;
+    *last = NULL;
+    for (; p < end; p += n) {
+        unsigned bit = DSV3__SPLIT_BIT(dsv3__split_class(s, p, end, &n));
+        if (!(bit & set))
+            break;
+        *last = bit & DSV3__SPLIT_ANY_CASE ? p + n : *last;
+    }
+    return p;
+}
+
+/* `Upper*Lower+` from p, or NULL. Where no small letter ends the capitals, the last that has any case is the Lower. */
+static const uint8_t *dsv3__split_lower(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *any, *e = dsv3__split_set(s, p, end, DSV3__SPLIT_UPPERS, &any), *ignored;
+    const uint8_t *lower = dsv3__split_set(s, e, end, DSV3__SPLIT_LOWERS, &ignored);
+    return lower > e ? lower : any;
+}
+
+/* `Upper+Lower*` from p, or NULL, where `Upper*Lower+` is not. */
+static const uint8_t *dsv3__split_upper(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t *any, *e = dsv3__split_set(s, p, end, DSV3__SPLIT_UPPERS, &any);
+    return e > p ? e : NULL;
+}
+
+/* `('s|'t|'re|'ve|'m|'ll|'d)?`, capitals and the long s too. */
+static const uint8_t *dsv3__split_contraction(const uint8_t *p, const uint8_t *end)
+{
+    static const char *const pairs[] = {"re", "ve", "ll"};
+    size_t left = (size_t)(end - p);
+    if (left < 2 || *p != '\'')
+        return p;
+    uint8_t a = p[1] | 0x20, b = left > 2 ? p[2] | 0x20 : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd')
+        return p + 2;
+    if (left > 2 && p[1] == 0xC5 && p[2] == 0xBF)
+        return p + 3;
+    for (uint32_t i = 0; i < DSV3__COUNT(pairs); i++)
+        if (a == (uint8_t)pairs[i][0] && b == (uint8_t)pairs[i][1])
+            return p + 3;
+    return p;
+}
+
+/* End of Kimi's piece that begins at p (before end). */
+static const uint8_t *dsv3__split_kimi(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
+{
+    size_t n;
+    unsigned c = dsv3__split_class(s, p, end, &n);
+    const uint8_t *behind = p + n, *e = NULL, *ignored;
+    bool prefix =
+        !((DSV3__SPLIT_UPPERS | DSV3__SPLIT_LOWERS) & ~DSV3__SPLIT_BIT(DSV3__SPLIT_MARK) & DSV3__SPLIT_BIT(c)) &&
+        c != DSV3__SPLIT_NUMBER && !dsv3__split_is_newline(*p);
+    if (c & DSV3__SPLIT_HAN)
+        return dsv3__split_set(s, p, end, 0xFFFFu & ~0xFFu, &ignored);
+    if (prefix)
+        e = dsv3__split_lower(s, behind, end);
+    if (!e)
+        e = dsv3__split_lower(s, p, end);
+    if (!e && prefix)
+        e = dsv3__split_upper(s, behind, end);
+    if (!e)
+        e = dsv3__split_upper(s, p, end);
+    if (e)
+        return dsv3__split_contraction(e, end);
+    if (c == DSV3__SPLIT_NUMBER) {
+        e = behind;
+        for (int i = 1; i < 3 && e < end && (dsv3__split_class(s, e, end, &n) & 7) == DSV3__SPLIT_NUMBER; i++)
+            e += n;
+        return e;
+    }
+    const unsigned signs = DSV3__SPLIT_SIGNS | DSV3__SPLIT_SIGNS << DSV3__SPLIT_HAN; /* Han or not */
+    e = dsv3__split_set(s, *p == ' ' ? behind : p, end, signs, &ignored);
+    if (e == (*p == ' ' ? behind : p))
+        return dsv3__split_space(s, p, end);
+    while (e < end && dsv3__split_is_newline(*e))
+        e++;
+    return e;
+}
+
+DSV3__INLINE const uint8_t *dsv3__split_piece(const dsv3__split *s, const uint8_t *p, const uint8_t *end)
+{
+    return s->kimi ? dsv3__split_kimi(s, p, end) : dsv3__split_v3(s, p, end);
 }
 
 // =============================================================================
@@ -9966,7 +10340,7 @@ typedef struct dsv3__bpe_builder {
     dsv3__bpe_trie *trie;
     dsv3__mem *mem;
     dsv3_error *err;
-    const char *what; /* of tokenizer.json, for errors */
+    const char *what; /* for errors */
     const char *pool;
     uint64_t cap;                  /* units allocated */
     uint64_t low;                  /* no free unit stands before */
@@ -10026,7 +10400,7 @@ static dsv3_result dsv3__bpe_trie_value(dsv3__bpe_builder *b, const dsv3__bpe_br
         dsv3__str text;
         text.p = b->pool + item.at;
         text.n = item.n;
-        return DSV3__BPE_FAIL(b->err, "%s: \"%S\" stands there twice", b->what, &text);
+        return DSV3__FAIL(b->err, DSV3_ERROR_TOKENIZER, "%s: \"%S\" stands there twice", b->what, &text);
     }
     b->trie->units[at->place] |= (uint64_t)(item.value + 1) << 9;
     if (b->trie->depth < at->depth)
@@ -10085,7 +10459,8 @@ static dsv3_result dsv3__bpe_trie_take(dsv3__bpe_builder *b, uint32_t place, uin
             b->end = (uint64_t)*base + bytes[i] + 1;
     }
     if (b->end > DSV3__BPE_UNITS_MAX)
-        return DSV3__BPE_FAIL(b->err, "%s: more than %u beginnings of strings", b->what, (uint64_t)DSV3__BPE_UNITS_MAX);
+        return DSV3__FAIL(b->err, DSV3_ERROR_TOKENIZER, "%s: more than %u beginnings of strings", b->what,
+                          (uint64_t)DSV3__BPE_UNITS_MAX);
     return DSV3_OK;
 }
 
@@ -10168,7 +10543,7 @@ static dsv3_result dsv3__bpe_trie_build(dsv3__bpe_trie *trie, const char *pool, 
 
 // ---- Building: words ----------------------------------------------------------------------------------------
 
-/* What the file says. */
+/* What the file says. tiktoken.model says only what is made, in order: left is DSV3__BPE_GONE. */
 typedef struct dsv3__bpe_rule {
     uint32_t left, right, made; /* ids */
 } dsv3__bpe_rule;
@@ -10178,7 +10553,9 @@ typedef struct dsv3__bpe_source {
     uint32_t n_rules, n_vocab;
     const uint8_t *flags; /* [n_vocab] not 0: no word, unless a merge makes it */
     uint64_t n_units;     /* of the trie */
-    uint32_t *word_of;    /* [n_vocab] out: id -> word, or DSV3__BPE_GONE */
+    const char *pool;
+    const dsv3__bpe_item *items; /* [n_vocab] where an id's bytes are, for rules without halves */
+    uint32_t *word_of;           /* [n_vocab] out: id -> word, or DSV3__BPE_GONE */
     dsv3__mem *mem;
     dsv3_error *err;
 } dsv3__bpe_source;
@@ -10228,6 +10605,27 @@ static dsv3_result dsv3__bpe_put_pair(dsv3__bpe *b, uint32_t left, uint32_t righ
     return DSV3_OK;
 }
 
+/* The two words that the bytes of `made` end in when only older words are made; they merge into it. Of all places to cut,
+   it is the one where nothing older merges across. */
+static dsv3_result dsv3__bpe_halves(const dsv3__bpe *b, const dsv3__bpe_source *s, uint32_t made, uint32_t *left,
+                                    uint32_t *right)
+{
+    const dsv3__bpe_item *item = &s->items[b->ids[made]];
+    const char *bytes = s->pool + item->at;
+    for (uint32_t i = 1; i < item->n; i++) {
+        int64_t x = dsv3__bpe_trie_find(&b->trie, bytes, i);
+        int64_t y = x < 0 ? -1 : dsv3__bpe_trie_find(&b->trie, bytes + i, item->n - i);
+        if (y < 0 || s->word_of[x] >= made || s->word_of[y] >= made)
+            continue;
+        *left = s->word_of[x];
+        *right = s->word_of[y];
+        if (dsv3__bpe_parts_apart(b, *left, *right, made))
+            return DSV3_OK;
+    }
+    return DSV3__FAIL(s->err, DSV3_ERROR_TOKENIZER, "tiktoken.model: no two tokens before it merge into token %u",
+                      (uint64_t)b->ids[made]);
+}
+
 /* The tables of pairs and parts. b->chain: halves are made before their merge, merges make all words, none is long. */
 static dsv3_result dsv3__bpe_load_pairs(dsv3__bpe *b, const dsv3__bpe_source *s)
 {
@@ -10245,17 +10643,21 @@ static dsv3_result dsv3__bpe_load_pairs(dsv3__bpe *b, const dsv3__bpe_source *s)
     for (uint32_t i = 0; i < 256; i++)
         b->parts[i].left = b->parts[i].right = i;
     for (uint32_t r = 0; r < s->n_rules; r++) {
-        uint32_t left = s->word_of[s->rules[r].left], right = s->word_of[s->rules[r].right], made = 256 + r;
+        uint32_t left = 0, right = 0, made = 256 + r;
+        if (s->rules[r].left == DSV3__BPE_GONE)
+            DSV3__TRY(dsv3__bpe_halves(b, s, made, &left, &right));
+        else
+            left = s->word_of[s->rules[r].left], right = s->word_of[s->rules[r].right];
         b->parts[made].left = left;
         b->parts[made].right = right;
-        if (left >= made || right >= made)
-            b->chain = false;
         if (left != DSV3__BPE_GONE && right != DSV3__BPE_GONE)
             DSV3__TRY(dsv3__bpe_put_pair(b, left, right, made, s->err));
-    }
-    for (uint32_t made = 256; b->chain && made < b->n_words; made++) {
-        b->parts[b->parts[made].left & ~DSV3__BPE_JOINS].left |= DSV3__BPE_JOINS;
-        b->parts[b->parts[made].right & ~DSV3__BPE_JOINS].right |= DSV3__BPE_JOINS;
+        if (left >= made || right >= made) {
+            b->chain = false; /* and the marks below are not needed */
+            continue;
+        }
+        b->parts[left].left |= DSV3__BPE_JOINS;
+        b->parts[right].right |= DSV3__BPE_JOINS;
     }
     return DSV3_OK;
 }
@@ -10302,7 +10704,7 @@ static void dsv3__bpe_free(dsv3__bpe *b, dsv3__mem *mem)
 #endif // DSV3_NO_TOKENIZER
 
 // =============================================================================
-// >>tok   The checkpoint's tokenizer: tokenizer.json, text to ids and back.
+// >>tok   The checkpoint's tokenizer: tokenizer.json or tiktoken.model, text to ids and back.
 //         Needs: json, split, bpe. Owns: the tokenizer, which never changes once it is open.
 // =============================================================================
 
@@ -10312,7 +10714,10 @@ static void dsv3__bpe_free(dsv3__bpe *b, dsv3__mem *mem)
 
    Opening reads tokenizer.json front to back, without a tree. A token of the vocabulary is spelled in *byte letters* (a
    code point that prints stands for a byte); it is turned into bytes once and for all. What this library does not do as
-   the file says, or does not know, is refused by name: ids of another tokenizer would be wrong without a sign. */
+   the file says, or does not know, is refused by name: ids of another tokenizer would be wrong without a sign.
+
+   Kimi's tiktoken.model has the tokens in order, and neither merges (>>bpe finds them) nor its pattern (>>split) nor the
+   added tokens, which are in tokenizer_config.json. */
 
 enum {
     DSV3__TOK_FILE_MAX = 64 << 20,   /* bytes of tokenizer.json */
@@ -10385,6 +10790,14 @@ static size_t dsv3__tok_stream_flush(dsv3__tok_stream *s, char *out)
     return n;
 }
 
+/* The texts of a checkpoint that are read; those that are not there are empty. */
+typedef struct dsv3__tok_files {
+    dsv3__str json;          /* tokenizer.json */
+    dsv3__str ranks;         /* tiktoken.model, where `json` is empty */
+    dsv3__str config;        /* tokenizer_config.json */
+    dsv3__str chat_template; /* chat_template.jinja: goes before the one in `config` */
+} dsv3__tok_files;
+
 #ifndef DSV3_NO_TOKENIZER
 
 /* A token's bytes in the pool. */
@@ -10421,6 +10834,8 @@ struct dsv3_tokenizer {
     char *content_pool;
     dsv3__bpe_trie marker_trie; /* text -> place in `markers` */
     bool marker_starts[256];    /* can this byte begin one? */
+    char *chat_template;        /* [n_chat_template] as it is in the checkpoint, for >>chat; NULL: none */
+    size_t n_chat_template;
     dsv3__split split;
     dsv3__bpe bpe;
 };
@@ -10696,8 +11111,8 @@ static dsv3_result dsv3__tok_load_vocab(dsv3__tok_load *l)
             l->items[n].value = id;
             n += (t->flags[id] & DSV3__TOK_RAW ? 1 : 0) == raw; /* or is overwritten by the next */
         }
-        DSV3__TRY(dsv3__bpe_trie_build(raw ? &l->raw : &t->bpe.trie, t->pool, l->items, n, "model.vocab", &l->n_units,
-                                       &t->mem, l->err));
+        DSV3__TRY(dsv3__bpe_trie_build(raw ? &l->raw : &t->bpe.trie, t->pool, l->items, n,
+                                       "tokenizer.json: model.vocab", &l->n_units, &t->mem, l->err));
     }
     return DSV3_OK;
 }
@@ -10809,17 +11224,49 @@ static dsv3_result dsv3__tok_load_merges(dsv3__tok_load *l)
 
 // ---- Opening: added tokens ----------------------------------------------------------------------------------
 
-/* Reads one of added_tokens; what it means is settled when the vocabulary is there. */
-static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
+/* Room for another added token. */
+static dsv3_result dsv3__tok_load_marker_room(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    uint64_t n = t->n_markers;
+    void *markers = t->markers, *contents = t->contents;
+    DSV3__TRY(dsv3__mem_grow(&t->mem, &markers, &l->markers_cap, n, n + 1, sizeof *t->markers, "added tokens", l->err));
+    t->markers = (dsv3__tok_marker *)markers;
+    DSV3__TRY(
+        dsv3__mem_grow(&t->mem, &contents, &l->contents_cap, n, n + 1, sizeof *t->contents, "added tokens", l->err));
+    t->contents = (dsv3__tok_span *)contents;
+    return DSV3_OK;
+}
+
+/* Adds one, its text being in l->text [n]. */
+static dsv3_result dsv3__tok_put_marker(dsv3__tok_load *l, uint64_t id, size_t n, bool special, bool normalized)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t index = t->n_markers;
+    DSV3__TRY(dsv3__tok_load_marker_room(l));
+    DSV3__TRY(dsv3__tok_room(l, &t->content_pool, &l->content_cap, l->n_content, n, "added tokens"));
+    memcpy(t->content_pool + l->n_content, l->text, n);
+    t->contents[index].at = (uint32_t)l->n_content;
+    t->contents[index].n = (uint32_t)n;
+    l->n_content += n;
+    t->markers[index].id = (int32_t)id;
+    t->markers[index].special = special;
+    t->markers[index].normalized = normalized;
+    t->n_markers++;
+    return DSV3_OK;
+}
+
+/* Reads one of added_tokens; what it means is settled when the vocabulary is there.
+   key        NULL, or the id, which is not in the object then */
+static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l, const uint64_t *key_id)
 {
     static const char *const names[] = {"id", "content", "special", "normalized", "lstrip", "rstrip", "single_word"};
-    dsv3_tokenizer *t = l->t;
     dsv3__json *j = &l->j;
     dsv3__json_str key;
     dsv3__str spelled = {"", 0};
     bool flags[DSV3__COUNT(names)] = {false};
-    uint64_t id = 0, index = t->n_markers;
-    uint32_t seen = 0;
+    uint64_t id = key_id ? *key_id : 0, index = l->t->n_markers;
+    uint32_t seen = key_id ? 1 : 0;
     size_t n = 0;
     dsv3__json_open(j, '{');
     while (dsv3__json_key(j, &key)) {
@@ -10853,33 +11300,14 @@ static dsv3_result dsv3__tok_load_marker(dsv3__tok_load *l)
         return DSV3__BPE_FAIL(l->err,
                               "added_tokens[%u]: expected 1 to %u bytes and an id below %u, found %u bytes and %u",
                               index, (uint64_t)DSV3__TOK_BYTES_MAX, (uint64_t)DSV3__TOK_IDS_MAX, (uint64_t)n, id);
-    DSV3__TRY(dsv3__tok_room(l, &t->content_pool, &l->content_cap, l->n_content, n, "added tokens"));
-    memcpy(t->content_pool + l->n_content, l->text, n);
-    t->contents[index].at = (uint32_t)l->n_content;
-    t->contents[index].n = (uint32_t)n;
-    l->n_content += n;
-    t->markers[index].id = (int32_t)id;
-    t->markers[index].special = flags[2];
-    t->markers[index].normalized = flags[3];
-    t->n_markers++;
-    return DSV3_OK;
+    return dsv3__tok_put_marker(l, id, n, flags[2], flags[3]);
 }
 
 static dsv3_result dsv3__tok_load_added(dsv3__tok_load *l)
 {
-    dsv3_tokenizer *t = l->t;
     dsv3__json_open(&l->j, '[');
-    while (dsv3__json_item(&l->j)) {
-        uint64_t n = t->n_markers;
-        void *markers = t->markers, *contents = t->contents;
-        DSV3__TRY(
-            dsv3__mem_grow(&t->mem, &markers, &l->markers_cap, n, n + 1, sizeof *t->markers, "added tokens", l->err));
-        t->markers = (dsv3__tok_marker *)markers;
-        DSV3__TRY(dsv3__mem_grow(&t->mem, &contents, &l->contents_cap, n, n + 1, sizeof *t->contents, "added tokens",
-                                 l->err));
-        t->contents = (dsv3__tok_span *)contents;
-        DSV3__TRY(dsv3__tok_load_marker(l));
-    }
+    while (dsv3__json_item(&l->j))
+        DSV3__TRY(dsv3__tok_load_marker(l, NULL));
     return l->j.result;
 }
 
@@ -10941,8 +11369,8 @@ static dsv3_result dsv3__tok_load_marker_trie(dsv3__tok_load *l)
         l->items[i].value = i;
         t->marker_starts[(uint8_t)t->content_pool[t->contents[i].at]] = true;
     }
-    return dsv3__bpe_trie_build(&t->marker_trie, t->content_pool, l->items, t->n_markers, "added_tokens", &n_units,
-                                &t->mem, l->err);
+    return dsv3__bpe_trie_build(&t->marker_trie, t->content_pool, l->items, t->n_markers,
+                                "tokenizer.json: added_tokens", &n_units, &t->mem, l->err);
 }
 
 // ---- Opening: the rest of the files -------------------------------------------------------------------------
@@ -11247,10 +11675,47 @@ static dsv3_result dsv3__tok_config_token(dsv3__tok_load *l, const dsv3__json *v
     return DSV3_OK;
 }
 
-/* add_bos_token and the names of three tokens. The rest is not read: DeepSeek-V3's tokenizer_class is wrong. */
+/* Room for a chat template of n bytes, in place of the one that was there. */
+static dsv3_result dsv3__tok_load_template_room(dsv3__tok_load *l, size_t n)
+{
+    dsv3_tokenizer *t = l->t;
+    void *room;
+    dsv3__mem_free(&t->mem, t->chat_template);
+    t->chat_template = NULL;
+    DSV3__TRY(dsv3__mem_alloc(&t->mem, &room, n + 1, "a chat template", l->err));
+    t->chat_template = (char *)room;
+    t->n_chat_template = n;
+    return DSV3_OK;
+}
+
+/* chat_template of tokenizer_config.json: a string, or a list of {"name", "template"}, of which "default" is taken. */
+static dsv3_result dsv3__tok_load_chat_template(dsv3__tok_load *l, const dsv3__json *value)
+{
+    dsv3__json at = *value, found = *value;
+    dsv3__json_str s;
+    char kind = dsv3__json_peek(&at);
+    if (kind == '[') {
+        bool any = false;
+        dsv3__json_open(&at, '[');
+        while (dsv3__json_item(&at)) {
+            any = any || (dsv3__tok_get_is(&at, "name", "default") && dsv3__tok_get(&at, "template", &found));
+            dsv3__json_skip(&at);
+        }
+        kind = any ? dsv3__json_peek(&found) : 0;
+    }
+    if (kind != '"' || !dsv3__json_string(&found, &s))
+        return DSV3_OK; /* null, or of a form that is not known: as good as none */
+    DSV3__TRY(dsv3__tok_load_template_room(l, s.n));
+    if (!dsv3__json_decode(s, l->t->chat_template, &l->t->n_chat_template))
+        return DSV3__FAIL(l->err, DSV3_ERROR_JSON, "tokenizer_config.json: a bad escape in chat_template");
+    return DSV3_OK;
+}
+
+/* add_bos_token, the names of three tokens, the chat template. The rest is not read: DeepSeek-V3's tokenizer_class is
+   wrong. */
 static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
 {
-    static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token"};
+    static const char *const names[] = {"bos_token", "eos_token", "pad_token", "add_bos_token", "chat_template"};
     dsv3_tokenizer *t = l->t;
     int32_t template_bos = t->bos;
     int32_t *const ids[] = {&t->bos, &t->eos, &t->pad};
@@ -11288,8 +11753,186 @@ static dsv3_result dsv3__tok_load_config(dsv3__tok_load *l, dsv3__str text)
                           (int64_t)t->bos, (int64_t)template_bos);
     if ((seen >> 3 & 1) && dsv3__json_peek(&values[3]) != 'n' && !dsv3__json_bool(&values[3], &t->add_bos))
         return values[3].result;
+    return seen >> 4 & 1 ? dsv3__tok_load_chat_template(l, &values[4]) : DSV3_OK;
+}
+
+// ---- Opening: tiktoken.model --------------------------------------------------------------------------------
+
+enum { DSV3__TOK_RANKS_ADDED = 256 /* ids behind the ranks, named or not */ };
+
+#define DSV3__TOK_RANKS_FAIL(err, ...) DSV3__FAIL((err), DSV3_ERROR_TOKENIZER, "tiktoken.model: " __VA_ARGS__)
+
+/* Bytes of base64 up to a space, to out; NULL if that is no base64, else the space. */
+static const char *dsv3__tok_base64(const char *p, const char *end, char *out, size_t cap, size_t *n)
+{
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    uint32_t bits = 0, n_bits = 0;
+    const char *begin = p;
+    *n = 0;
+    for (; p < end && *p != ' ' && *p != '='; p++) {
+        const char *letter = (const char *)memchr(letters, *p, sizeof letters - 1);
+        if (!letter)
+            return NULL;
+        bits = bits << 6 | (uint32_t)(letter - letters);
+        n_bits += 6;
+        if (n_bits < 8)
+            continue;
+        if (*n == cap)
+            return NULL;
+        n_bits -= 8;
+        out[(*n)++] = (char)(bits >> n_bits);
+        bits &= (1u << n_bits) - 1;
+    }
+    while (p < end && *p == '=')
+        p++;
+    return p < end && *p == ' ' && (p - begin) % 4 == 0 && !bits && n_bits < 6 ? p : NULL;
+}
+
+/* One line: a token's bytes in base64, its rank, which is its id and the line's number. */
+static dsv3_result dsv3__tok_load_rank(dsv3__tok_load *l, const char **at, const char *end)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t id = t->n_tokens;
+    uint64_t rank = 0;
+    size_t n;
+    DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, DSV3__BPE_CHAIN_MAX, "token bytes"));
+    const char *p = dsv3__tok_base64(*at, end, t->pool + l->n_pool, DSV3__BPE_CHAIN_MAX, &n),
+               *digits = p ? p + 1 : NULL;
+    if (!p || !n || id == DSV3__TOK_IDS_MAX)
+        return DSV3__TOK_RANKS_FAIL(l->err, "line %u: expected 1 to %u bytes in base64, a space and a rank below %u",
+                                    (uint64_t)id + 1, (uint64_t)DSV3__BPE_CHAIN_MAX, (uint64_t)DSV3__TOK_IDS_MAX);
+    for (p = digits; p < end && *p >= '0' && *p <= '9' && rank <= id; p++)
+        rank = rank * 10 + (uint64_t)(*p - '0');
+    if (p == digits || rank != id || (p < end && *p != '\n'))
+        return DSV3__TOK_RANKS_FAIL(l->err, "line %u: expected the rank %u", (uint64_t)id + 1, (uint64_t)id);
+    if ((n == 1) != (id < 256))
+        return DSV3__TOK_RANKS_FAIL(l->err, "line %u: expected the 256 bytes first, then longer tokens, found %u bytes",
+                                    (uint64_t)id + 1, (uint64_t)n);
+    DSV3__TRY(dsv3__tok_load_ids(l, id + 1));
+    t->spans[id].at = (uint32_t)l->n_pool;
+    t->spans[id].n = (uint32_t)n;
+    t->flags[id] = 0;
+    l->n_pool += n;
+    *at = p < end ? p + 1 : p;
     return DSV3_OK;
 }
+
+/* l->items [n_vocab] are the tokens, in the order of their ids. */
+static void dsv3__tok_ranks_items(dsv3__tok_load *l)
+{
+    for (uint32_t id = 0; id < l->n_vocab; id++) {
+        l->items[id].at = l->t->spans[id].at;
+        l->items[id].n = l->t->spans[id].n;
+        l->items[id].value = id;
+    }
+}
+
+static dsv3_result dsv3__tok_load_ranks(dsv3__tok_load *l, dsv3__str text)
+{
+    dsv3_tokenizer *t = l->t;
+    const char *p = text.p, *end = text.p + text.n;
+    uint64_t n_units;
+    void *rules;
+    if (text.n > DSV3__TOK_FILE_MAX)
+        return DSV3__TOK_RANKS_FAIL(l->err, "%u bytes, expected at most %u", (uint64_t)text.n,
+                                    (uint64_t)DSV3__TOK_FILE_MAX);
+    while (p < end)
+        DSV3__TRY(dsv3__tok_load_rank(l, &p, end));
+    if (t->n_tokens < 256)
+        return DSV3__TOK_RANKS_FAIL(l->err, "%u tokens, expected the 256 bytes at least", (uint64_t)t->n_tokens);
+    l->n_vocab = t->n_tokens;
+    t->bpe.whole = true;
+    DSV3__TRY(dsv3__mem_alloc(&t->mem, &rules, ((uint64_t)l->n_vocab + 1) * sizeof *l->rules, "merges", l->err));
+    l->rules = (dsv3__bpe_rule *)rules;
+    for (uint32_t id = 256; id < l->n_vocab; id++) {
+        l->rules[l->n_rules].left = l->rules[l->n_rules].right = DSV3__BPE_GONE;
+        l->rules[l->n_rules++].made = id;
+    }
+    DSV3__TRY(dsv3__tok_load_items(l, l->n_vocab));
+    DSV3__TRY(dsv3__bpe_trie_build(&l->raw, t->pool, l->items, 0, "tiktoken.model", &n_units, &t->mem, l->err));
+    dsv3__tok_ranks_items(l);
+    return dsv3__bpe_trie_build(&t->bpe.trie, t->pool, l->items, l->n_vocab, "tiktoken.model", &l->n_units, &t->mem,
+                                l->err);
+}
+
+/* The tokens that tokenizer_config.json adds: {"163584": {"content": "[BOS]", ...}, ...}. */
+static dsv3_result dsv3__tok_load_decoder(dsv3__tok_load *l)
+{
+    dsv3__json *j = &l->j;
+    dsv3__json_str key;
+    dsv3__json_open(j, '{');
+    while (dsv3__json_key(j, &key)) {
+        uint64_t id = 0;
+        bool digits = key.n && key.n < 10;
+        for (size_t i = 0; digits && i < key.n; i++) {
+            digits = key.p[i] >= '0' && key.p[i] <= '9';
+            id = id * 10 + (uint64_t)(key.p[i] - '0');
+        }
+        if (!digits || id < l->n_vocab || id >= (uint64_t)l->n_vocab + DSV3__TOK_RANKS_ADDED)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer_config.json: added_tokens_decoder: expected ids from %u to %u, found \"%S\"",
+                              (uint64_t)l->n_vocab, (uint64_t)l->n_vocab + DSV3__TOK_RANKS_ADDED - 1, &key);
+        DSV3__TRY(dsv3__tok_load_marker(l, &id));
+    }
+    return j->result;
+}
+
+/* Gives the added ids their bytes; those that have no name get the one that Kimi's code gives them. */
+static dsv3_result dsv3__tok_settle_ranks(dsv3__tok_load *l)
+{
+    dsv3_tokenizer *t = l->t;
+    uint32_t n_named = t->n_markers;
+    DSV3__TRY(dsv3__tok_load_ids(l, l->n_vocab + DSV3__TOK_RANKS_ADDED));
+    for (uint32_t i = 0; i < n_named; i++) {
+        if (t->flags[t->markers[i].id] & DSV3__TOK_ADDED)
+            return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
+                              "tokenizer_config.json: added_tokens_decoder: the id %u is given twice",
+                              (uint64_t)t->markers[i].id);
+        t->flags[t->markers[i].id] = DSV3__TOK_ADDED;
+    }
+    for (uint32_t id = l->n_vocab; id < t->n_tokens; id++) {
+        if (t->flags[id])
+            continue;
+        DSV3__TRY(dsv3__tok_room(l, &l->text, &l->text_cap, 0, 64, "added tokens"));
+        size_t n = dsv3__format(l->text, 64, "<|reserved_token_%u|>", (uint64_t)id);
+        DSV3__TRY(dsv3__tok_put_marker(l, id, n, true, false));
+    }
+    for (uint32_t i = 0; i < t->n_markers; i++) {
+        const dsv3__tok_marker *m = &t->markers[i];
+        size_t n = t->contents[i].n;
+        DSV3__TRY(dsv3__tok_room(l, &t->pool, &l->pool_cap, l->n_pool, n, "token bytes"));
+        memcpy(t->pool + l->n_pool, t->content_pool + t->contents[i].at, n);
+        t->spans[m->id].at = (uint32_t)l->n_pool;
+        t->spans[m->id].n = (uint32_t)n;
+        t->flags[m->id] = (uint8_t)(DSV3__TOK_RAW | DSV3__TOK_ADDED | (m->special ? DSV3__TOK_SPECIAL : 0));
+        l->n_pool += n;
+    }
+    return DSV3_OK;
+}
+
+/* Added tokens, if there is a tokenizer_config.json. It must be Kimi's: the file does not say how text is split. */
+static dsv3_result dsv3__tok_load_ranks_config(dsv3__tok_load *l, dsv3__str text)
+{
+    dsv3__json all, value;
+    if (!text.n)
+        return DSV3_OK;
+    if (text.n >= 3 && memcmp(text.p, "\xEF\xBB\xBF", 3) == 0)
+        text.p += 3, text.n -= 3;
+    dsv3__json_init(&l->j, text.p, text.n, "tokenizer_config.json", l->err);
+    all = l->j;
+    dsv3__json_skip(&l->j);
+    DSV3__TRY(dsv3__json_end(&l->j));
+    if (dsv3__tok_get(&all, "tokenizer_class", &value) &&
+        !dsv3__tok_get_is(&all, "tokenizer_class", "TikTokenTokenizer"))
+        return DSV3__TOK_RANKS_FAIL(l->err, "no rules for it but those of tokenizer_class TikTokenTokenizer");
+    if (dsv3__tok_get(&all, "added_tokens_decoder", &value)) {
+        l->j = value;
+        DSV3__TRY(dsv3__tok_load_decoder(l));
+    }
+    return dsv3__tok_settle_ranks(l);
+}
+
+// ---- Opening: all of it -------------------------------------------------------------------------------------
 
 static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
 {
@@ -11302,6 +11945,8 @@ static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
     source.n_vocab = l->n_vocab;
     source.flags = t->flags;
     source.n_units = l->n_units;
+    source.pool = t->pool;
+    source.items = l->items;
     source.word_of = (uint32_t *)word_of;
     source.mem = &t->mem;
     source.err = l->err;
@@ -11310,16 +11955,30 @@ static dsv3_result dsv3__tok_load_words(dsv3__tok_load *l)
     return r;
 }
 
-static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, dsv3__str json, dsv3__str config_json)
+static dsv3_result dsv3__tok_load_all(dsv3__tok_load *l, const dsv3__tok_files *files)
 {
     dsv3_tokenizer *t = l->t;
+    bool ranks = !files->json.n && files->ranks.n;
     dsv3__tok_letters_init(l->byte_of);
-    dsv3__split_init(&t->split);
-    DSV3__TRY(dsv3__tok_load_file(l, json));
-    DSV3__TRY(dsv3__tok_settle_markers(l));
+    dsv3__split_init(&t->split, ranks);
+    if (ranks) {
+        DSV3__TRY(dsv3__tok_load_ranks(l, files->ranks));
+        DSV3__TRY(dsv3__tok_load_ranks_config(l, files->config));
+    } else {
+        DSV3__TRY(dsv3__tok_load_file(l, files->json));
+        DSV3__TRY(dsv3__tok_settle_markers(l));
+    }
     DSV3__TRY(dsv3__tok_load_marker_trie(l));
-    if (config_json.n)
-        DSV3__TRY(dsv3__tok_load_config(l, config_json));
+    if (files->config.n)
+        DSV3__TRY(dsv3__tok_load_config(l, files->config));
+    if (files->chat_template.n) {
+        DSV3__TRY(dsv3__tok_load_template_room(l, files->chat_template.n));
+        memcpy(t->chat_template, files->chat_template.p, files->chat_template.n);
+    }
+    if (ranks) { /* the trie of markers took the room */
+        DSV3__TRY(dsv3__tok_load_items(l, l->n_vocab));
+        dsv3__tok_ranks_items(l);
+    }
     DSV3__TRY(dsv3__tok_load_words(l));
     if (t->bos >= (int32_t)t->n_tokens || (t->add_bos && t->bos < 0))
         return DSV3__FAIL(l->err, DSV3_ERROR_TOKENIZER,
@@ -11339,14 +11998,15 @@ static void dsv3__tok_close(dsv3_tokenizer *t)
     dsv3__mem_free(&mem, t->contents);
     dsv3__mem_free(&mem, t->content_pool);
     dsv3__mem_free(&mem, t->marker_trie.units);
+    dsv3__mem_free(&mem, t->chat_template);
     dsv3__bpe_free(&t->bpe, &mem);
     dsv3__mem_free(&mem, t);
 }
 
-/* From the texts of tokenizer.json and, if it has any length, tokenizer_config.json; neither need outlive the call.
+/* From the texts of the files, which need not outlive the call.
    On failure *tok is NULL and nothing is kept. Errors: JSON, TOKENIZER, OUT_OF_MEMORY, MEMORY_LIMIT. */
 static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
-                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
+                                  const dsv3__tok_files *files, dsv3_error *err)
 {
     dsv3__mem mem;
     dsv3__tok_load l;
@@ -11360,7 +12020,7 @@ static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *al
     l.t->mem = mem;
     l.t->bos = l.t->eos = l.t->pad = -1;
     l.err = err;
-    dsv3_result r = dsv3__tok_load_all(&l, json, config_json);
+    dsv3_result r = dsv3__tok_load_all(&l, files);
     dsv3__mem_free(&l.t->mem, l.raw.units);
     dsv3__mem_free(&l.t->mem, l.rules);
     dsv3__mem_free(&l.t->mem, l.items);
@@ -11476,9 +12136,9 @@ static dsv3_result dsv3__tok_disabled(dsv3_error *error)
 }
 
 static dsv3_result dsv3__tok_open(dsv3_tokenizer **tok, const dsv3_allocator *allocator, uint64_t memory_limit,
-                                  dsv3__str json, dsv3__str config_json, dsv3_error *err)
+                                  const dsv3__tok_files *files, dsv3_error *err)
 {
-    (void)allocator, (void)memory_limit, (void)json, (void)config_json;
+    (void)allocator, (void)memory_limit, (void)files;
     *tok = NULL;
     return dsv3__tok_disabled(err);
 }
@@ -11529,6 +12189,1300 @@ DSV3_API void dsv3_tokenizer_info_get(const dsv3_tokenizer *tokenizer, dsv3_toke
 }
 
 #endif // DSV3_NO_TOKENIZER
+// =============================================================================
+// >>chat  Conversations: messages to ids in a checkpoint's markup, and the ids of a reply to its parts.
+//         Needs: json, tok. Owns: nothing.
+// =============================================================================
+
+/* A chat template is a program in Jinja; what the known ones print is written here as rules. One function a family walks
+   over the messages and writes two kinds of things: markers, which are ids, and text. Neighbouring text is tokenized as
+   one piece, as the reference does with the whole string; but it is tokenized as text, so that no content can be a
+   marker. What is odd below (a tool round that is never closed, calls that are left out) is odd in the templates, and
+   models were trained on it. */
+
+DSV3_API const char *dsv3_markup_name(dsv3_markup markup)
+{
+    static const char *const names[] = {"auto",     "v3", "r1", "r1-think", "v3.1", "kimi-k2", "kimi-k2-thinking",
+                                        "gigachat3"};
+    return (size_t)markup < DSV3__COUNT(names) ? names[markup] : "?";
+}
+
+#ifndef DSV3_NO_TOKENIZER
+
+enum {
+    DSV3__CHAT_BOS, /* what tokenizer_config.json names, if it does */
+    DSV3__CHAT_EOS,
+    DSV3__CHAT_USER,
+    DSV3__CHAT_ASSISTANT,
+    DSV3__CHAT_CALLS,
+    DSV3__CHAT_CALLS_END,
+    DSV3__CHAT_CALL,
+    DSV3__CHAT_CALL_END,
+    DSV3__CHAT_SEP,
+    DSV3__CHAT_OUTPUTS,
+    DSV3__CHAT_OUTPUTS_END,
+    DSV3__CHAT_OUTPUT,
+    DSV3__CHAT_OUTPUT_END,
+    DSV3__CHAT_THINK,
+    DSV3__CHAT_THINK_END,
+    DSV3__CHAT_IM_SYSTEM, /* Kimi */
+    DSV3__CHAT_IM_USER,
+    DSV3__CHAT_IM_ASSISTANT,
+    DSV3__CHAT_IM_MIDDLE,
+    DSV3__CHAT_IM_END,
+    DSV3__CHAT_IM_CALLS,
+    DSV3__CHAT_IM_CALLS_END,
+    DSV3__CHAT_IM_CALL,
+    DSV3__CHAT_IM_ARGUMENT,
+    DSV3__CHAT_IM_CALL_END,
+    DSV3__CHAT_ROLE_SEP, /* GigaChat3 */
+    DSV3__CHAT_MESSAGE_SEP,
+    DSV3__CHAT_N_MARKERS
+};
+
+#define DSV3__CHAT_BAR "\xEF\xBD\x9C" /* U+FF5C */
+#define DSV3__CHAT_LOW "\xE2\x96\x81" /* U+2581 */
+
+// clang-format off
+static const char *const dsv3__chat_markers[DSV3__CHAT_N_MARKERS] = {
+    "<" DSV3__CHAT_BAR "begin" DSV3__CHAT_LOW "of" DSV3__CHAT_LOW "sentence" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "end" DSV3__CHAT_LOW "of" DSV3__CHAT_LOW "sentence" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "User" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "calls" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "calls" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "call" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "call" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "sep" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "outputs" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "outputs" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "output" DSV3__CHAT_LOW "begin" DSV3__CHAT_BAR ">",
+    "<" DSV3__CHAT_BAR "tool" DSV3__CHAT_LOW "output" DSV3__CHAT_LOW "end" DSV3__CHAT_BAR ">",
+    "<think>", "</think>",
+    "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<|role_sep|>", "<|message_sep|>"
+};
+// clang-format on
+
+/* A piece of text within another, or NULL. */
+static const char *dsv3__chat_find(dsv3__str text, const char *part)
+{
+    size_t n = strlen(part);
+    for (const char *p = text.p, *end = text.p + text.n; (size_t)(end - p) >= n; p++) {
+        p = (const char *)memchr(p, part[0], (size_t)(end - p) - n + 1);
+        if (!p)
+            return NULL;
+        if (memcmp(p, part, n) == 0)
+            return p;
+    }
+    return NULL;
+}
+
+/* What stands between two pieces of text; false if they are not there. */
+static bool dsv3__chat_between(dsv3__str text, const char *begin, const char *end, dsv3__str *found)
+{
+    const char *b = text.n ? dsv3__chat_find(text, begin) : NULL, *e;
+    dsv3__str rest;
+    if (!b)
+        return false;
+    rest.p = b + strlen(begin);
+    rest.n = (size_t)(text.p + text.n - rest.p);
+    e = dsv3__chat_find(rest, end);
+    if (!e)
+        return false;
+    found->p = rest.p;
+    found->n = (size_t)(e - rest.p);
+    return true;
+}
+
+static dsv3__str dsv3__chat_template(const dsv3_tokenizer *t)
+{
+    dsv3__str text;
+    text.p = t->chat_template ? t->chat_template : "";
+    text.n = t->chat_template ? t->n_chat_template : 0;
+    return text;
+}
+
+/* The first of these that a template has says what it is; AUTO: not known here. */
+static dsv3_markup dsv3__chat_recognise(dsv3__str text)
+{
+#define DSV3__CHAT_HAS(part) (dsv3__chat_find(text, (part)) != NULL)
+    if (!text.n || DSV3__CHAT_HAS("DSML")) /* V3.2 and V4 */
+        return DSV3_MARKUP_AUTO;
+    if (DSV3__CHAT_HAS("<|im_middle|>")) {
+        bool thinks = DSV3__CHAT_HAS("<think>"), calls = DSV3__CHAT_HAS("<|tool_calls_section_begin|>");
+        if (thinks != calls || DSV3__CHAT_HAS("thinking")) /* later revisions of K2-Instruct, K2.5 */
+            return DSV3_MARKUP_AUTO;
+        return thinks ? DSV3_MARKUP_KIMI_K2_THINKING : DSV3_MARKUP_KIMI_K2;
+    }
+    if (DSV3__CHAT_HAS("<|role_sep|>"))
+        return DSV3_MARKUP_GIGACHAT3;
+    if (!DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "User" DSV3__CHAT_BAR ">"))
+        return DSV3_MARKUP_AUTO;
+    if (DSV3__CHAT_HAS("is_last_user") && DSV3__CHAT_HAS("thinking"))
+        return DSV3_MARKUP_V3_1;
+    if (DSV3__CHAT_HAS("split('</think>')[-1]"))
+        return DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR "><think>\\n") ||
+                       DSV3__CHAT_HAS("<" DSV3__CHAT_BAR "Assistant" DSV3__CHAT_BAR "><think>\n")
+                   ? DSV3_MARKUP_R1_THINK
+                   : DSV3_MARKUP_R1;
+    return DSV3_MARKUP_V3;
+#undef DSV3__CHAT_HAS
+}
+
+/* *markup: what was asked for, or, AUTO, the checkpoint's own. */
+static dsv3_result dsv3__chat_resolve(const dsv3_tokenizer *t, dsv3_markup *markup, dsv3_error *err)
+{
+    if (*markup < DSV3_MARKUP_AUTO || *markup > DSV3_MARKUP_GIGACHAT3)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "chat: no markup %d", (int64_t)*markup);
+    if (*markup == DSV3_MARKUP_AUTO)
+        *markup = dsv3__chat_recognise(dsv3__chat_template(t));
+    if (*markup == DSV3_MARKUP_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER,
+                          "chat: the checkpoint %s: name a markup (v3, r1, r1-think, v3.1, kimi-k2, kimi-k2-thinking, "
+                          "gigachat3), or write the conversation yourself and give its ids",
+                          t->chat_template ? "has a chat template that is not known here" : "has no chat template");
+    return DSV3_OK;
+}
+
+// ---- Writing ---------------------------------------------------------------------------------------------
+
+/* A conversation on its way out. The first failure stays, and later writing does nothing. */
+typedef struct dsv3__chat {
+    const dsv3_tokenizer *t;
+    const dsv3_message *messages; /* [n] */
+    size_t n;
+    const dsv3_chat_opts *o;
+    dsv3_markup markup;
+    dsv3_result result;
+    dsv3_error *err;
+    char *text; /* [n_text] all of it, markers spelled */
+    uint64_t n_text, text_cap;
+    uint64_t done; /* so much of it is ids already */
+    dsv3__bpe_sink sink;
+} dsv3__chat;
+
+#define DSV3__CHAT_FAIL(c, ...) \
+    ((c)->result = (c)->result ? (c)->result : DSV3__FAIL((c)->err, DSV3_ERROR_INVALID_ARGUMENT, __VA_ARGS__))
+
+static void dsv3__chat_put(dsv3__chat *c, const char *p, size_t n)
+{
+    void *text = c->text;
+    if (c->result || !n)
+        return;
+    if (n > INT32_MAX - c->n_text) {
+        DSV3__CHAT_FAIL(c, "chat: a conversation of more than %u bytes", (uint64_t)INT32_MAX);
+        return;
+    }
+    c->result =
+        dsv3__mem_grow(&c->sink.mem, &text, &c->text_cap, c->n_text, c->n_text + n, 1, "a conversation", c->err);
+    c->text = (char *)text;
+    if (c->result)
+        return;
+    memcpy(c->text + c->n_text, p, n);
+    c->n_text += n;
+}
+
+static void dsv3__chat_str(dsv3__chat *c, const char *s)
+{
+    dsv3__chat_put(c, s, strlen(s));
+}
+
+/* The text since the last marker becomes ids. */
+static void dsv3__chat_flush(dsv3__chat *c)
+{
+    const uint8_t *p = (const uint8_t *)c->text;
+    if (!c->result && c->done < c->n_text)
+        c->result = dsv3__tok_encode(c->t, p + c->done, p + c->n_text, 0, &c->sink);
+    c->done = c->n_text;
+}
+
+static int32_t dsv3__chat_id(const dsv3_tokenizer *t, int marker)
+{
+    if (marker == DSV3__CHAT_BOS && t->bos >= 0)
+        return t->bos;
+    return dsv3__tok_marker_id(t, dsv3__chat_markers[marker], strlen(dsv3__chat_markers[marker]));
+}
+
+/* A tokenizer without <think> (DeepSeek-V3's, under R1's template) spells it; without another it is not made for this
+   markup. */
+static void dsv3__chat_mark(dsv3__chat *c, int marker)
+{
+    int32_t id = dsv3__chat_id(c->t, marker);
+    const char *spelled = dsv3__chat_markers[marker];
+    size_t n = strlen(spelled);
+    if (id < 0) {
+        if (marker == DSV3__CHAT_THINK || marker == DSV3__CHAT_THINK_END)
+            dsv3__chat_put(c, spelled, n);
+        else if (!c->result)
+            c->result = DSV3__FAIL(c->err, DSV3_ERROR_TOKENIZER,
+                                   "chat: markup %s needs the token \"%s\", the tokenizer has none",
+                                   dsv3_markup_name(c->markup), spelled);
+        return;
+    }
+    if (marker == DSV3__CHAT_BOS)
+        spelled = dsv3_token_bytes(c->t, id, &n);
+    dsv3__chat_flush(c);
+    dsv3__chat_put(c, spelled, n);
+    if (!c->result)
+        dsv3__bpe_push(&c->sink, id);
+    c->done = c->n_text;
+}
+
+/* A field that must be there; `i` is the message, `what` the field. */
+static void dsv3__chat_field(dsv3__chat *c, size_t i, dsv3_text text, const char *what)
+{
+    if (text.p)
+        dsv3__chat_put(c, text.p, text.len);
+    else
+        DSV3__CHAT_FAIL(c, "chat: messages[%u] has no %s", (uint64_t)i, what);
+}
+
+static void dsv3__chat_content(dsv3__chat *c, size_t i)
+{
+    dsv3__chat_field(c, i, c->messages[i].content, "content");
+}
+
+/* What stands behind the first </think> of a content, or behind the last; all of it if there is none. */
+static dsv3_text dsv3__chat_answer(dsv3_text content, bool last)
+{
+    dsv3__str rest;
+    const char *at;
+    rest.p = content.p;
+    rest.n = content.len;
+    while (content.p && (at = dsv3__chat_find(rest, "</think>")) != NULL) {
+        rest.n -= (size_t)(at - rest.p) + 8;
+        rest.p = at + 8;
+        if (!last)
+            break;
+    }
+    content.p = rest.p;
+    content.len = rest.n;
+    return content;
+}
+
+// ---- Tools -----------------------------------------------------------------------------------------------
+
+/* A string of JSON as Python's json writes it: no escapes but those that must be. */
+static void dsv3__chat_json_string(dsv3__chat *c, dsv3__json_str s, bool quoted)
+{
+    static const char hex[] = "0123456789abcdef";
+    static const char named[] = "\"\"\\\\\nn\rr\tt\bb\ff";
+    uint64_t from = c->n_text;
+    size_t n;
+    dsv3__chat_put(c, s.p, s.n); /* room for it, and a place to decode it */
+    if (c->result)
+        return;
+    if (!dsv3__json_decode(s, c->text + from, &n)) {
+        c->result = DSV3__FAIL(c->err, DSV3_ERROR_JSON, "tools: a bad escape in a string");
+        return;
+    }
+    c->n_text = from + n;
+    if (!quoted)
+        return;
+    dsv3__chat_str(c, "\"");
+    for (size_t i = 0; i < n && !c->result; i++) {
+        char byte = c->text[from + i], escape[6] = {'\\', 'u', '0', '0', '0', '0'};
+        const char *name = named;
+        while (*name && *name != byte)
+            name += 2;
+        if (!*name && (uint8_t)byte >= 0x20) {
+            dsv3__chat_put(c, &byte, 1);
+            continue;
+        }
+        escape[4] = hex[(uint8_t)byte >> 4], escape[5] = hex[byte & 15];
+        if (*name)
+            escape[1] = name[1];
+        dsv3__chat_put(c, escape, *name ? 2 : 6);
+    }
+    dsv3__chat_str(c, "\"");
+    if (c->result)
+        return;
+    c->n_text -= n; /* the decoded string goes */
+    memmove(c->text + from, c->text + from + n, (size_t)(c->n_text - from));
+}
+
+/* A value of JSON that is known to be sound, spaced as Python's json.dumps does. */
+static void dsv3__chat_json(dsv3__chat *c, dsv3__json at)
+{
+    dsv3__json value = at;
+    const char *end;
+    dsv3__json_peek(&value);
+    at.p = value.p;
+    dsv3__json_skip(&value);
+    end = value.p;
+    while (at.p < end && !c->result) {
+        dsv3__json_str s;
+        const char *p = at.p;
+        if (*p == '"') {
+            dsv3__json_string(&at, &s);
+            dsv3__chat_json_string(c, s, true);
+            continue;
+        }
+        if (*p != ' ' && *p != '\n' && *p != '\r' && *p != '\t')
+            dsv3__chat_put(c, p, 1);
+        if (*p == ',' || *p == ':')
+            dsv3__chat_str(c, " ");
+        at.p++;
+    }
+}
+
+/* Stands before the list of tools. False: there are none, or it is no list of sound JSON. */
+static bool dsv3__chat_tools(dsv3__chat *c, dsv3__json *list)
+{
+    dsv3__json all;
+    if (!c->o->tools.p || !c->o->tools.len || c->result)
+        return false;
+    dsv3__json_init(list, c->o->tools.p, c->o->tools.len, "tools", c->err);
+    all = *list;
+    if (dsv3__json_peek(&all) != '[')
+        dsv3__json_fail(&all, "expected a list");
+    dsv3__json_skip(&all);
+    c->result = dsv3__json_end(&all);
+    all = *list;
+    return !c->result && dsv3__json_open(&all, '[') && dsv3__json_item(&all);
+}
+
+/* A string in an object; nothing if it is not there. */
+static void dsv3__chat_json_field(dsv3__chat *c, const dsv3__json *object, const char *name)
+{
+    dsv3__json value;
+    dsv3__json_str s;
+    if (dsv3__tok_get(object, name, &value) && dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s))
+        dsv3__chat_json_string(c, s, false);
+}
+
+/* The tools of V3.1, behind the system text, as its model card has them. */
+static void dsv3__chat_v3_1_tools(dsv3__chat *c)
+{
+    dsv3__json list;
+    if (!dsv3__chat_tools(c, &list))
+        return;
+    dsv3__chat_str(c, "\n\n## Tools\nYou have access to the following tools:\n");
+    dsv3__json_open(&list, '[');
+    while (dsv3__json_item(&list)) {
+        dsv3__json function, parameters;
+        if (!dsv3__tok_get(&list, "function", &function)) {
+            DSV3__CHAT_FAIL(c, "tools: expected objects with a \"function\"");
+            return;
+        }
+        dsv3__chat_str(c, "\n### ");
+        dsv3__chat_json_field(c, &function, "name");
+        dsv3__chat_str(c, "\nDescription: ");
+        dsv3__chat_json_field(c, &function, "description");
+        dsv3__chat_str(c, "\n\nParameters: ");
+        if (dsv3__tok_get(&function, "parameters", &parameters))
+            dsv3__chat_json(c, parameters);
+        else
+            dsv3__chat_str(c, "{}");
+        dsv3__chat_str(c, "\n");
+        dsv3__json_skip(&list);
+    }
+    dsv3__chat_str(c, "\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n");
+    dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+    dsv3__chat_mark(c, DSV3__CHAT_CALL);
+    dsv3__chat_str(c, "tool_call_name");
+    dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    dsv3__chat_str(c, "tool_call_arguments");
+    dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
+    dsv3__chat_str(c, "{additional_tool_calls}");
+    dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+    dsv3__chat_str(c, "\n\nWhere:\n\n- `tool_call_name` must be an exact match to one of the available tools\n"
+                      "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+                      "- For multiple tool calls, chain them directly without separators or spaces\n");
+}
+
+// ---- The markups -----------------------------------------------------------------------------------------
+
+/* DeepSeek's begin: all system contents, wherever they stand. */
+static void dsv3__chat_system(dsv3__chat *c)
+{
+    dsv3__str text = dsv3__chat_template(c->t);
+    bool any = false, only_last = c->o->markup == DSV3_MARKUP_AUTO && !dsv3__chat_find(text, "is_first_sp");
+    size_t last = c->n;
+    for (size_t i = 0; i < c->n; i++)
+        last = c->messages[i].role == DSV3_ROLE_SYSTEM ? i : last;
+    dsv3__chat_mark(c, DSV3__CHAT_BOS);
+    for (size_t i = 0; i < c->n; i++) {
+        if (c->messages[i].role != DSV3_ROLE_SYSTEM || (only_last && i != last)) /* V3's template of December 2024 */
+            continue;
+        if (any)
+            dsv3__chat_str(c, "\n\n");
+        dsv3__chat_content(c, i);
+        any = true;
+    }
+}
+
+static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+{
+    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
+    bool fenced = c->markup != DSV3_MARKUP_V3_1;
+    dsv3__chat_mark(c, DSV3__CHAT_CALL);
+    if (fenced) {
+        dsv3__chat_str(c, "function");
+        dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    }
+    dsv3__chat_field(c, i, call->name, "name in a tool call");
+    if (fenced)
+        dsv3__chat_str(c, "\n```json\n");
+    else
+        dsv3__chat_mark(c, DSV3__CHAT_SEP);
+    dsv3__chat_field(c, i, call->arguments, "arguments in a tool call");
+    if (fenced)
+        dsv3__chat_str(c, "\n```");
+    dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
+}
+
+/* What V3's and R1's templates keep in mind. Only the first call and the first output of a conversation open a section. */
+typedef struct dsv3__chat_state {
+    bool called, answered; /* there was a call, an output */
+    bool in_tool;          /* the last turn was a tool's */
+} dsv3__chat_state;
+
+static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    const dsv3_message *m = &c->messages[i];
+    bool r1 = c->markup != DSV3_MARKUP_V3;
+    s->in_tool = false;
+    for (size_t k = 0; k < m->n_tool_calls; k++) {
+        bool first = !s->called;
+        s->called = true;
+        if (first) {
+            dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+            if (r1 && m->content.p)
+                dsv3__chat_content(c, i);
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        } else {
+            dsv3__chat_str(c, "\n");
+        }
+        dsv3__chat_call(c, i, k);
+        if (!first && !r1) {
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+            dsv3__chat_mark(c, DSV3__CHAT_EOS);
+        }
+    }
+    if (r1) {
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+        dsv3__chat_mark(c, DSV3__CHAT_EOS);
+    }
+}
+
+static void dsv3__chat_v3_output(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    if (!s->answered)
+        dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS);
+    else if (c->markup == DSV3_MARKUP_V3)
+        dsv3__chat_str(c, "\n");
+    s->answered = s->in_tool = true;
+    dsv3__chat_mark(c, DSV3__CHAT_OUTPUT);
+    dsv3__chat_content(c, i);
+    dsv3__chat_mark(c, DSV3__CHAT_OUTPUT_END);
+}
+
+static void dsv3__chat_v3_answer(dsv3__chat *c, size_t i, dsv3__chat_state *s)
+{
+    dsv3_text content = c->messages[i].content;
+    if (!s->in_tool && c->markup != DSV3_MARKUP_V3)
+        content = dsv3__chat_answer(content, true);
+    dsv3__chat_mark(c, s->in_tool ? DSV3__CHAT_OUTPUTS_END : DSV3__CHAT_ASSISTANT);
+    dsv3__chat_field(c, i, content, "content");
+    dsv3__chat_mark(c, DSV3__CHAT_EOS);
+    s->in_tool = false;
+}
+
+/* V3, R1, R1_THINK. V3 knows calls by a content that is missing, R1 by the list that is there. */
+static void dsv3__chat_v3(dsv3__chat *c)
+{
+    dsv3__chat_state s = {false, false, false};
+    dsv3__chat_system(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        bool calls = c->markup == DSV3_MARKUP_V3 ? !m->content.p : m->tool_calls != NULL;
+        if (m->role == DSV3_ROLE_USER) {
+            s.in_tool = false;
+            dsv3__chat_mark(c, DSV3__CHAT_USER);
+            dsv3__chat_content(c, i);
+        } else if (m->role == DSV3_ROLE_TOOL) {
+            dsv3__chat_v3_output(c, i, &s);
+        } else if (m->role == DSV3_ROLE_ASSISTANT) {
+            (calls ? dsv3__chat_v3_calls : dsv3__chat_v3_answer)(c, i, &s);
+        }
+    }
+    if (s.in_tool) {
+        dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
+    } else if (c->o->add_generation_prompt) {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        if (c->markup == DSV3_MARKUP_R1_THINK) {
+            dsv3__chat_mark(c, DSV3__CHAT_THINK);
+            dsv3__chat_str(c, "\n");
+        }
+    }
+}
+
+static void dsv3__chat_v3_1_assistant(dsv3__chat *c, size_t i, bool behind_user, bool in_tool)
+{
+    const dsv3_message *m = &c->messages[i];
+    if (behind_user) {
+        bool open = !m->tool_calls && m->prefix && c->o->thinking;
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        dsv3__chat_mark(c, open ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+    if (!m->tool_calls) {
+        dsv3__chat_field(c, i, in_tool ? m->content : dsv3__chat_answer(m->content, false), "content");
+    } else {
+        if (m->n_tool_calls && m->content.p)
+            dsv3__chat_content(c, i);
+        if (m->n_tool_calls)
+            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        for (size_t k = 0; k < m->n_tool_calls; k++)
+            dsv3__chat_call(c, i, k);
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_EOS);
+}
+
+static void dsv3__chat_v3_1(dsv3__chat *c)
+{
+    bool behind_user = false, in_tool = false;
+    dsv3__chat_system(c);
+    dsv3__chat_v3_1_tools(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        if (m->role == DSV3_ROLE_SYSTEM)
+            continue;
+        if (m->role == DSV3_ROLE_ASSISTANT) {
+            dsv3__chat_v3_1_assistant(c, i, behind_user, in_tool);
+        } else {
+            bool user = m->role == DSV3_ROLE_USER;
+            dsv3__chat_mark(c, user ? DSV3__CHAT_USER : DSV3__CHAT_OUTPUT);
+            dsv3__chat_content(c, i);
+            if (!user)
+                dsv3__chat_mark(c, DSV3__CHAT_OUTPUT_END);
+        }
+        behind_user = m->role == DSV3_ROLE_USER;
+        in_tool = m->role == DSV3_ROLE_TOOL;
+    }
+    if (c->o->add_generation_prompt && behind_user) {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        dsv3__chat_mark(c, c->o->thinking ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+}
+
+static void dsv3__chat_kimi_head(dsv3__chat *c, dsv3_role role, dsv3_text name)
+{
+    static const char *const words[] = {"system", "user", "assistant", "tool"};
+    dsv3__chat_mark(c, role == DSV3_ROLE_USER        ? DSV3__CHAT_IM_USER
+                       : role == DSV3_ROLE_ASSISTANT ? DSV3__CHAT_IM_ASSISTANT
+                                                     : DSV3__CHAT_IM_SYSTEM);
+    if (name.len)
+        dsv3__chat_put(c, name.p, name.len);
+    else
+        dsv3__chat_str(c, words[role]);
+    dsv3__chat_mark(c, DSV3__CHAT_IM_MIDDLE);
+}
+
+/* The system text where a conversation has none: the template's own. */
+static void dsv3__chat_kimi_system(dsv3__chat *c)
+{
+    const dsv3_text none = {NULL, 0};
+    dsv3__str words;
+    dsv3__chat_kimi_head(c, DSV3_ROLE_SYSTEM, none);
+    if (dsv3__chat_between(dsv3__chat_template(c->t), "system<|im_middle|>You ", "<|im_end|>", &words)) {
+        dsv3__chat_str(c, "You ");
+        dsv3__chat_put(c, words.p, words.n);
+    } else {
+        dsv3__chat_str(c, c->markup == DSV3_MARKUP_KIMI_K2 ? "You are a helpful assistant"
+                                                           : "You are Kimi, an AI assistant created by Moonshot AI.");
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+}
+
+/* An assistant's turn of Kimi-K2-Thinking; `open`: no later one is an answer. */
+static void dsv3__chat_kimi_assistant(dsv3__chat *c, size_t i, bool open)
+{
+    const dsv3_message *m = &c->messages[i];
+    dsv3__chat_mark(c, DSV3__CHAT_THINK);
+    if (open)
+        dsv3__chat_put(c, m->reasoning.p, m->reasoning.p ? m->reasoning.len : 0);
+    dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
+    dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+    if (!m->n_tool_calls)
+        return;
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
+    for (size_t k = 0; k < m->n_tool_calls; k++) {
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
+        dsv3__chat_field(c, i, m->tool_calls[k].id, "id in a tool call");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
+        dsv3__chat_field(c, i, m->tool_calls[k].arguments, "arguments in a tool call");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL_END);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS_END);
+}
+
+static void dsv3__chat_kimi_message(dsv3__chat *c, size_t i, bool open)
+{
+    const dsv3_text none = {NULL, 0};
+    const dsv3_message *m = &c->messages[i];
+    bool thinking = c->markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3__chat_kimi_head(c, m->role, thinking ? m->name : none);
+    if (!thinking) {
+        dsv3__chat_content(c, i);
+    } else if (m->role == DSV3_ROLE_ASSISTANT) {
+        dsv3__chat_kimi_assistant(c, i, open);
+    } else {
+        if (m->role == DSV3_ROLE_TOOL) {
+            dsv3__chat_str(c, "## Return of ");
+            dsv3__chat_field(c, i, m->tool_call_id, "tool_call_id");
+            dsv3__chat_str(c, "\n");
+        }
+        dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+}
+
+/* KIMI_K2, KIMI_K2_THINKING. */
+static void dsv3__chat_kimi(dsv3__chat *c)
+{
+    const dsv3_text none = {NULL, 0};
+    dsv3__json list;
+    size_t answer = 0; /* behind the last answer: a turn of the assistant without calls */
+    for (size_t i = 0; i < c->n; i++)
+        if (c->messages[i].role == DSV3_ROLE_ASSISTANT && !c->messages[i].n_tool_calls)
+            answer = i + 1;
+    if (dsv3__chat_tools(c, &list)) {
+        dsv3__chat_mark(c, DSV3__CHAT_IM_SYSTEM);
+        dsv3__chat_str(c, "tool_declare");
+        dsv3__chat_mark(c, DSV3__CHAT_IM_MIDDLE);
+        dsv3__chat_json(c, list);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_END);
+    }
+    if (c->n ? c->messages[0].role != DSV3_ROLE_SYSTEM : c->markup == DSV3_MARKUP_KIMI_K2_THINKING)
+        dsv3__chat_kimi_system(c);
+    for (size_t i = 0; i < c->n && !c->result; i++)
+        dsv3__chat_kimi_message(c, i, i >= answer);
+    if (c->o->add_generation_prompt)
+        dsv3__chat_kimi_head(c, DSV3_ROLE_ASSISTANT, none);
+}
+
+/* A turn of GigaChat3 but for its content. */
+static void dsv3__chat_giga_head(dsv3__chat *c, const char *role)
+{
+    dsv3__chat_str(c, role);
+    dsv3__chat_mark(c, DSV3__CHAT_ROLE_SEP);
+    dsv3__chat_str(c, "\n");
+}
+
+static void dsv3__chat_giga_end(dsv3__chat *c)
+{
+    dsv3__chat_mark(c, DSV3__CHAT_MESSAGE_SEP);
+    dsv3__chat_str(c, "\n\n");
+}
+
+/* Some kilobytes that stand before every conversation: the template's own. */
+static void dsv3__chat_giga_developer(dsv3__chat *c)
+{
+    dsv3__str text;
+    if (!dsv3__chat_between(dsv3__chat_template(c->t), "set DEVSYSTEM -%}", "{%- endset -%}", &text) ||
+        dsv3__chat_find(text, "{{") || dsv3__chat_find(text, "{%")) {
+        DSV3__CHAT_FAIL(c,
+                        "chat: gigachat3 begins with a text that the checkpoint's chat template holds; there is none");
+        return;
+    }
+    while (text.n && (*text.p == ' ' || *text.p == '\n' || *text.p == '\t'))
+        text.p++, text.n--;
+    while (text.n && (text.p[text.n - 1] == ' ' || text.p[text.n - 1] == '\n' || text.p[text.n - 1] == '\t'))
+        text.n--;
+    dsv3__chat_giga_head(c, "developer system");
+    dsv3__chat_put(c, text.p, text.n);
+    dsv3__chat_giga_end(c);
+}
+
+static void dsv3__chat_giga(dsv3__chat *c)
+{
+    static const char *const words[] = {"system", "user", "assistant", "function result"};
+    size_t from = c->n && c->messages[0].role == DSV3_ROLE_SYSTEM ? 1 : 0;
+    dsv3__chat_mark(c, DSV3__CHAT_BOS);
+    dsv3__chat_giga_developer(c);
+    for (size_t i = 0; i < c->n && !c->result; i++) {
+        const dsv3_message *m = &c->messages[i];
+        dsv3__chat_giga_head(c, words[m->role]);
+        dsv3__chat_put(c, m->content.p, m->content.p ? m->content.len : 0);
+        dsv3__chat_giga_end(c);
+        if (m->role != DSV3_ROLE_ASSISTANT || !m->n_tool_calls)
+            continue;
+        dsv3__chat_giga_head(c, "function call"); /* the first one only */
+        dsv3__chat_str(c, "{\"name\": \"");
+        dsv3__chat_field(c, i, m->tool_calls[0].name, "name in a tool call");
+        dsv3__chat_str(c, "\", \"arguments\": ");
+        dsv3__chat_field(c, i, m->tool_calls[0].arguments, "arguments in a tool call");
+        dsv3__chat_str(c, "}");
+        dsv3__chat_giga_end(c);
+    }
+    if (c->o->add_generation_prompt && c->n > from && c->messages[c->n - 1].role != DSV3_ROLE_ASSISTANT)
+        dsv3__chat_giga_head(c, "assistant");
+}
+
+// ---- Public: rendering -----------------------------------------------------------------------------------
+
+/* Arguments and options of a call. */
+static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
+{
+    if (!c->t || (c->n && !c->messages))
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT, "chat: tokenizer or messages is NULL");
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_OPTIONS, "chat opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    for (size_t i = 0; i < c->n; i++) {
+        const dsv3_message *m = &c->messages[i];
+        if (m->role < DSV3_ROLE_SYSTEM || m->role > DSV3_ROLE_TOOL || (m->n_tool_calls && !m->tool_calls))
+            return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                              "chat: messages[%u] has the role %d and %u tool calls", (uint64_t)i, (int64_t)m->role,
+                              (uint64_t)m->n_tool_calls);
+    }
+    c->markup = opts->markup;
+    DSV3__TRY(dsv3__chat_resolve(c->t, &c->markup, c->err));
+    bool declares =
+        c->markup == DSV3_MARKUP_V3_1 || c->markup == DSV3_MARKUP_KIMI_K2 || c->markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3__json list;
+    if (!declares && dsv3__chat_tools(c, &list))
+        return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "chat: markup %s has no place for tools: describe them in the system message",
+                          dsv3_markup_name(c->markup));
+    return c->result;
+}
+
+/* Renders into c->text and c->sink; tokens [cap]. dsv3__chat_free in any case. */
+static dsv3_result dsv3__chat_run(dsv3__chat *c, const dsv3_tokenizer *t, const dsv3_message *messages, size_t n,
+                                  const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, dsv3_error *err)
+{
+    c->t = t;
+    c->messages = messages;
+    c->n = n;
+    c->o = opts;
+    c->result = DSV3_OK;
+    c->err = c->sink.err = err;
+    c->text = NULL;
+    c->n_text = c->text_cap = c->done = 0;
+    c->sink.big = NULL;
+    DSV3__TRY(dsv3__chat_check(c, opts));
+    dsv3__bpe_sink_init(&c->sink, &t->mem, tokens, cap);
+    switch (c->markup) {
+    case DSV3_MARKUP_V3_1: dsv3__chat_v3_1(c); break;
+    case DSV3_MARKUP_KIMI_K2:
+    case DSV3_MARKUP_KIMI_K2_THINKING: dsv3__chat_kimi(c); break;
+    case DSV3_MARKUP_GIGACHAT3: dsv3__chat_giga(c); break;
+    default: dsv3__chat_v3(c);
+    }
+    dsv3__chat_flush(c);
+    return c->result;
+}
+
+static void dsv3__chat_free(dsv3__chat *c)
+{
+    if (c->text)
+        dsv3__mem_free(&c->sink.mem, c->text);
+    if (c->sink.big)
+        dsv3__mem_free(&c->sink.mem, c->sink.big);
+}
+
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    if (markup)
+        *markup = DSV3_MARKUP_AUTO;
+    if (!tokenizer || !markup)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_markup: tokenizer or markup is NULL");
+    return dsv3__chat_resolve(tokenizer, markup, err);
+}
+
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error)
+{
+    dsv3_chat_opts none;
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__chat c;
+    dsv3__err_clear(err);
+    if (count)
+        *count = 0;
+    if (!count || (!tokens && cap))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_render: tokens or count is NULL");
+    memset(&none, 0, sizeof none);
+    dsv3_result r = dsv3__chat_run(&c, tokenizer, messages, n, opts ? opts : &none, tokens, cap, err);
+    dsv3__chat_free(&c);
+    if (r)
+        return r;
+    *count = c.sink.n;
+    if (cap && c.sink.n > cap)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_chat_render: room for %u tokens, needed %u",
+                          (uint64_t)cap, (uint64_t)c.sink.n);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error)
+{
+    dsv3_chat_opts none;
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__chat c;
+    dsv3__err_clear(err);
+    if (len)
+        *len = 0;
+    if (!len || (!text && cap))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_chat_text: text or len is NULL");
+    memset(&none, 0, sizeof none);
+    dsv3_result r = dsv3__chat_run(&c, tokenizer, messages, n, opts ? opts : &none, NULL, 0, err);
+    if (!r) {
+        *len = (size_t)c.n_text;
+        if (cap && c.n_text)
+            memcpy(text, c.text, dsv3__min((size_t)c.n_text, cap));
+    }
+    dsv3__chat_free(&c);
+    if (!r && cap && *len > cap)
+        return DSV3__FAIL(err, DSV3_ERROR_BUFFER_TOO_SMALL, "dsv3_chat_text: room for %u bytes, needed %u",
+                          (uint64_t)cap, (uint64_t)*len);
+    return r;
+}
+
+// ---- Reading a reply -------------------------------------------------------------------------------------
+
+/* Ids tell markers from text, so a model may write about "</think>" without ending anything. Only a tokenizer that has no
+   <think> of its own leaves its two to be found in the text. Text passes through two stages: dsv3__tok_stream makes whole
+   characters of it; then what may be the beginning of a pattern (a marker, a stop string, a newline that counts for none)
+   is held back until it is certain. Both see characters and not tokens: where a reply was cut into tokens does not
+   matter. */
+
+enum {
+    DSV3__REPLY_START,  /* an answer, or reasoning if it is opened now */
+    DSV3__REPLY_REASON, /* until </think>, or a tool call */
+    DSV3__REPLY_ANSWER,
+    DSV3__REPLY_CALLS, /* between tool calls */
+    DSV3__REPLY_NAME,
+    DSV3__REPLY_FENCE, /* where "```json" stands before arguments */
+    DSV3__REPLY_ARGUMENTS,
+    DSV3__REPLY_END
+};
+
+enum { DSV3__REPLY_PATTERN_MAX = 63 };
+
+/* V3 and R1 fence arguments as Markdown does. */
+static bool dsv3__reply_fenced(const dsv3_reply *r)
+{
+    return r->opts.markup == DSV3_MARKUP_V3 || r->opts.markup == DSV3_MARKUP_R1 ||
+           r->opts.markup == DSV3_MARKUP_R1_THINK;
+}
+
+/* May the text open reasoning? */
+static bool dsv3__reply_opens(const dsv3_reply *r)
+{
+    return r->state == DSV3__REPLY_START && r->markers[DSV3__CHAT_THINK] < 0 &&
+           (r->opts.markup == DSV3_MARKUP_R1 || r->opts.markup == DSV3_MARKUP_KIMI_K2_THINKING);
+}
+
+/* What is looked for where the reply is now; NULL behind the last. "\xFF" is in no text: what stands before it is held
+   back to the end of its part, and never found. */
+static const char *dsv3__reply_pattern(const dsv3_reply *r, size_t i)
+{
+    static const char *const spelled[] = {"</think>", "\n</think>"};
+    bool keep = r->opts.keep_newlines;
+    switch (r->state) {
+    case DSV3__REPLY_REASON:
+        if (r->markers[DSV3__CHAT_THINK_END] < 0)
+            return i < (keep ? 1u : 2u) ? spelled[i] : NULL;
+        return i || keep ? NULL : "\n\xFF";
+    case DSV3__REPLY_FENCE: return i ? NULL : "```json\n";
+    case DSV3__REPLY_ARGUMENTS: return i || !dsv3__reply_fenced(r) ? NULL : "\n```\xFF";
+    case DSV3__REPLY_START:
+        if (dsv3__reply_opens(r) && i-- == 0)
+            return "<think>";
+        break;
+    case DSV3__REPLY_ANSWER: break;
+    default: return NULL;
+    }
+    return i < r->opts.n_stop_strings ? r->opts.stop_strings[i] : NULL;
+}
+
+static dsv3_reply_kind dsv3__reply_kind(const dsv3_reply *r)
+{
+    switch (r->state) {
+    case DSV3__REPLY_REASON: return DSV3_REPLY_REASONING;
+    case DSV3__REPLY_NAME: return DSV3_REPLY_CALL_NAME;
+    case DSV3__REPLY_FENCE:
+    case DSV3__REPLY_ARGUMENTS: return DSV3_REPLY_CALL_ARGUMENTS;
+    case DSV3__REPLY_END: return DSV3_REPLY_END;
+    default: return DSV3_REPLY_ANSWER;
+    }
+}
+
+static void dsv3__reply_event(dsv3_reply *r, dsv3_reply_kind kind, const char *text, size_t len)
+{
+    dsv3_reply_event event;
+    if (!r->opts.event_fn)
+        return;
+    event.kind = kind;
+    event.id = r->id;
+    event.call = r->n_calls ? r->n_calls - 1 : 0;
+    event.text = text;
+    event.len = len;
+    r->id = -1;
+    if (!r->opts.event_fn(r->opts.user, &event) || kind == DSV3_REPLY_END)
+        r->opts.event_fn = NULL; /* that was the last */
+}
+
+static void dsv3__reply_flush(dsv3_reply *r)
+{
+    size_t n = r->n_out;
+    r->n_out = 0;
+    if (n)
+        dsv3__reply_event(r, r->out_kind, r->out, n);
+}
+
+static void dsv3__reply_emit(dsv3_reply *r, const char *p, size_t n)
+{
+    dsv3_reply_kind kind = dsv3__reply_kind(r);
+    if (kind != r->out_kind || r->n_out + n > sizeof r->out)
+        dsv3__reply_flush(r);
+    r->out_kind = kind;
+    memcpy(r->out + r->n_out, p, n);
+    r->n_out += (uint32_t)n;
+}
+
+static void dsv3__reply_finish(dsv3_reply *r)
+{
+    dsv3__reply_flush(r);
+    r->n_held = 0;
+    r->state = DSV3__REPLY_END;
+    dsv3__reply_event(r, DSV3_REPLY_END, "", 0);
+}
+
+static void dsv3__reply_skip(dsv3_reply *r, uint32_t newlines)
+{
+    r->skip = r->opts.keep_newlines ? 0 : newlines;
+}
+
+/* Pattern i of this state was found. */
+static void dsv3__reply_found(dsv3_reply *r, size_t i)
+{
+    if (r->state == DSV3__REPLY_REASON) {
+        r->state = DSV3__REPLY_ANSWER;
+        dsv3__reply_skip(r, 2);
+    } else if (r->state == DSV3__REPLY_FENCE) {
+        r->state = DSV3__REPLY_ARGUMENTS;
+    } else if (dsv3__reply_opens(r) && i == 0) {
+        r->state = DSV3__REPLY_REASON;
+        dsv3__reply_skip(r, 1);
+    } else {
+        dsv3__reply_finish(r);
+    }
+}
+
+/* Hands out the first character that is held. */
+static void dsv3__reply_release(dsv3_reply *r)
+{
+    size_t n = dsv3__utf8_length(r->held, r->held + r->n_held);
+    n = n ? n : 1;
+    if (r->state == DSV3__REPLY_START)
+        r->state = DSV3__REPLY_ANSWER;
+    if (r->state == DSV3__REPLY_FENCE)
+        r->state = DSV3__REPLY_ARGUMENTS;
+    dsv3__reply_emit(r, r->held, n);
+    r->n_held -= (uint32_t)n;
+    memmove(r->held, r->held + n, r->n_held);
+}
+
+/* Is some pattern found at the beginning of what is held (*i is its number), or might one be? */
+static bool dsv3__reply_match(const dsv3_reply *r, size_t *i, bool *found)
+{
+    bool may = false;
+    const char *pattern;
+    for (*i = 0; (pattern = dsv3__reply_pattern(r, *i)) != NULL; ++*i) {
+        size_t n = strlen(pattern);
+        if (memcmp(r->held, pattern, dsv3__min(n, r->n_held)) != 0)
+            continue;
+        may = true;
+        *found = n <= r->n_held;
+        if (*found)
+            break;
+    }
+    return may;
+}
+
+/* Decides about what is held, from the left, as far as it is certain. */
+static void dsv3__reply_settle(dsv3_reply *r)
+{
+    while (r->n_held) {
+        bool found = false;
+        size_t i;
+        if (!dsv3__reply_match(r, &i, &found)) {
+            dsv3__reply_release(r);
+            continue;
+        }
+        if (!found)
+            return;
+        r->n_held = 0; /* behind a stop string nothing counts, and behind the others nothing is held */
+        dsv3__reply_found(r, i);
+    }
+}
+
+/* The name of a call is complete. Kimi writes an id that holds it. */
+static void dsv3__reply_named(dsv3_reply *r, bool kimi)
+{
+    static const char prefix[] = "functions.";
+    size_t from = 0, to = r->n_name;
+    dsv3__reply_flush(r);
+    if (kimi) {
+        dsv3__reply_event(r, DSV3_REPLY_CALL_ID, r->name, to);
+        if (to >= sizeof prefix - 1 && memcmp(r->name, prefix, sizeof prefix - 1) == 0)
+            from = sizeof prefix - 1;
+        for (size_t i = from; i < r->n_name; i++)
+            to = r->name[i] == ':' ? i : to;
+    }
+    dsv3__reply_event(r, DSV3_REPLY_CALL_NAME, r->name + from, to - from);
+    r->state = dsv3__reply_fenced(r) ? DSV3__REPLY_FENCE : DSV3__REPLY_ARGUMENTS;
+}
+
+/* One whole character. */
+static void dsv3__reply_char(dsv3_reply *r, const char *p, size_t n)
+{
+    bool newline = *p == '\n';
+    if (r->skip && newline) {
+        r->skip--;
+        return;
+    }
+    r->skip = 0;
+    if (r->state == DSV3__REPLY_CALLS && newline)
+        return;
+    if (r->state == DSV3__REPLY_CALLS)
+        r->state = DSV3__REPLY_ANSWER;
+    if (r->state == DSV3__REPLY_NAME) {
+        if (newline && dsv3__reply_fenced(r))
+            dsv3__reply_named(r, false);
+        else if (r->n_name + n < sizeof r->name)
+            memcpy(r->name + r->n_name, p, n), r->n_name += (uint32_t)n;
+        return;
+    }
+    if (r->state == DSV3__REPLY_END)
+        return;
+    memcpy(r->held + r->n_held, p, n); /* at most a pattern without its last byte, and a character */
+    r->n_held += (uint32_t)n;
+    dsv3__reply_settle(r);
+}
+
+static void dsv3__reply_chars(dsv3_reply *r, const char *p, size_t n)
+{
+    for (size_t i = 0, step; i < n; i += step) {
+        step = dsv3__utf8_length(p + i, p + n);
+        dsv3__reply_char(r, p + i, step);
+    }
+}
+
+/* Bytes of the reply that are no marker. */
+static void dsv3__reply_text(dsv3_reply *r, const char *bytes, size_t n)
+{
+    char out[3 * (DSV3__TOK_CHUNK + 3)];
+    dsv3__tok_stream stream;
+    memcpy(&stream, r->utf8, sizeof stream);
+    for (size_t chunk; n; bytes += chunk, n -= chunk) {
+        chunk = dsv3__min(n, DSV3__TOK_CHUNK);
+        dsv3__reply_chars(r, out, dsv3__tok_stream_put(&stream, bytes, chunk, out));
+    }
+    memcpy(r->utf8, &stream, sizeof stream);
+}
+
+/* A part ends here. `marked`: by a marker that belongs there, before which a newline of reasoning counts for none. */
+static void dsv3__reply_close(dsv3_reply *r, bool marked)
+{
+    char out[3];
+    dsv3__tok_stream stream;
+    memcpy(&stream, r->utf8, sizeof stream);
+    dsv3__reply_chars(r, out, dsv3__tok_stream_flush(&stream, out));
+    memcpy(r->utf8, &stream, sizeof stream);
+    if (r->state == DSV3__REPLY_ARGUMENTS || (r->state == DSV3__REPLY_REASON && marked && !r->opts.keep_newlines)) {
+        static const char *const dropped[] = {"\n```", "\n"};
+        const char *drop = dropped[r->state == DSV3__REPLY_REASON];
+        if (r->n_held == strlen(drop) && memcmp(r->held, drop, r->n_held) == 0)
+            r->n_held = 0;
+    }
+    while (r->n_held)
+        dsv3__reply_release(r);
+    r->skip = 0;
+}
+
+/* A marker by its id. False: it has no meaning here and is text, as its spelling. */
+static bool dsv3__reply_marker(dsv3_reply *r, int marker)
+{
+    bool reasoning = r->state == DSV3__REPLY_REASON, named = r->state == DSV3__REPLY_NAME;
+    bool in_call = named || r->state == DSV3__REPLY_FENCE || r->state == DSV3__REPLY_ARGUMENTS;
+    switch (marker) {
+    case DSV3__CHAT_THINK:
+        if (r->state != DSV3__REPLY_START || r->n_held || r->utf8[0])
+            return reasoning;
+        r->state = DSV3__REPLY_REASON;
+        dsv3__reply_skip(r, 1);
+        return true;
+    case DSV3__CHAT_THINK_END:
+        if (!reasoning)
+            return r->state == DSV3__REPLY_START;
+        dsv3__reply_close(r, true);
+        r->state = DSV3__REPLY_ANSWER;
+        dsv3__reply_skip(r, 2);
+        return true;
+    case DSV3__CHAT_CALLS:
+    case DSV3__CHAT_IM_CALLS:
+    case DSV3__CHAT_CALLS_END:
+    case DSV3__CHAT_IM_CALLS_END:
+        dsv3__reply_close(r, true);
+        r->state = marker == DSV3__CHAT_CALLS || marker == DSV3__CHAT_IM_CALLS ? DSV3__REPLY_CALLS : DSV3__REPLY_ANSWER;
+        return true;
+    case DSV3__CHAT_CALL:
+    case DSV3__CHAT_IM_CALL:
+        dsv3__reply_close(r, true);
+        dsv3__reply_flush(r);
+        r->state = DSV3__REPLY_NAME;
+        r->n_name = 0;
+        r->n_calls++;
+        return true;
+    case DSV3__CHAT_SEP:
+    case DSV3__CHAT_IM_ARGUMENT:
+        if (!named)
+            return false;
+        dsv3__reply_close(r, true);
+        if (marker == DSV3__CHAT_SEP && dsv3__reply_fenced(r))
+            r->n_name = 0; /* that was the type, "function" */
+        else
+            dsv3__reply_named(r, marker == DSV3__CHAT_IM_ARGUMENT);
+        return true;
+    case DSV3__CHAT_CALL_END:
+    case DSV3__CHAT_IM_CALL_END:
+        if (!in_call)
+            return false;
+        dsv3__reply_close(r, true);
+        if (named)
+            dsv3__reply_named(r, marker == DSV3__CHAT_IM_CALL_END);
+        r->state = DSV3__REPLY_CALLS;
+        return true;
+    default: /* the end, or a turn that is not the model's */
+        dsv3__reply_close(r, false);
+        dsv3__reply_finish(r);
+        return true;
+    }
+}
+
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    if (!reply || !tokenizer || !opts || !opts->event_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "dsv3_reply_init: reply, tokenizer, opts or event_fn is NULL");
+    memset(reply, 0, sizeof *reply);
+    if (opts->struct_size && opts->struct_size != sizeof *opts)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "reply opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *opts);
+    for (size_t i = 0; i < opts->n_stop_strings; i++) {
+        const char *s = opts->stop_strings ? opts->stop_strings[i] : NULL;
+        if (!s || !*s || strlen(s) > DSV3__REPLY_PATTERN_MAX)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "reply opts: stop string %u: expected 1 to %u bytes",
+                              (uint64_t)i, (uint64_t)DSV3__REPLY_PATTERN_MAX);
+    }
+    dsv3_markup markup = opts->markup;
+    DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    reply->tokenizer = tokenizer;
+    reply->opts = *opts;
+    reply->opts.markup = markup;
+    reply->id = -1;
+    for (int i = 0; i < DSV3__CHAT_N_MARKERS; i++)
+        reply->markers[i] = dsv3__chat_id(tokenizer, i);
+    bool thinks = markup == DSV3_MARKUP_R1_THINK || (markup == DSV3_MARKUP_V3_1 && opts->thinking);
+    reply->state = thinks ? DSV3__REPLY_REASON : DSV3__REPLY_START;
+    dsv3__reply_skip(reply, markup == DSV3_MARKUP_V3_1 && thinks ? 1 : 0); /* R1's prompt has that newline */
+    return DSV3_OK;
+}
+
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token)
+{
+    int marker = 0;
+    if (!reply || !reply->opts.event_fn)
+        return false;
+    reply->id = token;
+    while (marker < DSV3__CHAT_N_MARKERS && (reply->markers[marker] != token || token < 0))
+        marker++;
+    if (token >= 0 && token == reply->tokenizer->eos)
+        marker = DSV3__CHAT_EOS;
+    if (marker == DSV3__CHAT_N_MARKERS || !dsv3__reply_marker(reply, marker)) {
+        size_t n;
+        const char *bytes = dsv3_token_bytes(reply->tokenizer, token, &n);
+        dsv3__reply_text(reply, bytes, n);
+    }
+    dsv3__reply_flush(reply);
+    if (reply->id >= 0) /* nothing is certain yet, but the token was read */
+        dsv3__reply_event(reply, dsv3__reply_kind(reply), "", 0);
+    return reply->opts.event_fn != NULL;
+}
+
+DSV3_API void dsv3_reply_end(dsv3_reply *reply)
+{
+    if (!reply || !reply->opts.event_fn)
+        return;
+    dsv3__reply_close(reply, false);
+    dsv3__reply_finish(reply);
+}
+
+#else // DSV3_NO_TOKENIZER
+
+DSV3_API dsv3_result dsv3_chat_markup(const dsv3_tokenizer *tokenizer, dsv3_markup *markup, dsv3_error *error)
+{
+    (void)tokenizer;
+    if (markup)
+        *markup = DSV3_MARKUP_AUTO;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_chat_render(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                      const dsv3_chat_opts *opts, int32_t *tokens, size_t cap, size_t *count,
+                                      dsv3_error *error)
+{
+    (void)tokenizer, (void)messages, (void)n, (void)opts, (void)tokens, (void)cap;
+    if (count)
+        *count = 0;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_chat_text(const dsv3_tokenizer *tokenizer, const dsv3_message *messages, size_t n,
+                                    const dsv3_chat_opts *opts, char *text, size_t cap, size_t *len, dsv3_error *error)
+{
+    (void)tokenizer, (void)messages, (void)n, (void)opts, (void)text, (void)cap;
+    if (len)
+        *len = 0;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *tokenizer, const dsv3_reply_opts *opts,
+                                     dsv3_error *error)
+{
+    (void)tokenizer, (void)opts;
+    if (reply)
+        memset(reply, 0, sizeof *reply);
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token)
+{
+    (void)reply, (void)token;
+    return false;
+}
+
+DSV3_API void dsv3_reply_end(dsv3_reply *reply)
+{
+    (void)reply;
+}
+
+#endif // DSV3_NO_TOKENIZER
+
 // =============================================================================
 // >>smp   Logits -> a token. What is picked is a function of logits, options and position: no hidden state.
 //         Needs kern (exp). Scratch: the session's copy of the logits.
@@ -12234,24 +14188,39 @@ static dsv3_result dsv3__api_opened(dsv3_result r, const char *dir, const dsv3_m
     return r;
 }
 
-/* tokenizer.json and, if there, tokenizer_config.json. */
+/* tokenizer.json, or without it tiktoken.model, and, if there, tokenizer_config.json and chat_template.jinja. */
 static dsv3_result dsv3__api_tokenizer(dsv3_tokenizer **tokenizer, const dsv3_reader *reader, const dsv3_model_opts *o,
                                        dsv3__mem *mem, dsv3_error *err)
 {
-    dsv3__blob json, config;
-    memset(&config, 0, sizeof config);
+    static const char *const names[] = {"tiktoken.model", "tokenizer_config.json", "chat_template.jinja"};
+    dsv3__blob json, blobs[DSV3__COUNT(names)];
+    dsv3__tok_files files;
+    dsv3_error missing;
     dsv3_result r = dsv3__blob_open(&json, reader, mem, "tokenizer.json", DSV3__ST_TOKENIZER_MAX, err);
-    if (!r) {
-        r = dsv3__blob_open(&config, reader, mem, "tokenizer_config.json", DSV3__ST_CONFIG_MAX, err);
+    bool ranks = r == DSV3_ERROR_FILE_NOT_FOUND;
+    memset(blobs, 0, sizeof blobs);
+    if (ranks) {
+        missing = *err;
+        r = dsv3__blob_open(&blobs[0], reader, mem, names[0], DSV3__ST_TOKENIZER_MAX, err);
+        if (r == DSV3_ERROR_FILE_NOT_FOUND)
+            *err = missing;
+    }
+    for (uint32_t i = 1; i < DSV3__COUNT(names) && !r; i++) {
+        r = dsv3__blob_open(&blobs[i], reader, mem, names[i], DSV3__ST_CONFIG_MAX, err);
         if (r == DSV3_ERROR_FILE_NOT_FOUND)
             r = DSV3_OK;
-        else if (!r && !config.text.n)
+        else if (!r && i == 1 && !blobs[i].text.n)
             r = DSV3__FAIL(err, DSV3_ERROR_JSON, "tokenizer_config.json: empty");
     }
+    files.json = json.text;
+    files.ranks = blobs[0].text;
+    files.config = blobs[1].text;
+    files.chat_template = blobs[2].text;
     uint64_t left = o->memory_limit ? o->memory_limit - mem->used : UINT64_MAX; /* the tokenizer counts for itself */
     if (!r)
-        r = dsv3__tok_open(tokenizer, &o->allocator, left ? left : 1, json.text, config.text, err);
-    dsv3__blob_close(&config, reader, mem);
+        r = dsv3__tok_open(tokenizer, &o->allocator, left ? left : 1, &files, err);
+    for (size_t i = DSV3__COUNT(names); i--;)
+        dsv3__blob_close(&blobs[i], reader, mem);
     dsv3__blob_close(&json, reader, mem);
     return r;
 }

@@ -1,8 +1,10 @@
 /* dsv3: runs a checkpoint from the command line. All it does goes through the public calls of dsv3.h.
 
+     dsv3 chat DIR                            a conversation (chat_tui.h)
      dsv3 generate DIR "Once upon a time"     writes on
      dsv3 tokenize DIR < text                 text -> ids
      dsv3 detokenize DIR < ids                ids -> text
+     dsv3 render DIR < conversation           messages -> text and ids (render.h)
      dsv3 logits DIR --ids FILE --out FILE    the numbers behind the next token, for every token of FILE
      dsv3 inspect DIR                         what is in a checkpoint, and what it needs
      dsv3 quantize DIR OUT --to int8          the checkpoint again, in 8 bits (quantize.h)
@@ -936,6 +938,14 @@ static int inspect(int argc, char **argv)
     return finish();
 }
 
+// ---- render ----------------------------------------------------------------------------------------------
+
+#include "render.h"
+
+// ---- chat ------------------------------------------------------------------------------------------------
+
+#include "chat_tui.h"
+
 // ---- quantize --------------------------------------------------------------------------------------------
 
 #include "quantize.h"
@@ -945,9 +955,11 @@ static int inspect(int argc, char **argv)
 static const char main_help[] =
     "dsv3 " DSV3_VERSION_STRING ": runs DeepSeek-V3 checkpoints as they are published\n"
     "\n"
+    "  dsv3 chat DIR                                a conversation\n"
     "  dsv3 generate DIR [PROMPT | -f FILE | -]     writes on behind the prompt\n"
     "  dsv3 tokenize DIR < TEXT                     text -> ids\n"
     "  dsv3 detokenize DIR < IDS                    ids -> text\n"
+    "  dsv3 render DIR < JSON                       a conversation -> its text and ids\n"
     "  dsv3 logits DIR --ids FILE --out FILE        the numbers behind the next token, for every token\n"
     "  dsv3 inspect DIR                             what a checkpoint is and what it needs\n"
     "  dsv3 quantize DIR OUT --to int8|fp8|bf16     writes a checkpoint again, in 8 bits or in BF16\n"
@@ -961,7 +973,8 @@ int main(int argc, char **argv)
         int (*run)(int argc, char **argv);
     } commands[] = {
         {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens},
-        {"logits", logits},     {"inspect", inspect}, {"quantize", quantize},
+        {"logits", logits},     {"inspect", inspect}, {"render", render},
+        {"quantize", quantize}, {"chat", chat_run},
     };
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -978,7 +991,8 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': generate, tokenize, detokenize, logits, inspect or quantize; 'dsv3 -h' tells more",
+        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' "
+              "tells more",
               argv[1]);
     fputs(main_help, stdout);
     return finish();

@@ -47,7 +47,7 @@ size() { wc -c < "$1" | tr -d ' '; }
 wrong_use() {
     call 2 && one_line "dsv3 -h"
     call 2 frobnicate && one_line frobnicate
-    for command in generate tokenize detokenize logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize; do
         call 2 $command && one_line $command DIR
         call 2 $command $model --frobnicate && one_line --frobnicate "dsv3 $command -h"
     done
@@ -69,15 +69,18 @@ wrong_use() {
     call 2 quantize $model --to int8 && one_line "into which directory"
     call 2 quantize $model "$work/never" && one_line "--to wants int8, fp8 or bf16"
     call 2 quantize $model "$work/never" --to int4 && one_line "found 'int4'"
+    call 2 render $model --markup v4 && one_line "found 'v4'" "kimi-k2"
+    call 2 chat $model --markup v4 && one_line "found 'v4'"
+    call 2 chat $model --think --no-think && one_line "one of them"
     [ -e "$work/never" ] && echo "wrong use makes a directory"
 }
 
 help() {
     call 0 -h && quiet
-    for command in generate tokenize detokenize logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize; do
         grep -q "dsv3 $command DIR" "$work/out" || echo "-h does not name $command"
     done
-    for command in generate tokenize detokenize logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize; do
         "$dsv3" $command -h > "$work/help" || echo "$command -h: status $?"
         grep -q "dsv3 $command DIR" "$work/help" || echo "$command -h says: $(cat "$work/help")"
         "$dsv3" $command $model --help | cmp - "$work/help"
@@ -388,12 +391,47 @@ full_disk() {
     done
 }
 
+renders() {
+    printf '%s\n' '{"messages":[{"role":"user","content":"a<｜User｜>"}],"add_generation_prompt":true}' '{"messages":[{"role":"user"}]}' \
+        '{"messages":[{"role":"cat","content":""}]}' '{"messages":[]' '{}' > "$work/lines"
+    call 0 render $model --markup v3 --jsonl < "$work/lines" && quiet
+    same "lines" "$(wc -l < "$work/out")" 5
+    same "rendered" "$(sed -n '1s/.*"rendered":"\([^"]*\)".*/\1/p' "$work/out")" "<｜begin▁of▁sentence｜><｜User｜>a<｜User｜><｜Assistant｜>"
+    same "errors" "$(grep -c '^{"error":' "$work/out")" 4
+    grep -q "messages\[0\] has no content" "$work/out" || echo "no word of the missing content: $(cat "$work/out")"
+    user=$(printf '<｜User｜>' | "$dsv3" tokenize $model --parse-special)
+    same "ids of <｜User｜>" "$(sed -n '1s/.*"ids":\[\(.*\)\].*/\1/p' "$work/out" | tr , '\n' | grep -cx "$user")" 1
+    printf '{"messages":[{"role":"user","content":"x"}]}' > "$work/one"
+    call 0 render $model --markup v3 < "$work/one" && quiet
+    same "text alone" "$(cat "$work/out")" "<｜begin▁of▁sentence｜><｜User｜>x"
+    call 1 render $model --markup kimi-k2 < "$work/one" && one_line "kimi-k2 needs the token"
+}
+
+chats() {
+    printf 'Tell me of a fox\n/retry\n/stats\nfirst\\\nsecond\n/save %s\n/undo\n/nonsense\n/quit\nnever\n' "$work/kept" > "$work/lines"
+    call 0 chat $model --markup v3 --system "Be brief." --seed 3 -n 12 < "$work/lines"
+    for word in "of them there before" "messages   3, a system message first" "taken back; 3 messages" "no such command"; do
+        grep -q "$word" "$work/err" || echo "no '$word' in: $(cat "$work/err")"
+    done
+    [ "$(wc -l < "$work/out")" -ge 3 ] || echo "three answers, found: $(cat "$work/out")"
+    call 0 render $model --markup v3 < "$work/kept"
+    grep -q "Be brief.<｜User｜>Tell me of a fox<｜Assistant｜>" "$work/out" || echo "saved: $(cat "$work/kept")"
+    grep -q "second<｜Assistant｜>" "$work/out" || echo "two lines are no message: $(cat "$work/kept")"
+    cp "$work/kept" "$work/session"
+    echo "and then?" > "$work/lines"
+    call 0 chat $model --markup v3 --session "$work/session" --greedy -n 5 < "$work/lines"
+    same "messages kept" "$(grep -c '"role":"user"' "$work/session")" 3
+    call 1 chat $model --markup kimi-k2 < /dev/null && one_line "kimi-k2 needs the token" "another --markup"
+    echo '{"messages":[{"role":"user","content":"x","tool_calls":[{"function":{"name":"f","arguments":"{}"}}]}]}' > "$work/kept"
+    call 1 chat $model --markup v3 --session "$work/kept" < /dev/null && one_line "tool calls"
+}
+
 if [ ! -e $model/config.json ]; then
     echo "$model is not there"
     echo "0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines logits inspects quantizes quantizes_again quantize_fails; do
+for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines renders chats logits inspects quantizes quantizes_again quantize_fails; do
     run $test
 done
 if [ -w /dev/full ]; then

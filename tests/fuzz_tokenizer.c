@@ -1,5 +1,6 @@
 /* The tokenizer: clang -fsanitize=fuzzer,address,undefined -DDSV3_FUZZER -I. tests/fuzz_tokenizer.c -lm -pthread
-   First byte even: the rest is text for a sound tokenizer, whose promises are checked. Odd: the rest is a tokenizer.json. */
+   First byte even: the rest is text for a sound tokenizer, whose promises are checked. Odd: the rest is a tokenizer.json, or,
+   if bit 1 is set, the end of a tiktoken.model. */
 #define DSV3_IMPLEMENTATION
 #define DSV3_STATIC
 #include "dsv3.h"
@@ -46,17 +47,30 @@ static void check_text(const dsv3_tokenizer *tok, const char *text, size_t len, 
     dsv3_tokenize(tok, text, len, DSV3_TOKENIZE_BOS | DSV3_TOKENIZE_MARKERS, NULL, 0, &n, &e);
 }
 
+/* tiktoken.model: the bytes, and behind them the input. */
+static void put_ranks(tiny *t, const uint8_t *data, size_t size)
+{
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    tiny_text s = {NULL, 0, 0};
+    for (int b = 0; b < 256; b++)
+        tiny_printf(&s, "%c%c== %d\n", letters[b >> 2], letters[(b & 3) << 4], b);
+    tiny_put_bytes(&s, data, size);
+    tiny_put(t, "tiktoken.model", s.p, s.n);
+    free(s.p);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static tiny t;
+    static tiny t, ranks;
     static dsv3_tokenizer *sound;
-    static dsv3_model_opts o;
+    static dsv3_model_opts o, ranks_o;
     dsv3_error e;
     if (!t.n_files) {
         tiny_opts to = tiny_micro();
         to.vocab = 320, to.tokenizer = true;
         tiny_build(&t, &to);
         o.reader = tiny_reader(&t);
+        ranks_o.reader = tiny_reader(&ranks);
         if (dsv3_tokenizer_open(&sound, NULL, &o, &e) != DSV3_OK)
             abort();
     }
@@ -64,8 +78,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     if (data[0] & 1) {
         dsv3_tokenizer *tok = NULL;
-        tiny_put(&t, "tokenizer.json", data + 1, size - 1);
-        dsv3_result r = dsv3_tokenizer_open(&tok, NULL, &o, &e);
+        bool model = (data[0] & 2) != 0;
+        if (model)
+            put_ranks(&ranks, data + 1, size - 1);
+        else
+            tiny_put(&t, "tokenizer.json", data + 1, size - 1);
+        dsv3_result r = dsv3_tokenizer_open(&tok, NULL, model ? &ranks_o : &o, &e);
         if (r == DSV3_OK)
             check_text(tok, "The thing \xe4\xb8\x80 12\n\n \xf0\x9f\x98\x80\xff--", 26, false);
         else if (e.code != r || !e.message[0])

@@ -93,7 +93,7 @@ awk '
     BEGIN {
         also["cpu"] = "fp"; also["thr"] = "atomic|pool"; also["num"] = "fp8|e4m3|e8m0|bf16|f16|f32|i8"
         also["kern"] = "k|exp|sigmoid|silu"; also["mm"] = "ten"; also["json"] = "utf8"; also["st"] = "blob"
-        also["nn"] = "work|carve"; also["ses"] = "gen"
+        also["nn"] = "work|carve"; also["chat"] = "reply"; also["ses"] = "gen"
     }
     FNR == NR { if (match($0, /^\/\/ >>[a-z0-9]+/)) key_at[FNR] = substr($0, 6, RLENGTH - 5); next }
     FNR in key_at { key = key_at[FNR] }

@@ -56,6 +56,15 @@ static const char *published(void)
     return t.p ? folder : NULL;
 }
 
+static dsv3_result tok_open(dsv3_tokenizer **t, const dsv3_allocator *allocator, uint64_t limit, dsv3__str json, dsv3__str config)
+{
+    dsv3__tok_files files;
+    memset(&files, 0, sizeof files);
+    files.json = json;
+    files.config = config;
+    return dsv3__tok_open(t, allocator, limit, &files, &e);
+}
+
 static dsv3_result open_n(dsv3_tokenizer **t, const char *json, size_t n, const char *config)
 {
     dsv3__str j, c;
@@ -64,7 +73,7 @@ static dsv3_result open_n(dsv3_tokenizer **t, const char *json, size_t n, const 
     c.p = config;
     c.n = config ? strlen(config) : 0;
     dsv3__err_clear(&e);
-    return dsv3__tok_open(t, NULL, 0, j, c, &e);
+    return tok_open(t, NULL, 0, j, c);
 }
 
 static dsv3_tokenizer *open_text(const char *json, const char *config)
@@ -453,7 +462,7 @@ static unsigned class_of(const dsv3__split *t, uint32_t code, char out[4], size_
 static dsv3__split *classes(void)
 {
     static dsv3__split t;
-    dsv3__split_init(&t);
+    dsv3__split_init(&t, false);
     return &t;
 }
 
@@ -1431,7 +1440,7 @@ TEST(truncated_files)
             memcpy(cut, json, j.n);
             j.p = cut;
             c.p = config, c.n = sizeof config - 1;
-            dsv3_result r = dsv3__tok_open(&t, NULL, 0, j, c, &e);
+            dsv3_result r = tok_open(&t, NULL, 0, j, c);
             if ((r != DSV3_ERROR_JSON && r != DSV3_ERROR_TOKENIZER) || t) /* a number cut short is another id */
                 test_fail(__FILE__, __LINE__, "%lu bytes: %s", (unsigned long)j.n, dsv3_result_name(r));
             free(cut);
@@ -1441,7 +1450,7 @@ TEST(truncated_files)
             char *cut = (char *)malloc(c.n);
             memcpy(cut, config, c.n);
             c.p = cut;
-            CHECK_RESULT(dsv3__tok_open(&t, NULL, 0, j, c, &e), DSV3_ERROR_JSON, e);
+            CHECK_RESULT(tok_open(&t, NULL, 0, j, c), DSV3_ERROR_JSON, e);
             free(cut);
         }
         free(json);
@@ -1504,7 +1513,7 @@ TEST(limits)
     dsv3__str j, c;
     j.p = "{}", j.n = (64u << 20) + 1;
     c.p = NULL, c.n = 0;
-    CHECK_RESULT(dsv3__tok_open(&t, NULL, 0, j, c, &e), DSV3_ERROR_TOKENIZER, e);
+    CHECK_RESULT(tok_open(&t, NULL, 0, j, c), DSV3_ERROR_TOKENIZER, e);
     CHECK_CONTAINS(e.message, "67108865 bytes");
 }
 
@@ -1596,7 +1605,7 @@ TEST(allocations)
     memset(s, 'a', 100000);
     dsv3__str j, c;
     j.p = json, j.n = strlen(json);
-    c.p = "{\"bos_token\":\"<B>\"}", c.n = strlen(c.p);
+    c.p = "{\"bos_token\":\"<B>\",\"chat_template\":\"x\"}", c.n = strlen(c.p);
     for (int way = 0; way < 2; way++) {
         dsv3_result r = DSV3_ERROR_OUT_OF_MEMORY;
         heap h = {0, 0, 0};
@@ -1606,7 +1615,7 @@ TEST(allocations)
             dsv3_tokenizer *t;
             size_t n;
             h.n = 0;
-            r = dsv3__tok_open(&t, &a, 0, j, c, &e);
+            r = tok_open(&t, &a, 0, j, c);
             if (!r) {
                 t->bpe.chain = way == 0;
                 r = dsv3_tokenize(t, s, 100000, 0, NULL, 0, &n, &e);
@@ -1623,7 +1632,7 @@ TEST(allocations)
     uint64_t need = 0;
     dsv3_tokenizer *t;
     for (uint64_t limit = 1024; limit < (1u << 22) && !need; limit += limit / 64) {
-        dsv3_result r = dsv3__tok_open(&t, NULL, limit, j, c, &e);
+        dsv3_result r = tok_open(&t, NULL, limit, j, c);
         CHECK(r == DSV3_OK || r == DSV3_ERROR_MEMORY_LIMIT);
         if (!t)
             continue;
@@ -1652,7 +1661,7 @@ TEST(allocates_nothing_for_text)
     a.user = &h;
     j.p = json, j.n = strlen(json);
     c.p = NULL, c.n = 0;
-    CHECK_OK(dsv3__tok_open(&t, &a, 0, j, c, &e), e);
+    CHECK_OK(tok_open(&t, &a, 0, j, c), e);
     long before = h.n;
     for (int i = 0; i < 1000; i++)
         CHECK_OK(dsv3_tokenize(t, "hello hello worldaaaaaaaaaaaaaaaaaaa", 36, 0, NULL, 0, &n, &e), e);
@@ -1662,9 +1671,247 @@ TEST(allocates_nothing_for_text)
     free(json);
 }
 
+// ---- Kimi's tiktoken.model ----------------------------------------------------------------------------------
+
+/* Where the pattern cuts; '|' in the expected text. */
+TEST(kimi_splits)
+{
+    static const char *const cases[] = {
+        "Hello| world", "camel|Case|HTTPServer", "a|BC", "ABc", "don't| DON'T| it's|x", "we're", "we're| I'LL| I've|n",
+        "a| | |1", "a| | b", "123|456|7", "x|\n \n|y", "!\n\n\n|x", " !|x", "\t|!", "a|  \n|  | b", "\xE4\xB8\xAD\xE6\x96\x87|abc",
+        "abc|\xE4\xB8\xAD\xE6\x96\x87", "\xE3\x80\x87\xE4\xB8\xAD|1", "1\xE3\x80\x87", "\xE3\x81\x8B\xE3\x81\xAA", "A\xCA\xB0|B", "ABC\xCA\xB0|D",
+        "e\xCC\x81t\xCC\x81", "!\xCC\x81" "a", "-a", "--|a", "\xC3\x89t\xC3\xA9", "\xC7\x85o", "is'\xC5\xBF|o", "a|\r\n|b", "\xE2\x80\x8D\xE2\x80\x8D", "x's|'t",
+        "  ", "\xFF\xFE|a", "\xFF" "a", "##|x",
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        static dsv3__split split;
+        char whole[256], found[256];
+        size_t n = 0, at = 0;
+        if (!split.kimi)
+            dsv3__split_init(&split, true);
+        for (const char *c = cases[i]; *c; c++)
+            if (*c != '|')
+                whole[n++] = *c;
+        const uint8_t *p = (const uint8_t *)whole, *end = p + n;
+        while (p < end) {
+            const uint8_t *e_ = dsv3__split_piece(&split, p, end);
+            if (!CHECK(e_ > p && e_ <= end))
+                break;
+            memcpy(found + at, p, (size_t)(e_ - p));
+            at += (size_t)(e_ - p);
+            found[at++] = '|';
+            p = e_;
+        }
+        found[at ? at - 1 : 0] = 0;
+        CHECK_EQ_STR(found, cases[i]);
+    }
+}
+
+static size_t base64_line(char *out, const char *bytes, size_t n, unsigned rank)
+{
+    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    size_t at = 0;
+    for (size_t i = 0; i < n; i += 3) {
+        uint32_t v = 0;
+        for (size_t k = 0; k < 3; k++)
+            v = v << 8 | (i + k < n ? (uint8_t)bytes[i + k] : 0u);
+        for (size_t k = 0; k < 4; k++)
+            out[at++] = i + k <= n ? letters[v >> (18 - 6 * k) & 63] : '=';
+    }
+    return at + (size_t)sprintf(out + at, " %u\n", rank);
+}
+
+/* The bytes in V3's order, then what these merge into. */
+static text ranks_text(const char *const *more, size_t n)
+{
+    text t = {(char *)malloc(20000), 0};
+    unsigned rank = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int b = 0; b < 256; b++) {
+            char byte = (char)b;
+            bool prints = (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
+            if (prints == (pass == 0))
+                t.n += base64_line(t.p + t.n, &byte, 1, rank++);
+        }
+    for (size_t i = 0; i < n; i++)
+        t.n += base64_line(t.p + t.n, more[i], strlen(more[i]), rank++);
+    return t;
+}
+
+static const char *const some_words[] = {"ab", "bc", "abc", " a", "abcabc", "  ", "    ", "\xE4\xB8", "\xE4\xB8\xAD"};
+
+static dsv3_result open_ranks(dsv3_tokenizer **t, const char *ranks, size_t n, const char *config, const dsv3_allocator *a)
+{
+    dsv3__tok_files files;
+    memset(&files, 0, sizeof files);
+    files.ranks.p = ranks, files.ranks.n = n;
+    files.config.p = config, files.config.n = config ? strlen(config) : 0;
+    dsv3__err_clear(&e);
+    return dsv3__tok_open(t, a, 0, &files, &e);
+}
+
+#define KIMI_CONFIG                                                                                               \
+    "{\"tokenizer_class\": \"TikTokenTokenizer\", \"eos_token\": \"[EOS]\", \"bos_token\": \"[BOS]\", \"added_tokens_decoder\": {"  \
+    "\"266\": {\"content\": \"[EOS]\", \"special\": true, \"normalized\": false, \"lstrip\": false}, "                          \
+    "\"265\": {\"content\": \"[BOS]\", \"special\": true, \"normalized\": false}}}"
+
+TEST(kimi_ranks)
+{
+    static const struct {
+        const char *text;
+        uint32_t flags;
+        size_t n;
+        int32_t ids[4];
+    } cases[] = {
+        {"abc", 0, 1, {258}},          {"abcab", 0, 2, {258, 256}},
+        {"xbc", 0, 2, {87, 257}},      {"abcabc", 0, 1, {260}},
+        {" abc", 0, 2, {220, 258}},    {" a", 0, 1, {259}},
+        {"       ", 0, 3, {262, 261, 220}}, {"\xE4\xB8\xAD", 0, 1, {264}},
+        {"<|reserved_token_300|>[EOS]", DSV3_TOKENIZE_MARKERS, 2, {300, 266}},
+        {"[BOS]a", DSV3_TOKENIZE_MARKERS | DSV3_TOKENIZE_BOS, 2, {265, 64}},
+    };
+    text ranks = ranks_text(some_words, 9);
+    dsv3_tokenizer *t = NULL;
+    dsv3_tokenizer_info info;
+    for (int config = 1; config >= 0; config--) {
+        CHECK_OK(open_ranks(&t, ranks.p, ranks.n - (size_t)config, config ? KIMI_CONFIG : NULL, NULL), e);
+        if (!t)
+            continue;
+        dsv3_tokenizer_info_get(t, &info);
+        CHECK_EQ_INT(info.n_tokens, config ? 265 + 256 : 265);
+        CHECK_EQ_INT(info.bos, config ? 265 : -1);
+        CHECK_EQ_INT(info.eos, config ? 266 : -1);
+        CHECK(!info.add_bos && t->bpe.chain);
+        for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+            if (config || !cases[i].flags)
+                check_ids(t, cases[i].text, cases[i].flags, cases[i].ids, cases[i].n);
+        ids r = encode(t, "[EOS]<|reserved_token_300|>", 27, 0);
+        for (size_t i = 0; i < r.n; i++)
+            CHECK(r.p[i] < 265);
+        CHECK(round_trip(t, "[EOS]<|reserved_token_300|>", 27, r));
+        free(r.p);
+        dsv3_tokenizer_close(t);
+    }
+    free(ranks.p);
+}
+
+TEST(kimi_refused)
+{
+    static const struct {
+        const char *word, *line, *says; /* another token, or another line, behind those that are sound */
+    } files[] = {
+        {"xyz", NULL, "no two tokens before it merge into token 265"},
+        {"ab", NULL, "\"ab\" stands there twice"},
+        {"q", NULL, "line 266: expected the 256 bytes first"},
+        {NULL, "YWJi 266\n", "line 266: expected the rank 265"},
+        {NULL, "YWJi 265x\n", "expected the rank 265"},
+        {NULL, "YWJi \n", "expected the rank 265"},
+        {NULL, "YWJi 99999999999999999999\n", "expected the rank 265"},
+        {NULL, "YW*i 265\n", "line 266: expected 1 to 256 bytes in base64"},
+        {NULL, "YWJ 265\n", "in base64"},
+        {NULL, "YWJj", "in base64"},
+        {NULL, " 265\n", "in base64"},
+        {NULL, "\n", "in base64"},
+    };
+    static const struct {
+        const char *config, *says;
+    } configs[] = {
+        {"{\"tokenizer_class\": \"QWenTokenizer\"}", "TikTokenTokenizer"},
+        {"{\"added_tokens_decoder\": {\"264\": {\"content\": \"x\"}}}", "expected ids from 265 to 520, found \"264\""},
+        {"{\"added_tokens_decoder\": {\"521\": {\"content\": \"x\"}}}", "found \"521\""},
+        {"{\"added_tokens_decoder\": {\"1e3\": {\"content\": \"x\"}}}", "found \"1e3\""},
+        {"{\"added_tokens_decoder\": {\"265\": {\"special\": true, \"normalized\": false}}}", "has no content"},
+        {"{\"added_tokens_decoder\": {\"265\": {\"content\": \"x\", \"special\": true, \"normalized\": false, \"lstrip\": true}}}",
+         "lstrip true is not supported"},
+        {"{\"added_tokens_decoder\": {\"265\": {\"content\": \"x\", \"special\": true, \"normalized\": false}, "
+         "\"265\": {\"content\": \"y\", \"special\": true, \"normalized\": false}}}", "the id 265 is given twice"},
+        {"{\"added_tokens_decoder\": {\"265\": {\"content\": \"x\", \"special\": true, \"normalized\": false}, "
+         "\"266\": {\"content\": \"x\", \"special\": true, \"normalized\": false}}}", "stands there twice"},
+        {"{\"eos_token\": \"[EOS]\"}", "eos_token \"[EOS]\" is no token"},
+    };
+    text ranks = ranks_text(some_words, 9);
+    dsv3_tokenizer *t;
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        size_t n = ranks.n;
+        if (files[i].word)
+            n += base64_line(ranks.p + n, files[i].word, strlen(files[i].word), 265);
+        else
+            n += (size_t)sprintf(ranks.p + n, "%s", files[i].line);
+        CHECK_RESULT(open_ranks(&t, ranks.p, n, NULL, NULL), DSV3_ERROR_TOKENIZER, e);
+        CHECK_CONTAINS(e.message, files[i].says);
+        CHECK(t == NULL);
+    }
+    for (size_t i = 0; i < sizeof configs / sizeof configs[0]; i++) {
+        CHECK_RESULT(open_ranks(&t, ranks.p, ranks.n, configs[i].config, NULL), DSV3_ERROR_TOKENIZER, e);
+        CHECK_CONTAINS(e.message, configs[i].says);
+    }
+    for (size_t n = 1; n < ranks.n; n += n < ranks.n - 200 ? 5 : 1) { /* beginnings of the file */
+        char *copy = (char *)malloc(n);
+        memcpy(copy, ranks.p, n);
+        dsv3_result r = open_ranks(&t, copy, n, NULL, NULL);
+        CHECK(r == DSV3_ERROR_TOKENIZER || (r == DSV3_OK && t->n_tokens >= 256));
+        dsv3_tokenizer_close(t);
+        free(copy);
+    }
+    free(ranks.p);
+}
+
+TEST(kimi_allocations)
+{
+    text ranks = ranks_text(some_words, 9);
+    heap h = {0, 0, 0};
+    dsv3_allocator a = {heap_alloc, heap_free, NULL};
+    dsv3_result r = DSV3_ERROR_OUT_OF_MEMORY;
+    dsv3_tokenizer *t;
+    a.user = &h;
+    for (h.fail_at = 1; r && h.fail_at < 2000; h.fail_at++) {
+        h.n = 0;
+        r = open_ranks(&t, ranks.p, ranks.n, KIMI_CONFIG, &a);
+        CHECK(r == DSV3_OK || r == DSV3_ERROR_OUT_OF_MEMORY);
+        dsv3_tokenizer_close(t);
+        CHECK_EQ_INT(h.live, 0);
+    }
+    CHECK(r == DSV3_OK);
+    CHECK(h.fail_at > 15);
+    free(ranks.p);
+}
+
+TEST(kimi_published)
+{
+    char folder[1024];
+    snprintf(folder, sizeof folder, "%s/tokenizers/kimi-k2", test_shared() ? test_shared() : ".");
+    text ranks = read_file(folder, "tiktoken.model"), file = read_file("tests", "tokenizer_kimi.jsonl");
+    dsv3_tokenizer *t = NULL;
+    if (!ranks.p || !file.p) {
+        free(ranks.p);
+        free(file.p);
+        SKIP("no tokenizers/kimi-k2/tiktoken.model beside the repository");
+    }
+    CHECK_OK(open_ranks(&t, ranks.p, ranks.n, NULL, NULL), e);
+    if (t) {
+        CHECK(t->bpe.chain);
+        CHECK_EQ_UINT(t->n_tokens, 163584);
+        CHECK(golden_file(t, file, false) > 200);
+        for (int32_t id = 0; id < (int32_t)t->n_tokens; id += 7) { /* a token alone is itself, as tiktoken defines it */
+            size_t n;
+            const char *bytes = dsv3_token_bytes(t, id, &n);
+            const uint8_t *p = (const uint8_t *)bytes;
+            if (dsv3__split_piece(&t->split, p, p + n) != p + n)
+                continue;
+            ids r = encode(t, bytes, n, 0);
+            CHECK(same_ids(r, &id, 1));
+            free(r.p);
+        }
+    }
+    dsv3_tokenizer_close(t);
+    free(ranks.p);
+    free(file.p);
+}
+
 TEST_MAIN(RUN(tiny_goldens), RUN(goldens), RUN(goldens_r1), RUN(goldens_long), RUN(text_is_text), RUN(class_counts),
           RUN(classes_of_all_characters), RUN(splitting), RUN(splitting_like_the_patterns), RUN(spellings),
           RUN(merging_with_trained_words), RUN(merging_with_any_words), RUN(any_bytes), RUN(any_bytes_of_long_texts), RUN(long_pieces),
           RUN(detokenizing), RUN(streaming), RUN(tokenizing), RUN(added_tokens), RUN(ignore_merges), RUN(refused_files),
           RUN(every_character_of_the_patterns), RUN(bad_json), RUN(ids_in_any_spelling), RUN(truncated_files), RUN(changed_files),
-          RUN(limits), RUN(configuration), RUN(allocations), RUN(allocates_nothing_for_text))
+          RUN(limits), RUN(configuration), RUN(allocations), RUN(allocates_nothing_for_text),
+          RUN(kimi_splits), RUN(kimi_ranks), RUN(kimi_refused), RUN(kimi_allocations), RUN(kimi_published))

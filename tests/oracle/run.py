@@ -38,9 +38,11 @@ import tokenizers                                      # noqa: E402
 import torch                                           # noqa: E402
 import transformers                                    # noqa: E402
 
+import chat                                            # noqa: E402
 import checkpoints                                     # noqa: E402
 import compare                                         # noqa: E402
 import fidelity                                        # noqa: E402
+import kimi                                            # noqa: E402
 import matmul_modes                                    # noqa: E402
 import mutations                                       # noqa: E402
 import quantize                                        # noqa: E402
@@ -51,7 +53,7 @@ from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
 SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "matmul", "fidelity",
-            "tokenizer", "speed")
+            "tokenizer", "kimi", "chat", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
 BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
@@ -66,7 +68,7 @@ class Run:
         self.program = None if options.self_only else Program(options.dsv3, options.work)
 
     def wanted(self, section):
-        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "speed"):
+        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "kimi", "chat", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -277,6 +279,10 @@ class Run:
                                            self.report, self.o.quick))
         if self.wanted("tokenizer"):
             self.tokenizers()
+        if self.wanted("kimi"):
+            self.out["kimi"] = kimi.check(self.o.shared, self.o.work, self.program, self.report)
+        if self.wanted("chat"):
+            self.out["chat"] = chat.check(self.o.shared, self.o.work, self.program, self.report)
         if self.wanted("speed"):
             self.out["speed"] = tokenizer_oracle.speed(os.path.join(self.o.shared, "tokenizers", "deepseek-v3"), self.o.bench,
                                                        self.report)
@@ -329,6 +335,14 @@ class Run:
                 ("tokenizer", "tokenizer", "<"), ("texts", "texts", ">"), ("MB", lambda r: f"{r['mb']:.1f}", ">"),
                 ("safe mode", lambda r: r.get("safe", "-"), ">"), ("markers", lambda r: r.get("markers", "-"), ">"),
                 ("decode", lambda r: r.get("decode", "-"), ">")], self.out["tokenizer"]))
+        if self.out.get("kimi"):
+            print(table("Kimi's tokenizer against tiktoken: texts equal", [
+                ("what", "what", "<"), ("texts", "texts", ">"), ("equal", "equal", ">")], self.out["kimi"]))
+        if self.out.get("chat"):
+            print(table("Conversations against Jinja2 and the wheel: texts equal, errors where the template raises, ids equal; "
+                        "of contents that hold markers, ids of markers equal to the template's own", [
+                            ("markup", "markup", "<"), ("conversations", "conversations", ">"), ("text", "text", ">"),
+                            ("raises", "raises", ">"), ("ids", "ids", ">"), ("posed", "posed", ">")], self.out["chat"]))
         if self.out.get("speed"):
             print(table("Encoding, MB/s on one thread", [
                 ("text", "text", "<"), ("wheel", lambda r: f"{r['wheel']:.2f}", ">"),
