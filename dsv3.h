@@ -14888,10 +14888,8 @@ static bool dsv3__gram_walk_state(dsv3__gram_walk *w, const dsv3__gram_base *bas
         for (w->at = base->depth; w->at < d - 1; w->at++)
             dsv3__gram_byte(w->g, &w->s, w->way[w->at]);
     }
-    if (!dsv3__gram_byte(w->g, &w->s, c)) {
-        w->at = UINT32_MAX; /* a number may have been ended */
+    if (!dsv3__gram_byte(w->g, &w->s, c))
         return false;
-    }
     w->at = d;
     return true;
 }
