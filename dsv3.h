@@ -11510,6 +11510,7 @@ enum {
     DSV3__GRAM_KEYS_MAX = DSV3_GRAMMAR_KEYS,
     DSV3__GRAM_THREADS_ALL = DSV3_GRAMMAR_THREADS,
     DSV3__GRAM_THREADS_MAX = 32,     /* of one value */
+    DSV3__GRAM_WORK_MAX = 1 << 27,   /* steps to compile */
     DSV3__GRAM_TEXT_MAX = 1 << 20,   /* bytes of a schema */
     DSV3__GRAM_VALUES_MAX = 1 << 16, /* JSON values in it */
     DSV3__GRAM_ATOMS_MAX = 64,       /* subschemas that hold at once */
@@ -11691,12 +11692,23 @@ typedef struct dsv3__gram_build {
     uint64_t n_pool, n_values, cap_values, n_places, cap_places, cap_walk, cap_reach, cap_set, cap_tuple, n_spread,
         cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names;
     uint32_t number, integer; /* automata of those without bounds; 0: not made yet */
+    uint64_t work;            /* steps done */
 } dsv3__gram_build;
 
 /* Room for `want` elements in all in one of the arrays above. */
 #define DSV3__GRAM_ROOM(b, array, cap, used, want)                                                                \
     dsv3__mem_grow(&(b)->g->mem, (void **)(void *)&(array), &(cap), (used), (want), sizeof *(array), "a grammar", \
                    (b)->err)
+
+/* Counts steps, a nanosecond or a few each: what explodes does so in time before it does in memory. */
+static dsv3_result dsv3__gram_work(dsv3__gram_build *b, uint64_t steps)
+{
+    b->work += steps;
+    return b->work < DSV3__GRAM_WORK_MAX
+               ? DSV3_OK
+               : DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: takes more than %u steps to compile",
+                            (uint64_t)DSV3__GRAM_WORK_MAX);
+}
 
 // ---- The schema's text -----------------------------------------------------------------------------------
 
@@ -11915,12 +11927,14 @@ static dsv3_result dsv3__gram_state_new(dsv3__gram_build *b, uint32_t *state)
 
 /* States first ... end - 1, which lead to no others: ways that reach no end are taken out. *start becomes 0 if it
    has none. */
-static void dsv3__gram_trim(dsv3_grammar *g, uint32_t first, uint32_t end, uint32_t *start)
+static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t end, uint32_t *start)
 {
+    dsv3_grammar *g = b->g;
     for (uint32_t s = first; s < end; s++) /* `final`, meanwhile: an end can be reached */
         g->info[s].final = g->info[s].label != 0;
     for (bool again = true; again;) {
         again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)(end - first) * 256));
         for (uint32_t s = end; s-- > first;) {
             const uint16_t *row = g->next + (size_t)s * 256;
             for (int c = 0; c < 256 && !g->info[s].final; c++)
@@ -11943,6 +11957,7 @@ static void dsv3__gram_trim(dsv3_grammar *g, uint32_t first, uint32_t end, uint3
             if (row[c])
                 g->info[s].final = 0;
     }
+    return DSV3_OK;
 }
 
 /* A character as it is spelled within a string, at most 6 bytes. Its only spelling: that of json.dumps with
@@ -12470,6 +12485,7 @@ static dsv3_result dsv3__gram_closure(dsv3__gram_build *b, uint32_t n_walk, bool
                                       uint32_t *n)
 {
     uint32_t n_seen = 0;
+    uint64_t moves = 0;
     *n = 0;
     while (n_walk) {
         uint32_t at = b->walk[--n_walk];
@@ -12487,12 +12503,12 @@ static dsv3_result dsv3__gram_closure(dsv3__gram_build *b, uint32_t n_walk, bool
     for (uint32_t i = 0; i < n_seen; i++)
         b->places[b->reach[i]].seen = false;
     for (uint32_t i = 1; i < *n; i++) /* nearly in order as they come */
-        for (uint32_t k = i; k > 0 && b->set[k] < b->set[k - 1]; k--) {
+        for (uint32_t k = i; k > 0 && b->set[k] < b->set[k - 1]; k--, moves++) {
             uint32_t t = b->set[k];
             b->set[k] = b->set[k - 1];
             b->set[k - 1] = t;
         }
-    return DSV3_OK;
+    return dsv3__gram_work(b, moves + 8 * n_seen + 64);
 }
 
 /* Fills the row of the state for list `index`: bytes are cut where a range of one of its places begins or ends. */
@@ -12572,7 +12588,7 @@ static dsv3_result dsv3__gram_pattern(dsv3__gram_build *b, dsv3__str pattern, ui
     b->g->next[(size_t)*start * 256 + '"'] = (uint16_t)first;
     for (uint32_t i = 0; i < b->lists.n; i++)
         DSV3__TRY(dsv3__gram_pattern_row(b, i, first + i, first, done, behind.end));
-    dsv3__gram_trim(b->g, *start, (uint32_t)b->g->n_states, start);
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
     return DSV3_OK;
 }
 
@@ -12784,7 +12800,7 @@ static dsv3_result dsv3__gram_number(dsv3__gram_build *b, const dsv3__gram_numbe
             b->g->next[(size_t)(*start + i) * 256 + (unsigned char)*c] = (uint16_t)(*start + index);
         }
     }
-    dsv3__gram_trim(b->g, *start, (uint32_t)b->g->n_states, start);
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
     return DSV3_OK;
 }
 
@@ -12875,6 +12891,7 @@ static dsv3_result dsv3__gram_product(dsv3__gram_build *b, const dsv3__gram_part
             b->g->info[*start + s].label = label;
         }
         memset(before, 0, sizeof before);
+        DSV3__TRY(dsv3__gram_work(b, 512 * (uint64_t)n));
         for (uint32_t c = 0; c < 256; c++) {
             for (uint32_t i = 0; i < n; i++)
                 then[i] = now[i] ? dsv3__gram_part_next(b->g, &parts[i], now[i], c) : 0;
@@ -12891,7 +12908,7 @@ static dsv3_result dsv3__gram_product(dsv3__gram_build *b, const dsv3__gram_part
         }
     }
     if (!object)
-        dsv3__gram_trim(b->g, *start, (uint32_t)b->g->n_states, start);
+        DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
     return DSV3_OK;
 }
 
@@ -13335,6 +13352,7 @@ static dsv3_result dsv3__gram_spread_schema(dsv3__gram_build *b, dsv3__gram_conj
     for (v = b->values[schema].child; v; v = b->values[v].next) {
         dsv3__str key = b->values[v].key;
         if (dsv3__gram_is(key, "$ref")) {
+            DSV3__TRY(dsv3__gram_work(b, 8 * b->n_values));
             DSV3__TRY(dsv3__gram_ref(b, schema, v, &target));
             DSV3__TRY(dsv3__gram_add_schema(b, c, target));
         } else if (dsv3__gram_is(key, "allOf")) {
@@ -13387,6 +13405,7 @@ static dsv3_result dsv3__gram_spread_next(dsv3__gram_build *b, uint32_t *steps, 
         while (*types) {
             if (c->done == c->n)
                 return DSV3_OK;
+            DSV3__TRY(dsv3__gram_work(b, 4 * DSV3__GRAM_ATOMS_MAX));
             if (++*steps > DSV3__GRAM_SPREAD_MAX)
                 return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
                                   "schema: more than %u steps through anyOf, allOf, enum of one value",
@@ -13490,7 +13509,7 @@ static dsv3_result dsv3__gram_words(dsv3__gram_build *b, uint32_t types, uint32_
         DSV3__TRY(dsv3__gram_literal(b, &state, s, false));
         b->g->info[state].label = 1;
     }
-    dsv3__gram_trim(b->g, *start, (uint32_t)b->g->n_states, start);
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
     return DSV3_OK;
 }
 
@@ -13584,7 +13603,7 @@ static dsv3_result dsv3__gram_literals(dsv3__gram_build *b, const dsv3__gram_con
              v = kind == DSV3__GRAM_ENUM ? b->values[v].next : 0)
             if (dsv3__gram_kind_bits(&b->values[v]) & types & DSV3__GRAM_SCALARS)
                 DSV3__TRY(dsv3__gram_scalar_literal(b, start, v));
-        dsv3__gram_trim(b->g, start, (uint32_t)b->g->n_states, &start);
+        DSV3__TRY(dsv3__gram_trim(b, start, (uint32_t)b->g->n_states, &start));
         DSV3__TRY(dsv3__gram_part_add(b, p, start));
     }
     return DSV3_OK;
@@ -13680,6 +13699,7 @@ static dsv3_result dsv3__gram_item(dsv3__gram_build *b, const dsv3__gram_conj *c
 {
     dsv3__gram_conj item;
     item.n = 0;
+    DSV3__TRY(dsv3__gram_work(b, (uint64_t)index * c->n));
     for (uint32_t i = 0; i < c->n; i++) {
         uint32_t list, n = dsv3__gram_prefix(b, c->atoms[i], &list), v = list ? b->values[list].child : 0;
         bool constant = DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST;
@@ -13751,6 +13771,7 @@ static dsv3_result dsv3__gram_name_add(dsv3__gram_build *b, dsv3__str name)
         else
             hi = mid;
     }
+    DSV3__TRY(dsv3__gram_work(b, (b->n_names - lo) / 2));
     DSV3__TRY(DSV3__GRAM_ROOM(b, b->names, b->cap_names, b->n_names, b->n_names + 1));
     memmove(b->names + lo + 1, b->names + lo, (size_t)(b->n_names - lo) * sizeof *b->names);
     b->names[lo] = name;
@@ -13851,7 +13872,7 @@ static dsv3_result dsv3__gram_object_property_names(dsv3__gram_build *b, dsv3__g
             for (uint32_t i = b->values[v].child; i; i = b->values[i].next)
                 if (b->values[i].kind == '"')
                     DSV3__TRY(dsv3__gram_scalar_literal(b, start, i));
-            dsv3__gram_trim(b->g, start, (uint32_t)b->g->n_states, &start);
+            DSV3__TRY(dsv3__gram_trim(b, start, (uint32_t)b->g->n_states, &start));
             DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
         } else if (!dsv3__gram_is(key, "type") || !(dsv3__gram_type(b, v) & DSV3__GRAM_STRING)) {
             return DSV3__GRAM_REFUSE(b, v, "propertyNames takes pattern, enum and type string");
@@ -13949,8 +13970,11 @@ static dsv3_result dsv3__gram_object_alt(dsv3__gram_build *b, const dsv3__gram_c
             for (size_t k = 0; k < n_spelled; k++)
                 key->hash = dsv3__gram_key_hash(key->hash, (uint8_t)spelled[k]);
         }
-        for (uint32_t k = 0; k < c->n; k++)
+        for (uint32_t k = 0; k < c->n; k++) {
+            uint32_t list = dsv3__gram_find(b, DSV3__GRAM_INDEX(c->atoms[k]), "required");
+            DSV3__TRY(dsv3__gram_work(b, 4 * (b->values[list].n + b->values[DSV3__GRAM_INDEX(c->atoms[k])].n)));
             key->required = key->required || dsv3__gram_requires(b, c->atoms[k], b->names[i]);
+        }
         alt.n_required += key->required;
     }
     o.alt = &alt;
@@ -14080,7 +14104,7 @@ static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a
     for (uint32_t s = first; s < a->end; s++)
         if (g->info[s].label && !g->keys[g->info[s].label - 1].node)
             g->info[s].label = 0;
-    dsv3__gram_trim(g, first, a->end, &a->start);
+    DSV3__TRY(dsv3__gram_trim(b, first, a->end, &a->start));
     for (uint32_t s = first; s < a->end; s++) {
         dsv3__gram_info *info = &g->info[s];
         info->first = UINT16_MAX;
@@ -14091,6 +14115,7 @@ static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a
     }
     for (bool again = true; again;) {
         again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)(a->end - first) * 256));
         for (uint32_t s = a->end; s-- > first;) {
             dsv3__gram_info *info = &g->info[s];
             const uint16_t *row = g->next + (size_t)s * 256;
@@ -14137,6 +14162,7 @@ static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
     beside[0] = 0;
     for (bool again = true; again;) { /* one pass: states stand behind those that found them, nearly all */
         again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
         for (uint32_t s = 1; s < n; s++)
             for (uint32_t c = 0; beside[s] && c < 256; c++) {
                 uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
@@ -14150,6 +14176,7 @@ static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
         g->info[s].free = beside[s] != 0;
     for (bool again = true; again;) {
         again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
         for (uint32_t s = n; s-- > 1;)
             for (uint32_t c = 0; g->info[s].free && c < 256; c++) {
                 uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
