@@ -100,6 +100,24 @@
    DSV3_TOKENIZE_MARKERS is asked for by name. If the tokenizer is missing or of an unknown kind the model opens and works
    by ids; calls on text fail and say why.
 
+   CONSTRAINED OUTPUT. dsv3_sample_opts.mask says which tokens may be picked; dsv3_generate_opts takes such masks from a
+   callback, or a dsv3_grammar: JSON, or JSON that fits a JSON Schema (draft 2020-12). What ends under a grammar parses and
+   validates, always; it may be cut short by max_tokens or a full session, and dsv3_stats.stop says so. A schema is compiled
+   once (dsv3_grammar_open); a mask takes some 20 microseconds on V3's 129,280 tokens, half a millisecond where a pattern
+   leaves many words. A place in a text is a plain dsv3_grammar_state: copy it to come back to it.
+   Read are: type enum const, properties patternProperties additionalProperties propertyNames (pattern, enum) required
+   minProperties maxProperties, items prefixItems minItems maxItems, minLength maxLength pattern, minimum maximum
+   exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf allOf $ref $defs, and oneOf where no value
+   can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
+   describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
+   All else is refused by its name (not if contains uniqueItems dependent... unevaluated... $dynamicRef, and unknown words).
+   A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any order,
+   no key twice; the objects that are open at a place have at most 160 keys together, and depth is at most max_depth.
+   Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
+   integers are written without point and exponent. Patterns are those of ECMAScript without \b, \p, back references and
+   looking around. A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a
+   bounded time) is an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
+
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
    examples/ffi.py drives the shared library (make lib) from Python's ctypes.
@@ -12348,8 +12366,8 @@ static dsv3_result dsv3__gram_repeat(dsv3__gram_regex *r, dsv3__gram_piece *piec
 {
     const uint32_t last = (uint32_t)r->b->n_places, n = max != DSV3__GRAM_NO_MAX ? max : min ? min : 1;
     dsv3__gram_piece one = *piece;
-    uint32_t begin, tail, exit;
-    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &exit));
+    uint32_t begin, tail, out;
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &out));
     DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &begin));
     tail = begin;
     for (uint32_t i = 0; i < n; i++) { /* the first is tied last: the others are copies of it */
@@ -12358,7 +12376,7 @@ static dsv3_result dsv3__gram_repeat(dsv3__gram_regex *r, dsv3__gram_piece *piec
         else
             one = *piece;
         if (i >= min)
-            r->b->places[tail].b = exit;
+            r->b->places[tail].b = out;
         r->b->places[tail].a = one.begin;
         tail = one.end;
         if (max == DSV3__GRAM_NO_MAX && i + 1 == n) { /* and again */
@@ -12367,9 +12385,9 @@ static dsv3_result dsv3__gram_repeat(dsv3__gram_regex *r, dsv3__gram_piece *piec
             r->b->places[tail].b = loop;
         }
     }
-    r->b->places[tail].a = exit;
+    r->b->places[tail].a = out;
     piece->begin = begin;
-    piece->end = exit;
+    piece->end = out;
     return DSV3_OK;
 }
 
