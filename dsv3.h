@@ -111,8 +111,8 @@
    can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
    describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
    All else is refused by its name (not if contains uniqueItems dependent... unevaluated... $dynamicRef, and unknown words).
-   A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any order,
-   no key twice; the objects that are open at a place have at most 160 keys together, and depth is at most max_depth.
+   A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
+   order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
    integers are written without point and exponent. Patterns are those of ECMAScript without \b, \p, back references and
    looking around. A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a
