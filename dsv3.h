@@ -945,6 +945,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
        dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; a dense layer is one MLP for all rows
      dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
+     dsv3_grammar_mask   a place in a text that must fit a schema -> the tokens that may come, a bit each
      dsv3__smp_pick      logits [vocab_size] -> a token
      dsv3_token_bytes    a token -> bytes */
 

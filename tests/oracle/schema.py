@@ -4,6 +4,7 @@
             of every schema that is accepted each valid instance can be written (in the spelling of json.dumps without
             escapes that are not needed; 1.0 as 1), no invalid one can. What is refused, and why, is a table.
   sampled   2,000 texts of examples/tiny at temperature 1.5 under 30 schemas: each ends, parses and validates.
+  random    2,000 schemas put together at random, 40 values for each: what is accepted is what jsonschema validates.
   beside    time of a mask and of compiling on V3's tokenizer, and how often llguidance allows the same tokens.
 """
 
@@ -11,6 +12,7 @@ import ctypes as C
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import tarfile
@@ -201,6 +203,74 @@ def sampled(lib, directory, report):
     return {**found, "seconds": time.time() - start}
 
 
+def random_schema(draw, depth):
+    """Keywords on few names and small values, so that they meet. Nothing where Python's patterns are not ECMAScript's: $ before
+    a newline at the end, \\w beyond ASCII."""
+    if draw.random() < 0.08:
+        return draw.random() < 0.7
+    schema, inner = {}, lambda: random_schema(draw, depth - 1)
+    number = lambda: draw.choice([-1, 0, 1, 2, 0.5, 1.5, 10, 12])
+    value = lambda: random_value(draw, 1)
+    choices = {
+        "type": lambda: draw.choice(["null", "boolean", "integer", "number", "string", "array", "object", ["integer", "string"], ["array", "null", "object"]]),
+        "enum": lambda: [value() for _ in range(draw.randint(1, 4))], "const": value,
+        "minimum": number, "maximum": number, "exclusiveMinimum": number, "exclusiveMaximum": number, "multipleOf": lambda: draw.randint(1, 4),
+        "minLength": lambda: draw.randint(0, 2), "maxLength": lambda: draw.randint(0, 3),
+        "pattern": lambda: draw.choice(["a", "^a", "b$", "^[ab]*$", "a{2}", "^(a|bb)?c?$", "[^a]", "^.$", "\u00e9|\\t", "^[a-c]+$"]),
+        "minItems": lambda: draw.randint(0, 2), "maxItems": lambda: draw.randint(0, 3), "required": lambda: draw.sample(["a", "ab", "b"], draw.randint(0, 2)),
+        "minProperties": lambda: draw.randint(0, 2), "maxProperties": lambda: draw.randint(0, 3),
+    }
+    if depth:
+        choices.update({
+            "items": inner, "prefixItems": lambda: [inner() for _ in range(draw.randint(1, 2))], "additionalProperties": inner,
+            "properties": lambda: {k: inner() for k in draw.sample(["a", "ab", "b", "\u00e9\""], draw.randint(1, 3))},
+            "patternProperties": lambda: {draw.choice(["^a", "b", "^[a-z]+$"]): inner()}, "anyOf": lambda: [inner() for _ in range(draw.randint(1, 3))],
+            "allOf": lambda: [inner() for _ in range(draw.randint(1, 2))], "oneOf": lambda: [inner() for _ in range(draw.randint(1, 2))],
+            "$ref": lambda: "#/$defs/" + draw.choice("xy")})
+    for key in draw.sample(sorted(choices), draw.randint(1, 4 if depth else 2)):
+        schema[key] = choices[key]()
+    return schema
+
+
+def random_value(draw, depth):
+    kind = draw.randint(0, 6 if depth else 4)
+    if kind < 2:
+        return draw.choice([None, True, False, 0, 1, 2, -1, 3, 12])
+    if kind == 2:
+        return draw.choice([0.5, 1.5, -0.25, 10.75, 2])
+    if kind < 5:
+        return "".join(draw.choice("aabbc\u00e9\t\"") for _ in range(draw.randint(0, 4)))
+    if kind == 5:
+        return [random_value(draw, depth - 1) for _ in range(draw.randint(0, 3))]
+    return {draw.choice(["a", "ab", "b", "\u00e9\"", "c", ""]): random_value(draw, depth - 1) for _ in range(draw.randint(0, 3))}
+
+
+def at_random(grammars, report, n=2000):
+    draw, found = random.Random(7), {"schemas": n, "accepted": 0, "valid": 0, "invalid": 0}
+    for index in range(n):
+        schema = {"$defs": {"x": random_schema(draw, 1), "y": random_schema(draw, 1)}, "anyOf": [random_schema(draw, 2)]}
+        values = [random_value(draw, 2) for _ in range(40)]
+        try:
+            grammar = grammars.compile(schema)
+        except ffi.Dsv3Error:
+            continue
+        found["accepted"] += 1
+        validator = jsonschema.Draft202012Validator(schema)
+        for value in values:
+            try:
+                valid = validator.is_valid(value)
+            except RecursionError:                     # a $ref that leads to itself: undefined
+                break
+            found["valid" if valid else "invalid"] += 1
+            if grammars.fits(grammar, spelled(value)) != valid:
+                report.fail(f"schema: random {index}", f"expected {'valid' if valid else 'invalid'}: {spelled(value)} under {json.dumps(schema)}")
+                break
+        else:
+            report.check(f"schema: random {index}", True)
+        grammars.dsv3.grammar_close(grammar)
+    return found
+
+
 # What a host may ask for, and a text that fits.
 BESIDE = [
     ("person", {"type": "object", "properties": {
@@ -268,7 +338,7 @@ def beside(lib, directory, report):
 
 def check(lib, tiny, v3, work, report):
     grammars = Grammars(lib, tiny)
-    out = {"schema_suite": suite(grammars, work, report), "schema_sampled": sampled(lib, tiny, report)}
+    out = {"schema_suite": suite(grammars, work, report), "schema_random": at_random(grammars, report), "schema_sampled": sampled(lib, tiny, report)}
     if os.path.exists(os.path.join(v3, "tokenizer.json")):
         out["schema_beside"] = beside(lib, v3, report)
     else:
@@ -280,6 +350,9 @@ def tables(out):
     text = table("JSON-Schema-Test-Suite, draft 2020-12: schemas accepted, and instances of those as the suite has them", [
         ("file", "keyword", "<"), ("schemas", "schemas", ">"), ("accepted", "accepted", ">"), ("valid", "valid", ">"),
         ("invalid", "invalid", ">"), ("refused for", "refused", "<")], out["schema_suite"])
+    s = out["schema_random"]
+    text += (f"\nRandom schemas: {s['schemas']}, of which {s['accepted']} are accepted; {s['valid']} valid and {s['invalid']} invalid values, "
+             "as jsonschema has them\n")
     s = out["schema_sampled"]
     text += f"\nSampled at temperature 1.5: {s['texts']} texts, {s['tokens']} tokens, under {s['schemas']} schemas, {s['seconds']:.0f} s\n"
     if out.get("schema_beside"):
