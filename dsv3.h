@@ -115,8 +115,9 @@
    order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
    integers are written without point and exponent. Patterns are those of ECMAScript without \b, \p, back references and
-   looking around. A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a
-   bounded time) is an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
+   looking around. At one place at most 32 alternatives are followed; should more meet there, the rest is not offered.
+   A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
+   an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
