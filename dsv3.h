@@ -23,20 +23,21 @@
 
    CONTENTS (search for ">>word"; every section uses only those above it)
 
-       base   compiler, sizes, unaligned loads            nn     norm, rotary positions, linear maps, gated MLPs
-       err    one error struct, one formatter             mla    multi-head latent attention, the cache row
-       mem    the caller's allocator, limits              moe    router and experts
-       os     files, time, cores                          fwd    the model, n rows at once
-       cpu    instruction sets, floating-point state      split  where a text is cut before merging
-       thr    atomics, parallel-for                       bpe    byte-pair merging
-       num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
-       ten    the quantized tensor                        chat   conversations to ids, replies to their parts
+       base   compiler, sizes, unaligned loads            mla    multi-head latent attention, the cache row
+       err    one error struct, one formatter             moe    router and experts
+       mem    the caller's allocator, limits              fwd    the model, n rows at once
+       os     files, time, cores                          split  where a text is cut before merging
+       cpu    instruction sets, floating-point state      bpe    byte-pair merging
+       thr    atomics, parallel-for                       tok    tokenizer: text to ids and back
+       num    scalar formats: E4M3, E8M0, F16, BF16, I8   chat   conversations to ids, replies to their parts
+       ten    the quantized tensor                        gram   JSON and JSON Schema to masks over tokens
        kern   inner loops, per instruction set            smp    logits to a token
        mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
        json   a bounded pull reader                       api    the public calls
        st     safetensors, shards, index
        cfg    config.json, checked once
        wt     names to weights
+       nn     norm, rotary positions, linear maps, gated MLPs
 
    WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0; INT8 as
    compressed-tensors W8A8 or as the published R1 sets, a scale a row or a block), and by
@@ -131,6 +132,25 @@
    string ends the answer even where tokens cut it, and is not part of it. GigaChat3's function calls are not taken
    apart.
 
+   CONSTRAINED OUTPUT. dsv3_sample_opts.mask says which tokens may be picked; dsv3_generate_opts takes such masks from a
+   callback, or a dsv3_grammar: JSON, or JSON that fits a JSON Schema (draft 2020-12). What ends under a grammar parses and
+   validates, always; it may be cut short by max_tokens or a full session, and dsv3_stats.stop says so. A schema is compiled
+   once (dsv3_grammar_open); a mask takes some 20 microseconds on V3's 129,280 tokens, half a millisecond where a pattern
+   leaves many words. A place in a text is a plain dsv3_grammar_state: copy it to come back to it.
+   Read are: type enum const, properties patternProperties additionalProperties propertyNames (pattern, enum) required
+   minProperties maxProperties, items prefixItems minItems maxItems, minLength maxLength pattern, minimum maximum
+   exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf allOf $ref $defs, and oneOf where no value
+   can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
+   describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
+   All else is refused by its name (not if contains uniqueItems dependent... unevaluated... $dynamicRef, and unknown words).
+   A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
+   order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
+   Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
+   integers are written without point and exponent. Patterns are those of ECMAScript without \b, \p, back references and
+   looking around. At one place at most 32 alternatives are followed; should more meet there, the rest is not offered.
+   A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
+   an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
+
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
    examples/ffi.py drives the shared library (make lib) from Python's ctypes.
@@ -216,8 +236,9 @@ typedef enum dsv3_result {
     DSV3_ERROR_SAFETENSORS = -24,       /* JSON, but not a safetensors header or index */
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
-    DSV3_ERROR_BAD_TENSOR = -32,       /* wrong shape or dtype, scales missing, values that are not finite */
-    DSV3_ERROR_TOKENIZER = -33,        /* the tokenizer is missing or of an unknown kind, or a chat template is */
+    DSV3_ERROR_BAD_TENSOR = -32, /* wrong shape or dtype, scales missing, values that are not finite */
+    DSV3_ERROR_TOKENIZER = -33,  /* the tokenizer is missing or of an unknown kind, or a chat template is */
+    DSV3_ERROR_SCHEMA = -34, /* a JSON Schema with a keyword or a size that is not supported, or that nothing fits */
     DSV3_ERROR_UNSUPPORTED_CPU = -40,  /* the instruction set asked for is not there */
     DSV3_ERROR_THREAD = -41,           /* a thread could not be started */
     DSV3_ERROR_FEATURE_DISABLED = -42, /* compiled out by a DSV3_NO_... macro */
@@ -585,6 +606,78 @@ DSV3_API bool dsv3_reply_put(dsv3_reply *reply, int32_t token);
 
 /* The model was stopped (length, cancellation): hands out what was held back, then END. Harmless when called again. */
 DSV3_API void dsv3_reply_end(dsv3_reply *reply);
+// ---- Constrained output ----------------------------------------------------------------------------------
+
+/* A text that must be JSON, or fit a JSON Schema, as an automaton over the tokens of one tokenizer: see CONSTRAINED OUTPUT
+   above. Immutable once open: share between threads freely. */
+typedef struct dsv3_grammar dsv3_grammar;
+
+typedef enum dsv3_spacing {
+    DSV3_SPACING_ONE = 0,  /* one space or none behind a comma and a colon */
+    DSV3_SPACING_NONE = 1, /* no white space */
+    DSV3_SPACING_ANY = 2,  /* wherever JSON has it but behind the end, up to 64 bytes in a row */
+    DSV3_SPACING_FORCE_32BIT = 0x7fffffff
+} dsv3_spacing;
+
+typedef struct dsv3_grammar_opts {
+    uint32_t struct_size; /* 0, or the caller's sizeof */
+    dsv3_spacing spacing;
+    uint32_t max_depth;       /* of arrays and objects in each other, at most 64. Default: 32 */
+    uint32_t max_states;      /* of strings, numbers and keys, 522 bytes each, at most 65535. Default: 8192 */
+    uint64_t memory_limit;    /* bytes; 0: none */
+    dsv3_allocator allocator; /* Default: malloc */
+    const dsv3_grammar
+        *like; /* Optional: one of the same tokenizer, closed later, whose table of tokens serves this one too:
+                                 compiling takes less time and less memory */
+} dsv3_grammar_opts;
+
+enum { DSV3_GRAMMAR_DEPTH = 64, DSV3_GRAMMAR_KEYS = 160, DSV3_GRAMMAR_THREADS = 160 };
+
+/* Where a text is: plain, copied with =, kept as long as one likes. Its fields are the library's own. */
+typedef struct dsv3_grammar_frame {
+    uint16_t first, n, keys, object;
+    uint32_t count;
+} dsv3_grammar_frame;
+
+typedef struct dsv3_grammar_thread {
+    uint32_t id, parents, count;
+} dsv3_grammar_thread;
+
+typedef struct dsv3_grammar_state {
+    uint64_t hash;
+    uint32_t chars;
+    uint16_t place, depth, first, n_threads, n_keys, spaces;
+    dsv3_grammar_frame frames[DSV3_GRAMMAR_DEPTH];
+    dsv3_grammar_thread threads[DSV3_GRAMMAR_THREADS];
+    uint64_t keys[DSV3_GRAMMAR_KEYS];
+} dsv3_grammar_state;
+
+/* Compiles a schema.
+   grammar    out; NULL on failure
+   tokenizer  must live longer
+   schema     UTF-8, len bytes, not kept; NULL: any JSON value
+   opts       NULL: defaults
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, JSON (`offset` is the byte), SCHEMA (the message names the keyword by its JSON
+   pointer), OUT_OF_MEMORY, MEMORY_LIMIT. Any thread. */
+DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error);
+DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar); /* NULL is fine */
+
+DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state); /* nothing written yet */
+
+/* Which tokens may come next; there always is one, until the end-of-text id has been accepted. That one (the tokenizer's
+   eos) is among them where the text may end; other added tokens never are.
+   mask       [(n_tokens + 31) / 32] out, bit i % 32 of word i / 32 for token i; n_tokens as in dsv3_tokenizer_info */
+DSV3_API void dsv3_grammar_mask(const dsv3_grammar *grammar, const dsv3_grammar_state *state, uint32_t *mask);
+
+/* One token more, or a text of any length (also a part of a character). False: it cannot stand here; the state is as it
+   was. */
+DSV3_API bool dsv3_grammar_accept(const dsv3_grammar *grammar, dsv3_grammar_state *state, int32_t token);
+DSV3_API bool dsv3_grammar_accept_text(const dsv3_grammar *grammar, dsv3_grammar_state *state, const char *text,
+                                       size_t len);
+
+/* Is it a whole text that fits? (A number may still go on.) */
+DSV3_API bool dsv3_grammar_can_end(const dsv3_grammar *grammar, const dsv3_grammar_state *state);
 
 // ---- Model -----------------------------------------------------------------------------------------------
 
@@ -786,6 +879,9 @@ typedef struct dsv3_sample_opts {
         repetition_penalty; /* > 1 divides (multiplies, if negative) logits of tokens already in the session; 0 or 1: off */
     float presence_penalty; /* taken from logits of tokens already in the session */
     uint64_t seed;          /* the random number of a token is a function of (seed, position) */
+    /* Optional: [(vocab_size + 31) / 32] what may be picked, bit i % 32 of word i / 32 for token i. It comes before all
+       else: the logits of the others are -infinity. INVALID_ARGUMENT if it allows none. */
+    const uint32_t *mask;
 } dsv3_sample_opts;
 
 typedef struct dsv3_sample {
@@ -817,6 +913,7 @@ typedef enum dsv3_stop {
     DSV3_STOP_CONTEXT = 5,  /* the session is full */
     DSV3_STOP_CALLBACK = 6, /* token_fn said so */
     DSV3_STOP_CANCELLED = 7,
+    DSV3_STOP_GRAMMAR = 8, /* the text is complete, nothing can follow, and there is no end-of-text id to say so */
     DSV3_STOP_FORCE_32BIT = 0x7fffffff
 } dsv3_stop;
 
@@ -843,6 +940,13 @@ typedef struct dsv3_generate_opts {
     size_t n_stop_strings;
     bool (*token_fn)(void *user, const dsv3_token *token); /* Optional: every token as it comes; false stops */
     void *user;
+    /* Optional, of the model's own tokenizer: what is generated fits it, from its beginning. It may end where a text
+       that fits does, with a stop token or one of the checkpoint's end-of-text ids (not with ignore_eos); cut short, by
+       max_tokens for one, it is the beginning of a text that fits. */
+    const dsv3_grammar *grammar;
+    /* Optional: writes which tokens may come next, as dsv3_sample_opts.mask, which it finds all zero. With a grammar: what
+       both allow. tokens [n_tokens]: all of the session's. It may only cancel the session; false: CANCELLED. */
+    bool (*mask_fn)(void *user, const int32_t *tokens, size_t n_tokens, uint32_t *mask);
 } dsv3_generate_opts;
 
 typedef struct dsv3_stats {
@@ -1016,6 +1120,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
        dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; a dense layer is one MLP for all rows
      dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
+     dsv3_grammar_mask   a place in a text that must fit a schema -> the tokens that may come, a bit each
      dsv3__smp_pick      logits [vocab_size] -> a token
      dsv3_token_bytes    a token -> bytes */
 
@@ -1225,6 +1330,7 @@ DSV3_API const char *dsv3_result_name(dsv3_result result)
         DSV3__NAME(DSV3_ERROR_MISSING_TENSOR)
         DSV3__NAME(DSV3_ERROR_BAD_TENSOR)
         DSV3__NAME(DSV3_ERROR_TOKENIZER)
+        DSV3__NAME(DSV3_ERROR_SCHEMA)
         DSV3__NAME(DSV3_ERROR_UNSUPPORTED_CPU)
         DSV3__NAME(DSV3_ERROR_THREAD)
         DSV3__NAME(DSV3_ERROR_FEATURE_DISABLED)
@@ -13482,7 +13588,3763 @@ DSV3_API void dsv3_reply_end(dsv3_reply *reply)
 }
 
 #endif // DSV3_NO_TOKENIZER
+// =============================================================================
+// >>gram  Output that must be JSON, or fit a JSON Schema: schema -> automaton over bytes -> mask over tokens.
+//         Needs: json, tok. Owns: the compiled grammar, which never changes once it is open.
+// =============================================================================
 
+/* Three floors.
+
+   *Lexemes.* What has no inner structure, a string with its quotes, a number, `true`, and the key of a member, is read by
+   deterministic automata over bytes that share one table. Patterns become automata through sets of places (Thompson's
+   construction); bounds of numbers by comparing digit for digit; everything that must hold at once, or of which one must
+   hold, by running the parts side by side (dsv3__gram_product). States from which no end can be reached are taken out:
+   whoever is in a state can finish.
+
+   *Nodes.* A node is a set of subschemas that hold at once for a value, each set kept once, so recursion ends. It is
+   spread out into alternatives without $ref, allOf, anyOf, oneOf, const and enum in them; their scalars are one lexeme
+   automaton, and their arrays and objects are followed side by side in *threads*, since what tells them apart may come
+   late. JSON's brackets are the same for all threads: one stack of frames is enough, and a thread knows by a bit mask
+   which threads of the frame below live on through it. For every node it is known how deep and with how many keys its
+   smallest text is (dsv3__gram_needs); nothing is begun that could not be ended within the limits.
+
+   *Tokens.* The vocabulary is a trie in preorder; a mask is a walk over it that leaves each subtree at its first byte
+   that is not possible. Within a string that allows everything, all tokens without a quote are known in advance, and
+   only those with one are walked. */
+
+enum {
+    DSV3__GRAM_DEPTH_MAX = DSV3_GRAMMAR_DEPTH,
+    DSV3__GRAM_KEYS_MAX = DSV3_GRAMMAR_KEYS,
+    DSV3__GRAM_THREADS_ALL = DSV3_GRAMMAR_THREADS,
+    DSV3__GRAM_THREADS_MAX = 32,     /* of one value */
+    DSV3__GRAM_WORK_MAX = 1 << 27,   /* steps to compile */
+    DSV3__GRAM_TEXT_MAX = 1 << 20,   /* bytes of a schema */
+    DSV3__GRAM_VALUES_MAX = 1 << 16, /* JSON values in it */
+    DSV3__GRAM_ATOMS_MAX = 64,       /* subschemas that hold at once */
+    DSV3__GRAM_SPREAD_MAX = 4096,    /* steps to spread one node out into its alternatives */
+    DSV3__GRAM_NODES_MAX = 4096,
+    DSV3__GRAM_PLACES_MAX = 1 << 15, /* of a pattern's automaton before it is made deterministic */
+    DSV3__GRAM_PARTS_MAX = 128,      /* automata run side by side to make one */
+    DSV3__GRAM_GROUPS_MAX = 32,      /* open parentheses of a pattern */
+    DSV3__GRAM_RANGES_MAX = 128,     /* of a character class */
+    DSV3__GRAM_REPEAT_MAX = 1000,    /* {m,n} of a pattern */
+    DSV3__GRAM_INT_DIGITS = 19,
+    DSV3__GRAM_FRACTION_DIGITS = 15,
+    DSV3__GRAM_EXACT_DIGITS = 15,
+    DSV3__GRAM_DIGITS_MAX = 40, /* of a bound */
+    DSV3__GRAM_STATES = 8192,
+    DSV3__GRAM_STATES_MAX = 65535,
+    DSV3__GRAM_DEPTH = 32,
+    DSV3__GRAM_SPACES = 64, /* white space in a row, DSV3_SPACING_ANY */
+    DSV3__GRAM_OPEN = 200,  /* keys that can be reached, counted so far: more than a state can remember */
+    DSV3__GRAM_WALKS = 4    /* lexemes begun within one token that are walked the quick way */
+};
+
+#define DSV3__GRAM_NEVER  UINT32_MAX /* a need that cannot be met */
+#define DSV3__GRAM_NO_MAX UINT32_MAX
+
+#ifndef DSV3_NO_TOKENIZER
+
+/* What is known of a state of a lexeme. */
+typedef struct dsv3__gram_info {
+    uint16_t label;       /* 0: nothing ends here. 1: a value does; of a key: 1 + its place in `keys` */
+    uint16_t first, last; /* of a key: the named ones that can still be reached, first ... last - 1 */
+    uint8_t final;        /* it ends here and cannot go on */
+    uint8_t open;         /* of a key: more unnamed ones can be reached than a state can remember */
+    uint8_t free;         /* within a string whose going on is free */
+} dsv3__gram_info;
+
+/* A key that an object may have: a name, or, behind the names, all that are treated alike. */
+typedef struct dsv3__gram_key {
+    uint64_t hash; /* of the spelled name */
+    uint32_t node; /* of its value; 0: must not be there */
+    bool named, required;
+} dsv3__gram_key;
+
+/* An alternative of a node that is an array or an object. */
+typedef struct dsv3__gram_alt {
+    bool object;
+    uint32_t min, max; /* items or members */
+    uint32_t first,
+        n; /* array: [n + 1] nodes of its items, in `children`, the last of all others; object: keys, the names first */
+    uint32_t start, end, n_required; /* object: automaton of its keys, states start ... end - 1 */
+    uint32_t n_named;
+    uint32_t depth, keys;           /* needs, this one included */
+    uint32_t reserved;              /* object: keys it must have room for */
+    uint32_t open_depth, open_keys; /* object: needs of the dearest value of an unnamed key */
+} dsv3__gram_alt;
+
+typedef struct dsv3__gram_node {
+    uint32_t scalar;             /* automaton, 0: none */
+    uint32_t lengths, n_lengths; /* strings of which only the length is bounded, in `lengths` */
+    uint32_t alts, n_alts;
+    uint32_t depth, keys, best; /* needs of its smallest alternative, and which that is */
+} dsv3__gram_node;
+
+typedef struct dsv3__gram_length {
+    uint32_t min, max; /* code points */
+} dsv3__gram_length;
+
+/* A node of the trie, preorder: the children follow. */
+typedef struct dsv3__gram_token {
+    uint32_t end;  /* behind its subtree */
+    int32_t token; /* -1: none ends here */
+    uint16_t depth;
+    uint8_t byte;
+    uint8_t quote; /* a string that was free ends in this subtree */
+} dsv3__gram_token;
+
+/* The vocabulary, for all grammars of a tokenizer. */
+typedef struct dsv3__gram_vocab {
+    dsv3__gram_token *trie; /* [n] */
+    uint32_t n, n_tokens;
+    uint32_t *pure;     /* [n_tokens / 32] tokens that leave a free string free and unended */
+    uint32_t *by_chars; /* those that begin few characters first */
+    uint32_t chars
+        [257]; /* chars[c]: where those with c characters begin, c < 256 (255: or more); chars[256]: their number */
+} dsv3__gram_vocab;
+
+struct dsv3_grammar {
+    dsv3__mem mem;
+    const dsv3_tokenizer *tokenizer;
+    dsv3__gram_vocab vocab;
+    bool shares_vocab;
+    dsv3_spacing spacing;
+    uint32_t max_depth, max_states;
+    uint32_t string, body;  /* automaton of any string; its state behind the quote */
+    uint16_t *next;         /* [n_states, 256] 0: not possible */
+    dsv3__gram_info *info;  /* [n_states] */
+    dsv3__gram_node *nodes; /* [0]: what cannot be; [1]: the root */
+    dsv3__gram_alt *alts;
+    dsv3__gram_key *keys;
+    dsv3__gram_length *lengths;
+    uint32_t *children;
+    uint64_t n_states, cap_next, cap_info, n_nodes, cap_nodes, n_alts, cap_alts, n_keys, cap_keys, n_lengths,
+        cap_lengths, n_children, cap_children;
+};
+
+/* A value of the schema's text. Number 0 is none, 1 the whole. */
+typedef struct dsv3__gram_value {
+    char kind;                       /* { [ " t f n, 0 a number */
+    uint32_t next, child, parent, n; /* the next in the same object or array; the first within, and how many */
+    dsv3__str key, text;             /* decoded; of a number as written */
+    bool checked;                    /* its keywords are known */
+} dsv3__gram_value;
+
+/* A place of a pattern's automaton. */
+enum { DSV3__GRAM_EMPTY, DSV3__GRAM_BYTES, DSV3__GRAM_BEGIN, DSV3__GRAM_END };
+
+typedef struct dsv3__gram_place {
+    uint8_t kind, lo, hi;
+    bool seen;
+    uint32_t a, b; /* where it leads; 0: nowhere. Only EMPTY has two */
+} dsv3__gram_place;
+
+/* Lists of numbers, each kept once and numbered as they come. */
+typedef struct dsv3__gram_lists {
+    uint32_t *items, *slots; /* slots: [n_slots], a power of two; 0: free */
+    dsv3__tok_span *spans;
+    uint64_t n_items, cap_items, n, cap, n_slots;
+} dsv3__gram_lists;
+
+/* What goes into a product. A group holds if all its parts do; the product is what any of its groups holds for. */
+typedef struct dsv3__gram_part {
+    uint32_t group, start;
+    bool is_length, optional; /* optional: may fail without the group failing */
+    dsv3__gram_length length;
+} dsv3__gram_part;
+
+/* Kinds of an atom (top four bits) and the value it stands for. */
+enum {
+    DSV3__GRAM_SCHEMA = 0,
+    DSV3__GRAM_CONST = 1,  /* this value */
+    DSV3__GRAM_ENUM = 2,   /* one of the scalars of this array */
+    DSV3__GRAM_CHOICE = 3, /* one of the schemas of this array */
+    DSV3__GRAM_VALUES = 4, /* one of the values of this array */
+    DSV3__GRAM_PLAIN = 5,  /* a schema whose choices are left aside */
+    DSV3__GRAM_FALSE = 15
+};
+
+#define DSV3__GRAM_ATOM(kind, index) ((uint32_t)(kind) << 28 | (uint32_t)(index))
+#define DSV3__GRAM_KIND(atom)        ((atom) >> 28)
+#define DSV3__GRAM_INDEX(atom)       ((atom)&0x0FFFFFFFu)
+
+/* Subschemas that hold at once: the first `done` are spread out, the others not yet. */
+typedef struct dsv3__gram_conj {
+    uint32_t n, done;
+    uint32_t atoms[DSV3__GRAM_ATOMS_MAX];
+} dsv3__gram_conj;
+
+/* Two options of a oneOf: no value may fit both. */
+typedef struct dsv3__gram_apart {
+    uint32_t node, value;
+} dsv3__gram_apart;
+
+typedef struct dsv3__gram_memo {
+    uint32_t value, start;
+} dsv3__gram_memo;
+
+typedef struct dsv3__gram_build {
+    dsv3_grammar *g;
+    dsv3_error *err;
+    char *pool; /* decoded strings of the schema */
+    dsv3__gram_value *values;
+    dsv3__gram_place *places;
+    uint32_t *walk, *reach, *set, *tuple; /* scratch of the constructions */
+    dsv3__gram_lists lists, conjs;        /* sets of places, or states side by side; atoms of the nodes */
+    dsv3__gram_conj *spread;
+    dsv3__gram_apart *apart;
+    dsv3__gram_memo *patterns;
+    dsv3__str *names; /* of one object */
+    uint64_t n_pool, n_values, cap_values, n_places, cap_places, cap_walk, cap_reach, cap_set, cap_tuple, n_spread,
+        cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names;
+    uint32_t number, integer; /* automata of those without bounds; 0: not made yet */
+    uint64_t work;            /* steps done */
+} dsv3__gram_build;
+
+/* Room for `want` elements in all in one of the arrays above. */
+#define DSV3__GRAM_ROOM(b, array, cap, used, want)                                                                \
+    dsv3__mem_grow(&(b)->g->mem, (void **)(void *)&(array), &(cap), (used), (want), sizeof *(array), "a grammar", \
+                   (b)->err)
+
+/* Counts steps, a nanosecond or a few each: what explodes does so in time before it does in memory. */
+static dsv3_result dsv3__gram_work(dsv3__gram_build *b, uint64_t steps)
+{
+    b->work += steps;
+    return b->work < DSV3__GRAM_WORK_MAX
+               ? DSV3_OK
+               : DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: takes more than %u steps to compile",
+                            (uint64_t)DSV3__GRAM_WORK_MAX);
+}
+
+// ---- The schema's text -----------------------------------------------------------------------------------
+
+static dsv3_result dsv3__gram_read_string(dsv3__gram_build *b, dsv3__json *j, dsv3__json_str s, dsv3__str *out)
+{
+    char *p = b->pool + b->n_pool;
+    size_t n;
+    if (!dsv3__json_decode(s, p, &n))
+        return dsv3__json_fail(j, "half a surrogate pair in the string before"), j->result;
+    out->p = p;
+    out->n = n;
+    b->n_pool += n;
+    return DSV3_OK;
+}
+
+/* One value without what is in it. */
+static dsv3_result dsv3__gram_read_value(dsv3__gram_build *b, dsv3__json *j, dsv3__gram_value *v)
+{
+    dsv3__json_str s;
+    double number;
+    int64_t integer;
+    bool flag;
+    char c = dsv3__json_peek(j);
+    const char *begin = j->p;
+    v->kind = c == 'f' || c == 't' || c == 'n' || c == '"' || c == '{' || c == '[' ? c : (char)0;
+    if (c == '{' || c == '[') {
+        dsv3__json_open(j, c);
+    } else if (c == '"') {
+        if (dsv3__json_string(j, &s))
+            return dsv3__gram_read_string(b, j, s, &v->text);
+    } else if (c == 't' || c == 'f') {
+        dsv3__json_bool(j, &flag);
+    } else if (c == 'n') {
+        dsv3__json_null(j);
+    } else {
+        dsv3__json_number(j, &number, &integer, &flag);
+    }
+    v->text.p = begin;
+    v->text.n = (size_t)(j->p - begin);
+    return j->result;
+}
+
+/* The schema as values that point to each other. */
+static dsv3_result dsv3__gram_read(dsv3__gram_build *b, const char *schema, size_t len)
+{
+    dsv3__json j;
+    dsv3__json_str key = {"", 0, false};
+    uint32_t parent = 0, last[DSV3__JSON_DEPTH + 1]; /* last: the one before, at each depth; 0: none */
+    void *pool;
+    dsv3__json_init(&j, schema, len, "schema", b->err);
+    DSV3__TRY(dsv3__mem_alloc(&b->g->mem, &pool, len + 1, "a grammar", b->err));
+    b->pool = (char *)pool;
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->values, b->cap_values, 0, 1));
+    memset(b->values, 0, sizeof *b->values);
+    b->n_values = 1;
+    last[0] = 0;
+    do {
+        if (parent && (b->values[parent].kind == '{' ? !dsv3__json_key(&j, &key) : !dsv3__json_item(&j))) {
+            parent = b->values[parent].parent;
+            continue;
+        }
+        if (b->n_values == DSV3__GRAM_VALUES_MAX)
+            return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u values",
+                              (uint64_t)DSV3__GRAM_VALUES_MAX);
+        DSV3__TRY(DSV3__GRAM_ROOM(b, b->values, b->cap_values, b->n_values, b->n_values + 1));
+        uint32_t i = (uint32_t)b->n_values++, at = (uint32_t)j.depth;
+        dsv3__gram_value *v = &b->values[i];
+        memset(v, 0, sizeof *v);
+        v->parent = parent;
+        if (parent) {
+            b->values[parent].n++;
+            if (b->values[parent].kind == '{')
+                DSV3__TRY(dsv3__gram_read_string(b, &j, key, &v->key));
+            *(last[at] ? &b->values[last[at]].next : &b->values[parent].child) = i;
+        }
+        last[at] = i;
+        DSV3__TRY(dsv3__gram_read_value(b, &j, v));
+        if (v->kind == '{' || v->kind == '[')
+            parent = i, last[at + 1] = 0;
+    } while (parent && !j.result);
+    return dsv3__json_end(&j);
+}
+
+static bool dsv3__gram_same(dsv3__str a, dsv3__str b)
+{
+    return a.n == b.n && memcmp(a.p, b.p, a.n) == 0;
+}
+
+static bool dsv3__gram_is(dsv3__str a, const char *literal)
+{
+    return a.n == strlen(literal) && memcmp(a.p, literal, a.n) == 0;
+}
+
+/* A member of an object (`value`: of that kind, 0 any); 0 if there is none. */
+static uint32_t dsv3__gram_member(const dsv3__gram_build *b, uint32_t object, dsv3__str key)
+{
+    uint32_t i = b->values[object].kind == '{' ? b->values[object].child : 0;
+    while (i && !dsv3__gram_same(b->values[i].key, key))
+        i = b->values[i].next;
+    return i;
+}
+
+static uint32_t dsv3__gram_find(const dsv3__gram_build *b, uint32_t object, const char *key)
+{
+    dsv3__str s;
+    s.p = key;
+    s.n = strlen(key);
+    return dsv3__gram_member(b, object, s);
+}
+
+/* Where a value stands, as a JSON pointer; for messages, cut in front if it is long. */
+static const char *dsv3__gram_where(const dsv3__gram_build *b, uint32_t value, char *out, size_t size)
+{
+    size_t at = size - 1;
+    out[at] = 0;
+    for (; value > 1; value = b->values[value].parent) {
+        const dsv3__gram_value *v = &b->values[value];
+        char number[24];
+        dsv3__str step = v->key;
+        if (b->values[v->parent].kind == '[') {
+            uint64_t k = 0;
+            for (uint32_t i = b->values[v->parent].child; i != value; i = b->values[i].next)
+                k++;
+            step.p = number;
+            step.n = dsv3__format(number, sizeof number, "%u", k);
+        }
+        if (step.n + 1 > at)
+            return out + at;
+        at -= step.n + 1;
+        out[at] = '/';
+        memcpy(out + at + 1, step.p, step.n);
+    }
+    return at + 1 == size ? "the root" : out + at;
+}
+
+/* return DSV3__GRAM_REFUSE(b, value, "text"): what is wrong with this value, and where it stands. */
+static dsv3_result dsv3__gram_refuse(const dsv3__gram_build *b, uint32_t value, const char *what, int line)
+{
+    char where[128];
+    return dsv3__err_set(b->err, DSV3_ERROR_SCHEMA, line, 0, "schema: %s: %s",
+                         dsv3__gram_where(b, value, where, sizeof where), what);
+}
+#define DSV3__GRAM_REFUSE(b, value, what) dsv3__gram_refuse((b), (value), (what), __LINE__)
+
+// ---- Lists and states ------------------------------------------------------------------------------------
+
+static uint64_t dsv3__gram_hash(const uint32_t *list, uint32_t n)
+{
+    uint64_t h = n;
+    for (uint32_t i = 0; i < n; i++)
+        h = (h ^ list[i]) * 0x9E3779B97F4A7C15ull, h ^= h >> 29;
+    return h;
+}
+
+static void dsv3__gram_lists_clear(dsv3__gram_lists *l)
+{
+    l->n = l->n_items = 0;
+    if (l->n_slots)
+        memset(l->slots, 0, (size_t)l->n_slots * sizeof *l->slots);
+}
+
+/* The number of a list; *fresh: it is new. */
+static dsv3_result dsv3__gram_intern(dsv3__gram_build *b, dsv3__gram_lists *l, const uint32_t *list, uint32_t n,
+                                     uint32_t *index, bool *fresh)
+{
+    if (2 * l->n >= l->n_slots) { /* half full: twice as many */
+        uint64_t cap = 0, want = l->n_slots ? 2 * l->n_slots : 64;
+        uint32_t *slots = NULL;
+        DSV3__TRY(DSV3__GRAM_ROOM(b, slots, cap, 0, want));
+        memset(slots, 0, (size_t)want * sizeof *slots);
+        for (uint32_t i = 0; i < l->n; i++) {
+            uint64_t at = dsv3__gram_hash(l->items + l->spans[i].at, l->spans[i].n) & (want - 1);
+            while (slots[at])
+                at = (at + 1) & (want - 1);
+            slots[at] = i + 1;
+        }
+        dsv3__mem_free(&b->g->mem, l->slots);
+        l->slots = slots;
+        l->n_slots = want;
+    }
+    uint64_t at = dsv3__gram_hash(list, n) & (l->n_slots - 1);
+    for (; l->slots[at]; at = (at + 1) & (l->n_slots - 1)) {
+        const dsv3__tok_span *s = &l->spans[l->slots[at] - 1];
+        if (s->n == n && memcmp(l->items + s->at, list, n * sizeof *list) == 0)
+            return *index = l->slots[at] - 1, *fresh = false, DSV3_OK;
+    }
+    DSV3__TRY(DSV3__GRAM_ROOM(b, l->spans, l->cap, l->n, l->n + 1));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, l->items, l->cap_items, l->n_items, l->n_items + n + 1));
+    if (l->n_items + n > UINT32_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: too large");
+    memcpy(l->items + l->n_items, list, n * sizeof *list);
+    l->spans[l->n].at = (uint32_t)l->n_items;
+    l->spans[l->n].n = n;
+    l->n_items += n;
+    *index = (uint32_t)l->n++;
+    l->slots[at] = *index + 1;
+    *fresh = true;
+    return DSV3_OK;
+}
+
+/* A new state that leads nowhere. */
+static dsv3_result dsv3__gram_state_new(dsv3__gram_build *b, uint32_t *state)
+{
+    dsv3_grammar *g = b->g;
+    if (g->n_states == g->max_states)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: its strings, numbers and keys need more than %u states",
+                          (uint64_t)g->max_states);
+    uint64_t n = g->n_states * 256;
+    DSV3__TRY(DSV3__GRAM_ROOM(b, g->next, g->cap_next, n, n + 256));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, g->info, g->cap_info, g->n_states, g->n_states + 1));
+    memset(g->next + n, 0, 256 * sizeof *g->next);
+    memset(&g->info[g->n_states], 0, sizeof *g->info);
+    *state = (uint32_t)g->n_states++;
+    return DSV3_OK;
+}
+
+/* States first ... end - 1, which lead to no others: ways that reach no end are taken out. *start becomes 0 if it
+   has none. */
+static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t end, uint32_t *start)
+{
+    dsv3_grammar *g = b->g;
+    for (uint32_t s = first; s < end; s++) /* `final`, meanwhile: an end can be reached */
+        g->info[s].final = g->info[s].label != 0;
+    for (bool again = true; again;) {
+        again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)(end - first) * 256));
+        for (uint32_t s = end; s-- > first;) {
+            const uint16_t *row = g->next + (size_t)s * 256;
+            for (int c = 0; c < 256 && !g->info[s].final; c++)
+                if (row[c] && g->info[row[c]].final)
+                    g->info[s].final = 1, again = true;
+        }
+    }
+    if (!g->info[*start].final)
+        *start = 0;
+    for (uint32_t s = first; s < end; s++) {
+        uint16_t *row = g->next + (size_t)s * 256;
+        for (int c = 0; c < 256; c++)
+            if (row[c] && !g->info[row[c]].final)
+                row[c] = 0;
+    }
+    for (uint32_t s = first; s < end; s++) {
+        const uint16_t *row = g->next + (size_t)s * 256;
+        g->info[s].final = g->info[s].label != 0;
+        for (int c = 0; c < 256; c++)
+            if (row[c])
+                g->info[s].final = 0;
+    }
+    return DSV3_OK;
+}
+
+/* A character as it is spelled within a string, at most 6 bytes. Its only spelling: that of json.dumps with
+   ensure_ascii=False. */
+static size_t dsv3__gram_spell(uint32_t c, char *out)
+{
+    const char *shorts = "\b\t\n\f\r\"\\", *letters = "btnfr\"\\", *at = c && c < 128 ? strchr(shorts, (int)c) : NULL;
+    out[0] = '\\';
+    if (at)
+        return out[1] = letters[at - shorts], 2;
+    if (c < 0x20) {
+        memcpy(out + 1, "u00", 3);
+        out[4] = (char)('0' + (c >> 4));
+        out[5] = "0123456789abcdef"[c & 15];
+        return 6;
+    }
+    return dsv3__utf8_put(out, c);
+}
+
+/* The character at p, well-formed UTF-8. */
+static uint32_t dsv3__gram_char(const char *p, size_t n)
+{
+    uint32_t c = (unsigned char)p[0];
+    c = n == 1 ? c : n == 2 ? c & 31 : n == 3 ? c & 15 : c & 7;
+    for (size_t i = 1; i < n; i++)
+        c = c << 6 | ((unsigned char)p[i] & 63);
+    return c;
+}
+
+/* Adds a way for one more byte. */
+static dsv3_result dsv3__gram_literal_byte(dsv3__gram_build *b, uint32_t *state, char c)
+{
+    size_t at = (size_t)*state * 256 + (unsigned char)c;
+    uint32_t fresh = b->g->next[at];
+    if (!fresh) {
+        DSV3__TRY(dsv3__gram_state_new(b, &fresh));
+        b->g->next[at] = (uint16_t)fresh;
+    }
+    *state = fresh;
+    return DSV3_OK;
+}
+
+/* Adds a way for these bytes, from *state to *state; quoted: spelled as a string. */
+static dsv3_result dsv3__gram_literal(dsv3__gram_build *b, uint32_t *state, dsv3__str text, bool quoted)
+{
+    if (quoted)
+        DSV3__TRY(dsv3__gram_literal_byte(b, state, '"'));
+    for (size_t i = 0, step; i < text.n; i += step) {
+        char spelled[6];
+        size_t n = 1;
+        spelled[0] = text.p[i];
+        step = quoted ? dsv3__utf8_length(text.p + i, text.p + text.n) : 1;
+        if (quoted)
+            n = dsv3__gram_spell(dsv3__gram_char(text.p + i, step), spelled);
+        for (size_t k = 0; k < n; k++)
+            DSV3__TRY(dsv3__gram_literal_byte(b, state, spelled[k]));
+    }
+    return quoted ? dsv3__gram_literal_byte(b, state, '"') : DSV3_OK;
+}
+
+// ---- Patterns --------------------------------------------------------------------------------------------
+
+typedef struct dsv3__gram_ranges {
+    uint32_t n, lo[DSV3__GRAM_RANGES_MAX], hi[DSV3__GRAM_RANGES_MAX];
+} dsv3__gram_ranges;
+
+/* A piece of a pattern: places first ... of which begin and end; the end leads nowhere yet. */
+typedef struct dsv3__gram_piece {
+    uint32_t first, begin, end;
+} dsv3__gram_piece;
+
+typedef struct dsv3__gram_group {
+    uint32_t first, begin, fork, tail, end;
+} dsv3__gram_group;
+
+typedef struct dsv3__gram_regex {
+    dsv3__gram_build *b;
+    uint32_t value; /* the pattern, for messages */
+    const char *p, *end;
+} dsv3__gram_regex;
+
+static dsv3_result dsv3__gram_place_new(dsv3__gram_regex *r, uint8_t kind, uint32_t a, uint32_t second, uint32_t *place)
+{
+    dsv3__gram_build *b = r->b;
+    if (b->n_places == DSV3__GRAM_PLACES_MAX)
+        return DSV3__GRAM_REFUSE(b, r->value, "a pattern that is too large");
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->places, b->cap_places, b->n_places, b->n_places + 1));
+    dsv3__gram_place *p = &b->places[b->n_places];
+    memset(p, 0, sizeof *p);
+    p->kind = kind;
+    p->a = a;
+    p->b = second;
+    *place = (uint32_t)b->n_places++;
+    return DSV3_OK;
+}
+
+/* Bytes lo[i] ... hi[i], i < n, in front of place `to`; one more way out of `*fork`. */
+static dsv3_result dsv3__gram_chain(dsv3__gram_regex *r, const uint8_t *lo, const uint8_t *hi, size_t n, uint32_t to,
+                                    uint32_t *fork)
+{
+    uint32_t at = to, fresh;
+    while (n--) {
+        DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_BYTES, at, 0, &at));
+        r->b->places[at].lo = lo[n];
+        r->b->places[at].hi = hi[n];
+    }
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, at, 0, &fresh));
+    r->b->places[*fork].b = fresh;
+    *fork = fresh;
+    return DSV3_OK;
+}
+
+/* Characters lo ... hi, all of 0x20 and more and spelled as they are: cut into blocks whose bytes are independent. */
+static dsv3_result dsv3__gram_chain_plain(dsv3__gram_regex *r, uint32_t lo, uint32_t hi, uint32_t to, uint32_t *fork)
+{
+    static const uint32_t borders[] = {0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF, 0x10FFFF};
+    while (lo <= hi) {
+        uint32_t top = hi;
+        char a[4], z[4];
+        for (size_t i = DSV3__COUNT(borders); i-- > 0;)
+            if (lo <= borders[i] && borders[i] < top)
+                top = borders[i];
+        for (uint32_t bits = 18; bits >= 6; bits -= 6) { /* a block starts at a multiple of its size, or is one lead */
+            uint32_t m = ((uint32_t)1 << bits) - 1;
+            if ((lo & ~m) == (top & ~m) || lo < 0x80)
+                continue;
+            if ((lo & m) && (lo | m) < top)
+                top = lo | m;
+            else if (!(lo & m) && (top & m) != m)
+                top = (top & ~m) - 1;
+        }
+        size_t n = dsv3__utf8_put(a, lo);
+        dsv3__utf8_put(z, top);
+        if (lo < 0xD800 || lo > 0xDFFF)
+            DSV3__TRY(dsv3__gram_chain(r, (const uint8_t *)a, (const uint8_t *)z, n, to, fork));
+        lo = top + 1;
+    }
+    return DSV3_OK;
+}
+
+/* A piece for one character of the ranges, which are in order and apart. */
+static dsv3_result dsv3__gram_class(dsv3__gram_regex *r, const dsv3__gram_ranges *set, dsv3__gram_piece *piece)
+{
+    uint32_t fork;
+    piece->first = (uint32_t)r->b->n_places;
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &piece->end));
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &piece->begin));
+    fork = piece->begin;
+    for (uint32_t i = 0; i < set->n; i++) {
+        uint32_t lo = set->lo[i];
+        while (lo <= set->hi[i]) { /* to the next character that is escaped */
+            uint32_t hi = lo;
+            char spelled[6];
+            size_t n = dsv3__gram_spell(lo, spelled);
+            if (spelled[0] == '\\') {
+                DSV3__TRY(
+                    dsv3__gram_chain(r, (const uint8_t *)spelled, (const uint8_t *)spelled, n, piece->end, &fork));
+            } else {
+                while (hi < set->hi[i] && hi + 1 != '"' && hi + 1 != '\\')
+                    hi = hi < '\\' ? hi + 1 : set->hi[i];
+                DSV3__TRY(dsv3__gram_chain_plain(r, lo, hi, piece->end, &fork));
+            }
+            lo = hi + 1;
+        }
+    }
+    return DSV3_OK;
+}
+
+static bool dsv3__gram_range_add(dsv3__gram_ranges *set, uint32_t lo, uint32_t hi)
+{
+    if (set->n == DSV3__GRAM_RANGES_MAX)
+        return false;
+    set->lo[set->n] = lo;
+    set->hi[set->n++] = hi;
+    return true;
+}
+
+/* In order, apart; `negate`: all other characters. */
+static bool dsv3__gram_ranges_settle(dsv3__gram_ranges *set, bool negate)
+{
+    dsv3__gram_ranges out;
+    uint32_t next = 0;
+    out.n = 0;
+    for (uint32_t i = 1; i < set->n; i++)
+        for (uint32_t k = i; k > 0 && set->lo[k] < set->lo[k - 1]; k--) {
+            uint32_t lo = set->lo[k], hi = set->hi[k];
+            set->lo[k] = set->lo[k - 1], set->hi[k] = set->hi[k - 1];
+            set->lo[k - 1] = lo, set->hi[k - 1] = hi;
+        }
+    for (uint32_t i = 0; i < set->n; i++) {
+        uint32_t lo = set->lo[i] > next ? set->lo[i] : next;
+        if (negate && set->lo[i] > next && !dsv3__gram_range_add(&out, next, set->lo[i] - 1))
+            return false;
+        if (!negate && lo <= set->hi[i] && !dsv3__gram_range_add(&out, lo, set->hi[i]))
+            return false;
+        next = set->hi[i] + 1 > next ? set->hi[i] + 1 : next;
+    }
+    if (negate && next <= 0x10FFFF && !dsv3__gram_range_add(&out, next, 0x10FFFF))
+        return false;
+    *set = out;
+    return true;
+}
+
+/* \d \w \s and their opposites, added to the set; false: none of them, or too many. */
+static bool dsv3__gram_escape_class(dsv3__gram_ranges *set, char c)
+{
+    static const uint32_t digit[] = {'0', '9'}, word[] = {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'},
+                          space[] = {9,      13,     0x20,   0x20,   0xA0,   0xA0,   0x1680, 0x1680, 0x2000, 0x200A,
+                                     0x2028, 0x2029, 0x202F, 0x202F, 0x205F, 0x205F, 0x3000, 0x3000, 0xFEFF, 0xFEFF};
+    char lower = (char)(c | 0x20);
+    const uint32_t *list = lower == 'd' ? digit : lower == 'w' ? word : space;
+    size_t n = lower == 'd' ? DSV3__COUNT(digit) : lower == 'w' ? DSV3__COUNT(word) : DSV3__COUNT(space);
+    dsv3__gram_ranges own;
+    own.n = 0;
+    if (lower != 'd' && lower != 'w' && lower != 's')
+        return false;
+    for (size_t i = 0; i < n; i += 2)
+        dsv3__gram_range_add(&own, list[i], list[i + 1]);
+    dsv3__gram_ranges_settle(&own, c != lower);
+    for (uint32_t i = 0; i < own.n; i++)
+        if (!dsv3__gram_range_add(set, own.lo[i], own.hi[i]))
+            return false;
+    return true;
+}
+
+/* Hexadecimal digits; -1: not as many. */
+static int64_t dsv3__gram_hex(dsv3__gram_regex *r, size_t n)
+{
+    int64_t v = 0;
+    for (; n--; r->p++) {
+        int c = r->p < r->end ? (unsigned char)*r->p | 0x20 : 0;
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        if (digit < 0)
+            return -1;
+        v = v * 16 + digit;
+    }
+    return v;
+}
+
+/* The character that stands behind a backslash, r->p on it. */
+static dsv3_result dsv3__gram_escape(dsv3__gram_regex *r, uint32_t *c)
+{
+    const char *from = "nrtfv0", *to = "\n\r\t\f\v";
+    char e = *r->p++;
+    const char *at = e ? strchr(from, e) : NULL;
+    int64_t v = -1;
+    if (at && e != '0') {
+        v = to[at - from];
+    } else if (e == '0' && (r->p == r->end || *r->p < '0' || *r->p > '9')) {
+        v = 0;
+    } else if (e == 'x') {
+        v = dsv3__gram_hex(r, 2);
+    } else if (e == 'c' && r->p < r->end && ((*r->p | 0x20) >= 'a' && (*r->p | 0x20) <= 'z')) {
+        v = *r->p++ & 31;
+    } else if (e == 'u' && r->p < r->end && *r->p == '{') {
+        const char *close = (const char *)memchr(r->p, '}', (size_t)(r->end - r->p));
+        size_t n = close ? (size_t)(close - r->p - 1) : 0;
+        r->p++;
+        v = n >= 1 && n <= 6 ? dsv3__gram_hex(r, n) : -1;
+        r->p++;
+    } else if (e == 'u') {
+        v = dsv3__gram_hex(r, 4);
+        if (v >= 0xD800 && v <= 0xDBFF && r->end - r->p >= 6 && r->p[0] == '\\' && r->p[1] == 'u') {
+            r->p += 2;
+            int64_t low = dsv3__gram_hex(r, 4);
+            v = low >= 0xDC00 && low <= 0xDFFF ? 0x10000 + ((v - 0xD800) << 10) + (low - 0xDC00) : -1;
+        }
+    } else if (e && strchr("^$\\.*+?()[]{}|/-\"'`!#%&,:;<=>@_~ ", e)) {
+        v = (unsigned char)e;
+    }
+    if (v < 0 || v > 0x10FFFF || (v >= 0xD800 && v <= 0xDFFF))
+        return DSV3__GRAM_REFUSE(r->b, r->value,
+                                 "a pattern with an escape that is none here (\\b, \\p, back references are not)");
+    *c = (uint32_t)v;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__gram_regex_char(dsv3__gram_regex *r, uint32_t *c)
+{
+    size_t n = dsv3__utf8_length(r->p, r->end);
+    if (*r->p == '\\') {
+        if (++r->p == r->end)
+            return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern that ends in a backslash");
+        return dsv3__gram_escape(r, c);
+    }
+    *c = dsv3__gram_char(r->p, n);
+    r->p += n;
+    return DSV3_OK;
+}
+
+/* [...], r->p behind the bracket. */
+static dsv3_result dsv3__gram_bracket(dsv3__gram_regex *r, dsv3__gram_ranges *set)
+{
+    bool negate = r->p < r->end && *r->p == '^', room = true;
+    set->n = 0;
+    r->p += negate;
+    while (r->p < r->end && *r->p != ']') {
+        uint32_t lo, hi;
+        bool escape = *r->p == '\\' && r->end - r->p > 1;
+        if (escape && strchr("dDwWsS", r->p[1]) && r->p[1]) {
+            room = room && dsv3__gram_escape_class(set, r->p[1]);
+            r->p += 2;
+            continue;
+        }
+        if (escape && r->p[1] == 'b') { /* in brackets, backspace */
+            lo = '\b';
+            r->p += 2;
+        } else {
+            DSV3__TRY(dsv3__gram_regex_char(r, &lo));
+        }
+        hi = lo;
+        if (r->end - r->p >= 2 && r->p[0] == '-' && r->p[1] != ']') {
+            r->p++;
+            if (*r->p == '\\' && r->end - r->p > 1 && r->p[1] && strchr("dDwWsS", r->p[1]))
+                return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with a class as the end of a range");
+            DSV3__TRY(dsv3__gram_regex_char(r, &hi));
+        }
+        if (hi < lo)
+            return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with a range that runs backwards");
+        room = room && dsv3__gram_range_add(set, lo, hi);
+    }
+    if (r->p == r->end)
+        return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with a bracket that is not closed");
+    r->p++;
+    if (!room || !dsv3__gram_ranges_settle(set, negate))
+        return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with too many ranges in one class");
+    return DSV3_OK;
+}
+
+/* * + ? {m,n} at r->p, if there is one: *min and *max (NO_MAX: none). A `{` that is no quantifier is refused: dialects
+   differ. */
+static dsv3_result dsv3__gram_quantifier(dsv3__gram_regex *r, uint32_t *min, uint32_t *max)
+{
+    char c = r->p < r->end ? *r->p : (char)0;
+    *min = *max = 1;
+    if (!c || !strchr("*+?{", c))
+        return DSV3_OK;
+    r->p++;
+    if (c != '{') {
+        *min = c == '+';
+        *max = c == '?' ? 1 : DSV3__GRAM_NO_MAX;
+    } else {
+        uint32_t *out = min;
+        bool any[2] = {false, false};
+        int k = 0;
+        *min = *max = 0;
+        for (; r->p < r->end && *r->p != '}'; r->p++) {
+            if (*r->p == ',' && k == 0) {
+                k = 1;
+                out = max;
+                continue;
+            }
+            if (*r->p < '0' || *r->p > '9' || *out > DSV3__GRAM_REPEAT_MAX)
+                break;
+            *out = *out * 10 + (uint32_t)(*r->p - '0');
+            any[k] = true;
+        }
+        if (r->p == r->end || *r->p != '}' || !any[0] || *min > DSV3__GRAM_REPEAT_MAX || *max > DSV3__GRAM_REPEAT_MAX ||
+            (any[1] && *max < *min))
+            return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with {m,n} that is none, or above 1000");
+        r->p++;
+        *max = k == 0 ? *min : any[1] ? *max : DSV3__GRAM_NO_MAX;
+    }
+    if (r->p < r->end && *r->p == '?') /* lazy: the same texts */
+        r->p++;
+    return DSV3_OK;
+}
+
+/* Another piece like this one, which must not be tied to anything yet. */
+static dsv3_result dsv3__gram_copy(dsv3__gram_regex *r, const dsv3__gram_piece *piece, uint32_t last,
+                                   dsv3__gram_piece *out)
+{
+    uint32_t shift = (uint32_t)r->b->n_places - piece->first, place;
+    for (uint32_t i = piece->first; i < last; i++) {
+        dsv3__gram_place p = r->b->places[i];
+        DSV3__TRY(dsv3__gram_place_new(r, p.kind, p.a ? p.a + shift : 0, p.b ? p.b + shift : 0, &place));
+        r->b->places[place].lo = p.lo;
+        r->b->places[place].hi = p.hi;
+    }
+    out->first = piece->first + shift;
+    out->begin = piece->begin + shift;
+    out->end = piece->end + shift;
+    return DSV3_OK;
+}
+
+/* The piece min to max times. */
+static dsv3_result dsv3__gram_repeat(dsv3__gram_regex *r, dsv3__gram_piece *piece, uint32_t min, uint32_t max)
+{
+    const uint32_t last = (uint32_t)r->b->n_places, n = max != DSV3__GRAM_NO_MAX ? max : min ? min : 1;
+    dsv3__gram_piece one = *piece;
+    uint32_t begin, tail, out;
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &out));
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &begin));
+    tail = begin;
+    for (uint32_t i = 0; i < n; i++) { /* the first is tied last: the others are copies of it */
+        if (i + 1 < n)
+            DSV3__TRY(dsv3__gram_copy(r, piece, last, &one));
+        else
+            one = *piece;
+        if (i >= min)
+            r->b->places[tail].b = out;
+        r->b->places[tail].a = one.begin;
+        tail = one.end;
+        if (max == DSV3__GRAM_NO_MAX && i + 1 == n) { /* and again */
+            uint32_t loop;
+            DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, one.begin, 0, &loop));
+            r->b->places[tail].b = loop;
+        }
+    }
+    r->b->places[tail].a = out;
+    piece->begin = begin;
+    piece->end = out;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__gram_group_open(dsv3__gram_regex *r, dsv3__gram_group *group)
+{
+    group->first = (uint32_t)r->b->n_places;
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &group->end));
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &group->tail));
+    DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, group->tail, 0, &group->begin));
+    group->fork = group->begin;
+    return DSV3_OK;
+}
+
+/* What stands behind `(`: nothing, `?:` or a name. */
+static dsv3_result dsv3__gram_group_kind(dsv3__gram_regex *r)
+{
+    if (r->p == r->end || *r->p != '?')
+        return DSV3_OK;
+    if (r->end - r->p >= 2 && r->p[1] == ':')
+        return r->p += 2, DSV3_OK;
+    const char *close = (const char *)memchr(r->p, '>', (size_t)(r->end - r->p));
+    if (r->end - r->p >= 3 && r->p[1] == '<' && r->p[2] != '=' && r->p[2] != '!' && close)
+        return r->p = close + 1, DSV3_OK;
+    return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern that looks ahead or behind");
+}
+
+/* One character or class at r->p. */
+static dsv3_result dsv3__gram_regex_class(dsv3__gram_regex *r, dsv3__gram_ranges *set)
+{
+    uint32_t c;
+    set->n = 0;
+    if (*r->p == '.') {
+        dsv3__gram_range_add(set, '\n', '\n');
+        dsv3__gram_range_add(set, '\r', '\r');
+        dsv3__gram_range_add(set, 0x2028, 0x2029);
+        dsv3__gram_ranges_settle(set, true);
+        return r->p++, DSV3_OK;
+    }
+    if (*r->p == '[')
+        return r->p++, dsv3__gram_bracket(r, set);
+    if (*r->p == '\\' && r->end - r->p > 1 && dsv3__gram_escape_class(set, r->p[1]))
+        return dsv3__gram_ranges_settle(set, false), r->p += 2, DSV3_OK;
+    if (strchr("*+?{}]", *r->p) && *r->p)
+        return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with * + ? { } or ] where none can be");
+    DSV3__TRY(dsv3__gram_regex_char(r, &c));
+    dsv3__gram_range_add(set, c, c);
+    return DSV3_OK;
+}
+
+/* The whole pattern as one piece. */
+static dsv3_result dsv3__gram_regex_parse(dsv3__gram_regex *r, dsv3__gram_piece *whole)
+{
+    dsv3__gram_group groups[DSV3__GRAM_GROUPS_MAX], *g = groups;
+    DSV3__TRY(dsv3__gram_group_open(r, g));
+    while (r->p < r->end || g > groups) {
+        dsv3__gram_piece piece;
+        uint32_t min, max;
+        char c = r->p < r->end ? *r->p : (char)0;
+        if (r->p == r->end || (c == ')' && g == groups))
+            return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with parentheses that do not match");
+        if (c == '(') {
+            r->p++;
+            if (++g == groups + DSV3__GRAM_GROUPS_MAX)
+                return DSV3__GRAM_REFUSE(r->b, r->value, "a pattern with more than 31 parentheses in each other");
+            DSV3__TRY(dsv3__gram_group_kind(r));
+            DSV3__TRY(dsv3__gram_group_open(r, g));
+            continue;
+        }
+        if (c == '|') {
+            uint32_t tail, fork;
+            r->p++;
+            r->b->places[g->tail].a = g->end;
+            DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &tail));
+            DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, tail, 0, &fork));
+            r->b->places[g->fork].b = fork;
+            g->fork = fork;
+            g->tail = tail;
+            continue;
+        }
+        if (c == '^' || c == '$') {
+            r->p++;
+            piece.first = (uint32_t)r->b->n_places;
+            DSV3__TRY(dsv3__gram_place_new(r, DSV3__GRAM_EMPTY, 0, 0, &piece.end));
+            DSV3__TRY(dsv3__gram_place_new(r, (uint8_t)(c == '^' ? DSV3__GRAM_BEGIN : DSV3__GRAM_END), piece.end, 0,
+                                           &piece.begin));
+        } else if (c == ')') {
+            r->p++;
+            r->b->places[g->tail].a = g->end;
+            piece.first = g->first;
+            piece.begin = g->begin;
+            piece.end = g->end;
+            g--;
+        } else {
+            dsv3__gram_ranges set;
+            DSV3__TRY(dsv3__gram_regex_class(r, &set));
+            DSV3__TRY(dsv3__gram_class(r, &set, &piece));
+        }
+        DSV3__TRY(dsv3__gram_quantifier(r, &min, &max));
+        if (min != 1 || max != 1)
+            DSV3__TRY(dsv3__gram_repeat(r, &piece, min, max));
+        r->b->places[g->tail].a = piece.begin;
+        g->tail = piece.end;
+    }
+    r->b->places[g->tail].a = g->end;
+    whole->begin = g->begin;
+    whole->end = g->end;
+    return DSV3_OK;
+}
+
+/* b->set [*n]: places, in order, that are reached from b->walk [n_walk] without a byte. What leads on by itself is left
+   out; the places that wait for bytes or for the end, and `match`, stay. */
+static dsv3_result dsv3__gram_closure(dsv3__gram_build *b, uint32_t n_walk, bool at_begin, bool at_end, uint32_t match,
+                                      uint32_t *n)
+{
+    uint32_t n_seen = 0;
+    uint64_t moves = 0;
+    *n = 0;
+    while (n_walk) {
+        uint32_t at = b->walk[--n_walk];
+        dsv3__gram_place *p = &b->places[at];
+        if (!at || p->seen)
+            continue;
+        p->seen = true;
+        b->reach[n_seen++] = at;
+        if (p->kind == DSV3__GRAM_BYTES || p->kind == DSV3__GRAM_END || at == match)
+            b->set[(*n)++] = at;
+        if (p->kind == DSV3__GRAM_EMPTY || (p->kind == DSV3__GRAM_BEGIN && at_begin) ||
+            (p->kind == DSV3__GRAM_END && at_end))
+            b->walk[n_walk++] = p->a, b->walk[n_walk++] = p->b;
+    }
+    for (uint32_t i = 0; i < n_seen; i++)
+        b->places[b->reach[i]].seen = false;
+    for (uint32_t i = 1; i < *n; i++) /* nearly in order as they come */
+        for (uint32_t k = i; k > 0 && b->set[k] < b->set[k - 1]; k--, moves++) {
+            uint32_t t = b->set[k];
+            b->set[k] = b->set[k - 1];
+            b->set[k - 1] = t;
+        }
+    return dsv3__gram_work(b, moves + 8 * n_seen + 64);
+}
+
+/* Fills the row of the state for list `index`: bytes are cut where a range of one of its places begins or ends. */
+static dsv3_result dsv3__gram_pattern_row(dsv3__gram_build *b, uint32_t index, uint32_t state, uint32_t first,
+                                          uint32_t done, uint32_t match)
+{
+    bool cut[257];
+    uint32_t n;
+    dsv3__tok_span span = b->lists.spans[index];
+    memset(cut, 0, sizeof cut);
+    for (uint32_t i = 0; i < span.n; i++) {
+        const dsv3__gram_place *p = &b->places[b->lists.items[span.at + i]];
+        if (p->kind == DSV3__GRAM_BYTES)
+            cut[p->lo] = cut[p->hi + 1] = true;
+    }
+    for (uint32_t c = 0, end; c < 256; c = end) {
+        uint32_t n_walk = 0, target, fresh_state;
+        bool fresh;
+        for (end = c + 1; end < 256 && !cut[end];)
+            end++;
+        for (uint32_t i = 0; i < span.n; i++) {
+            const dsv3__gram_place *p = &b->places[b->lists.items[span.at + i]];
+            if (p->kind == DSV3__GRAM_BYTES && p->lo <= c && c <= p->hi)
+                b->walk[n_walk++] = p->a;
+        }
+        if (!n_walk)
+            continue;
+        DSV3__TRY(dsv3__gram_closure(b, n_walk, false, false, match, &n));
+        DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &target, &fresh));
+        if (fresh)
+            DSV3__TRY(dsv3__gram_state_new(b, &fresh_state));
+        for (uint32_t k = c; k < end; k++)
+            b->g->next[(size_t)state * 256 + k] = (uint16_t)(first + target);
+    }
+    memcpy(b->walk, b->lists.items + span.at, span.n * sizeof *b->walk);
+    DSV3__TRY(dsv3__gram_closure(b, span.n, false, true, match, &n));
+    for (uint32_t i = 0; i < n; i++)
+        if (b->set[i] == match)
+            b->g->next[(size_t)state * 256 + '"'] = (uint16_t)done;
+    return DSV3_OK;
+}
+
+/* Automaton of the strings, with quotes, in which the pattern is found somewhere. */
+static dsv3_result dsv3__gram_pattern(dsv3__gram_build *b, dsv3__str pattern, uint32_t value, uint32_t *start)
+{
+    dsv3__gram_regex r;
+    dsv3__gram_piece whole = {0, 0, 0}, before, behind;
+    dsv3__gram_ranges any;
+    uint32_t done, first, n, index, zero;
+    bool fresh;
+    r.b = b;
+    r.value = value;
+    r.p = pattern.p;
+    r.end = pattern.p + pattern.n;
+    b->n_places = 0;
+    any.n = 0;
+    dsv3__gram_range_add(&any, 0, 0x10FFFF);
+    DSV3__TRY(dsv3__gram_place_new(&r, DSV3__GRAM_EMPTY, 0, 0, &zero)); /* number 0 is none */
+    DSV3__TRY(dsv3__gram_class(&r, &any, &before));
+    DSV3__TRY(dsv3__gram_repeat(&r, &before, 0, DSV3__GRAM_NO_MAX));
+    DSV3__TRY(dsv3__gram_regex_parse(&r, &whole));
+    DSV3__TRY(dsv3__gram_class(&r, &any, &behind));
+    DSV3__TRY(dsv3__gram_repeat(&r, &behind, 0, DSV3__GRAM_NO_MAX));
+    b->places[before.end].a = whole.begin;
+    b->places[whole.end].a = behind.begin;
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->walk, b->cap_walk, 0, 3 * b->n_places + 2));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->reach, b->cap_reach, 0, b->n_places));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->set, b->cap_set, 0, b->n_places));
+    DSV3__TRY(dsv3__gram_state_new(b, start));
+    DSV3__TRY(dsv3__gram_state_new(b, &done));
+    b->g->info[done].label = 1;
+    dsv3__gram_lists_clear(&b->lists);
+    b->walk[0] = before.begin;
+    DSV3__TRY(dsv3__gram_closure(b, 1, true, false, behind.end, &n));
+    DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &index, &fresh));
+    DSV3__TRY(dsv3__gram_state_new(b, &first));
+    b->g->next[(size_t)*start * 256 + '"'] = (uint16_t)first;
+    for (uint32_t i = 0; i < b->lists.n; i++)
+        DSV3__TRY(dsv3__gram_pattern_row(b, i, first + i, first, done, behind.end));
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
+    return DSV3_OK;
+}
+
+// ---- Numbers ---------------------------------------------------------------------------------------------
+
+/* 0.d0 d1 ... * 10^point, without zeros at either end; zero has no digits. */
+typedef struct dsv3__gram_decimal {
+    bool negative;
+    int32_t n, point;
+    uint8_t digits[DSV3__GRAM_DIGITS_MAX];
+} dsv3__gram_decimal;
+
+typedef struct dsv3__gram_bound {
+    bool given, open; /* open: the bound itself is outside */
+    dsv3__gram_decimal at;
+} dsv3__gram_bound;
+
+typedef struct dsv3__gram_numbers {
+    bool integer;
+    dsv3__gram_bound min, max;
+    uint32_t multiple; /* 0: of anything */
+    uint32_t fraction; /* digits behind the point, at most */
+} dsv3__gram_numbers;
+
+/* False: more digits than a bound may have. */
+static bool dsv3__gram_decimal_read(dsv3__str text, dsv3__gram_decimal *d)
+{
+    bool fraction = false, minus = false;
+    int32_t exponent = 0;
+    size_t i = 0;
+    memset(d, 0, sizeof *d);
+    for (; i < text.n && text.p[i] != 'e' && text.p[i] != 'E'; i++) {
+        char c = text.p[i];
+        d->negative = d->negative || c == '-';
+        fraction = fraction || c == '.';
+        if (c < '0' || c > '9')
+            continue;
+        if (d->n == 0 && c == '0') {
+            d->point -= fraction;
+            continue;
+        }
+        if (d->n < DSV3__GRAM_DIGITS_MAX)
+            d->digits[d->n++] = (uint8_t)(c - '0');
+        else if (c != '0')
+            return false;
+        d->point += !fraction;
+    }
+    for (i++; i < text.n; i++) {
+        minus = minus || text.p[i] == '-';
+        if (text.p[i] >= '0' && text.p[i] <= '9' && exponent < 100000)
+            exponent = exponent * 10 + (text.p[i] - '0');
+    }
+    while (d->n && d->digits[d->n - 1] == 0)
+        d->n--;
+    d->point = d->n ? d->point + (minus ? -exponent : exponent) : 0;
+    d->negative = d->negative && d->n;
+    return d->point > -400 && d->point < 400;
+}
+
+static bool dsv3__gram_decimal_whole(const dsv3__gram_decimal *d)
+{
+    return d->point >= d->n;
+}
+
+/* The sign of (a number with this sign and a magnitude that is m < 0, 0, > 0 beside the bound's) - bound. */
+static int dsv3__gram_order(const dsv3__gram_decimal *bound, bool negative, int m)
+{
+    if (bound->n == 0)
+        return m == 0 ? 0 : negative ? -1 : 1;
+    if (negative != bound->negative)
+        return negative ? -1 : 1;
+    return negative ? -m : m;
+}
+
+static int dsv3__gram_compare(const dsv3__gram_decimal *a, const dsv3__gram_decimal *b)
+{
+    int m = a->n == 0 || b->n == 0 ? (a->n != 0) - (b->n != 0) : (a->point > b->point) - (a->point < b->point);
+    for (int32_t i = 0; m == 0 && i < DSV3__GRAM_DIGITS_MAX; i++)
+        m = (i < a->n ? a->digits[i] : 0) - (i < b->n ? b->digits[i] : 0);
+    return dsv3__gram_order(b, a->negative, m);
+}
+
+/* Where the automaton of a number is: what has been read, how many digits of this part, and how they compare with the
+   bounds' so far (0 less, 1 equal, 2 more). */
+enum {
+    DSV3__GRAM_NUM_START,
+    DSV3__GRAM_NUM_MINUS,
+    DSV3__GRAM_NUM_ZERO,
+    DSV3__GRAM_NUM_INT,
+    DSV3__GRAM_NUM_POINT,
+    DSV3__GRAM_NUM_FRACTION,
+    DSV3__GRAM_NUM_E,
+    DSV3__GRAM_NUM_E_SIGN,
+    DSV3__GRAM_NUM_E_1,
+    DSV3__GRAM_NUM_E_2
+};
+
+typedef struct dsv3__gram_num {
+    uint32_t phase, negative, k, min, max, rest; /* rest: of the division by `multiple` */
+} dsv3__gram_num;
+
+static uint32_t dsv3__gram_num_digit(const dsv3__gram_bound *bound, uint32_t so_far, uint32_t digit, int32_t index)
+{
+    uint32_t want = index >= 0 && index < bound->at.n ? bound->at.digits[index] : 0;
+    return !bound->given || so_far != 1 ? so_far : digit < want ? 0 : digit > want ? 2 : 1;
+}
+
+/* At the point: the number of digits decides first. */
+static uint32_t dsv3__gram_num_int(const dsv3__gram_bound *bound, uint32_t so_far, uint32_t k)
+{
+    uint32_t digits = bound->at.point > 0 ? (uint32_t)bound->at.point : 0;
+    return !bound->given ? 1 : k > digits ? 2 : k < digits ? 0 : so_far;
+}
+
+/* May the number end here, as far as this bound goes? The sign of number - bound. */
+static int dsv3__gram_num_order(const dsv3__gram_bound *bound, uint32_t so_far, const dsv3__gram_num *s)
+{
+    bool fraction = s->phase == DSV3__GRAM_NUM_FRACTION;
+    int32_t used = fraction ? bound->at.point + (int32_t)s->k : bound->at.point > 0 ? bound->at.point : 0;
+    int m = (int)(fraction ? so_far : dsv3__gram_num_int(bound, so_far, s->k)) - 1;
+    if (m == 0 && bound->at.n > used) /* digits of the bound are left */
+        m = -1;
+    return dsv3__gram_order(&bound->at, s->negative != 0, m);
+}
+
+static bool dsv3__gram_num_ends(const dsv3__gram_numbers *n, const dsv3__gram_num *s)
+{
+    if (s->phase == DSV3__GRAM_NUM_E_1 || s->phase == DSV3__GRAM_NUM_E_2)
+        return true;
+    if (s->phase != DSV3__GRAM_NUM_ZERO && s->phase != DSV3__GRAM_NUM_INT && s->phase != DSV3__GRAM_NUM_FRACTION)
+        return false;
+    int low = n->min.given ? dsv3__gram_num_order(&n->min, s->min, s) : 1;
+    int high = n->max.given ? dsv3__gram_num_order(&n->max, s->max, s) : -1;
+    return (low > 0 || (low == 0 && !n->min.open)) && (high < 0 || (high == 0 && !n->max.open)) && s->rest == 0;
+}
+
+/* The state behind one more byte; false: there is none. */
+static bool dsv3__gram_num_next(const dsv3__gram_numbers *n, dsv3__gram_num *s, char c)
+{
+    bool whole = s->phase == DSV3__GRAM_NUM_ZERO || s->phase == DSV3__GRAM_NUM_INT;
+    bool bounded = n->min.given || n->max.given || n->integer || n->multiple;
+    uint32_t digit = (uint32_t)(c - '0');
+    if (c == '-' && s->phase == DSV3__GRAM_NUM_START)
+        return s->phase = DSV3__GRAM_NUM_MINUS, s->negative = 1, true;
+    if (c == '.' && whole && !n->integer && !n->multiple && n->fraction) {
+        s->min = dsv3__gram_num_int(&n->min, s->min, s->k);
+        s->max = dsv3__gram_num_int(&n->max, s->max, s->k);
+        return s->phase = DSV3__GRAM_NUM_POINT, s->k = 0, true;
+    }
+    if (c == 'e' || c == 'E') {
+        if (bounded || (!whole && s->phase != DSV3__GRAM_NUM_FRACTION))
+            return false;
+        return s->phase = DSV3__GRAM_NUM_E, s->k = s->negative = 0, true;
+    }
+    if ((c == '-' || c == '+') && s->phase == DSV3__GRAM_NUM_E)
+        return s->phase = DSV3__GRAM_NUM_E_SIGN, true;
+    if (c < '0' || c > '9')
+        return false;
+    switch (s->phase) {
+    case DSV3__GRAM_NUM_START:
+    case DSV3__GRAM_NUM_MINUS:
+    case DSV3__GRAM_NUM_INT:
+        if (s->k == DSV3__GRAM_INT_DIGITS)
+            return false;
+        if (digit == 0 && s->phase != DSV3__GRAM_NUM_INT)
+            return s->phase = DSV3__GRAM_NUM_ZERO, true;
+        s->min = dsv3__gram_num_digit(&n->min, s->min, digit, (int32_t)s->k);
+        s->max = dsv3__gram_num_digit(&n->max, s->max, digit, (int32_t)s->k);
+        s->rest = n->multiple ? (s->rest * 10 + digit) % n->multiple : 0;
+        return s->phase = DSV3__GRAM_NUM_INT, s->k++, true;
+    case DSV3__GRAM_NUM_POINT:
+    case DSV3__GRAM_NUM_FRACTION:
+        if (s->k == n->fraction)
+            return false;
+        s->min = dsv3__gram_num_digit(&n->min, s->min, digit, n->min.at.point + (int32_t)s->k);
+        s->max = dsv3__gram_num_digit(&n->max, s->max, digit, n->max.at.point + (int32_t)s->k);
+        return s->phase = DSV3__GRAM_NUM_FRACTION, s->k++, true;
+    case DSV3__GRAM_NUM_E:
+    case DSV3__GRAM_NUM_E_SIGN: return s->phase = DSV3__GRAM_NUM_E_1, true;
+    case DSV3__GRAM_NUM_E_1: return s->phase = DSV3__GRAM_NUM_E_2, true;
+    default: return false;
+    }
+}
+
+/* Automaton of the numbers within bounds. */
+static dsv3_result dsv3__gram_number(dsv3__gram_build *b, const dsv3__gram_numbers *n, uint32_t *start)
+{
+    static const char bytes[] = "0123456789-+.eE";
+    uint32_t index;
+    dsv3__gram_num s;
+    bool fresh;
+    memset(&s, 0, sizeof s);
+    s.min = s.max = 1;
+    dsv3__gram_lists_clear(&b->lists);
+    DSV3__TRY(dsv3__gram_intern(b, &b->lists, &s.phase, 6, &index, &fresh));
+    DSV3__TRY(dsv3__gram_state_new(b, start));
+    for (uint32_t i = 0; i < b->lists.n; i++) {
+        dsv3__gram_num from;
+        memcpy(&from, b->lists.items + b->lists.spans[i].at, sizeof from);
+        b->g->info[*start + i].label = dsv3__gram_num_ends(n, &from);
+        for (const char *c = bytes; *c; c++) {
+            uint32_t unused;
+            s = from;
+            if (!dsv3__gram_num_next(n, &s, *c))
+                continue;
+            DSV3__TRY(dsv3__gram_intern(b, &b->lists, &s.phase, 6, &index, &fresh));
+            if (fresh)
+                DSV3__TRY(dsv3__gram_state_new(b, &unused));
+            b->g->next[(size_t)(*start + i) * 256 + (unsigned char)*c] = (uint16_t)(*start + index);
+        }
+    }
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
+    return DSV3_OK;
+}
+
+// ---- Side by side ----------------------------------------------------------------------------------------
+
+typedef struct dsv3__gram_parts {
+    uint32_t n, groups;
+    dsv3__gram_part part[DSV3__GRAM_PARTS_MAX];
+} dsv3__gram_parts;
+
+/* What the keys of an object are read by. */
+typedef struct dsv3__gram_object {
+    dsv3__gram_alt *alt;
+    const dsv3__gram_conj *members;
+    dsv3__gram_parts parts;
+    uint32_t schema[DSV3__GRAM_PARTS_MAX]; /* that a part brings for the value, 0: none */
+    uint32_t owner[DSV3__GRAM_PARTS_MAX];  /* the member that has it */
+    /* What ends where the parts are in these states. */
+    dsv3_result (*label_fn)(dsv3__gram_build *b, const struct dsv3__gram_object *o, const uint32_t *tuple,
+                            uint16_t *label);
+} dsv3__gram_object;
+
+/* A length is counted in the upper half of its state, over the automaton of any string. */
+static uint32_t dsv3__gram_part_next(const dsv3_grammar *g, const dsv3__gram_part *part, uint32_t state, uint32_t c)
+{
+    uint32_t at = state & 0xFFFF, count = state >> 16, to = g->next[(size_t)at * 256 + c];
+    if (!part->is_length || at != g->body || !to)
+        return to ? to | (part->is_length ? count << 16 : 0) : 0;
+    if (c == '"')
+        return count >= part->length.min ? to : 0;
+    if (part->length.max == DSV3__GRAM_NO_MAX)
+        count = count < part->length.min ? count + 1 : count;
+    else if (count++ == part->length.max)
+        return 0;
+    return count << 16 | to;
+}
+
+/* A group that lost a part is out. False: all are. */
+static bool dsv3__gram_tuple_settle(const dsv3__gram_part *parts, uint32_t n, uint32_t *tuple)
+{
+    bool any = false;
+    for (uint32_t i = 0, end; i < n; i = end) {
+        bool alive = true;
+        for (end = i; end < n && parts[end].group == parts[i].group; end++)
+            alive = alive && (tuple[end] || parts[end].optional);
+        for (uint32_t k = i; k < end && !alive; k++)
+            tuple[k] = 0;
+        any = any || alive;
+    }
+    return any;
+}
+
+/* Does a value end here? */
+static bool dsv3__gram_tuple_ends(const dsv3_grammar *g, const dsv3__gram_part *parts, uint32_t n,
+                                  const uint32_t *tuple)
+{
+    for (uint32_t i = 0, end; i < n; i = end) {
+        bool all = true;
+        for (end = i; end < n && parts[end].group == parts[i].group; end++)
+            all = all && (parts[end].optional || g->info[tuple[end] & 0xFFFF].label);
+        if (all)
+            return true;
+    }
+    return false;
+}
+
+/* One automaton for the parts [n], those of a group beside each other. object: they read its keys. Its states are the
+   last ones, from *start on. */
+static dsv3_result dsv3__gram_product(dsv3__gram_build *b, const dsv3__gram_part *parts, uint32_t n,
+                                      const dsv3__gram_object *object, uint32_t *start)
+{
+    uint32_t now[DSV3__GRAM_PARTS_MAX], then[DSV3__GRAM_PARTS_MAX], before[DSV3__GRAM_PARTS_MAX], index, unused;
+    bool fresh;
+    if (n == 1 && !object && !parts->is_length)
+        return *start = parts->start, DSV3_OK;
+    for (uint32_t i = 0; i < n; i++)
+        now[i] = parts[i].start;
+    dsv3__gram_lists_clear(&b->lists);
+    DSV3__TRY(dsv3__gram_intern(b, &b->lists, now, n, &index, &fresh));
+    DSV3__TRY(dsv3__gram_state_new(b, start));
+    for (uint32_t s = 0; s < b->lists.n; s++) {
+        uint32_t target = 0;
+        memcpy(now, b->lists.items + b->lists.spans[s].at, n * sizeof *now);
+        if (dsv3__gram_tuple_ends(b->g, parts, n, now)) {
+            uint16_t label = 1;
+            if (object)
+                DSV3__TRY(object->label_fn(b, object, now, &label));
+            b->g->info[*start + s].label = label;
+        }
+        memset(before, 0, sizeof before);
+        DSV3__TRY(dsv3__gram_work(b, 512 * (uint64_t)n));
+        for (uint32_t c = 0; c < 256; c++) {
+            for (uint32_t i = 0; i < n; i++)
+                then[i] = now[i] ? dsv3__gram_part_next(b->g, &parts[i], now[i], c) : 0;
+            if (!dsv3__gram_tuple_settle(parts, n, then))
+                continue;
+            if (!target || memcmp(then, before, n * sizeof *then) != 0) {
+                DSV3__TRY(dsv3__gram_intern(b, &b->lists, then, n, &index, &fresh));
+                if (fresh)
+                    DSV3__TRY(dsv3__gram_state_new(b, &unused));
+                target = *start + index;
+                memcpy(before, then, n * sizeof *then);
+            }
+            b->g->next[(size_t)(*start + s) * 256 + c] = (uint16_t)target;
+        }
+    }
+    if (!object)
+        DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
+    return DSV3_OK;
+}
+
+// ---- References ------------------------------------------------------------------------------------------
+
+#define DSV3__GRAM_URI_MAX 512
+
+/* Length of the scheme of a URI with its colon, 0: it is relative. */
+static size_t dsv3__gram_scheme(dsv3__str uri)
+{
+    size_t n = 0;
+    while (n < uri.n &&
+           ((uri.p[n] | 0x20) >= 'a' ? (uri.p[n] | 0x20) <= 'z'
+                                     : n && ((uri.p[n] >= '0' && uri.p[n] <= '9') || strchr("+-.", uri.p[n]))))
+        n++;
+    return n && n < uri.n && uri.p[n] == ':' ? n + 1 : 0;
+}
+
+/* out: `ref` (without a fragment) as seen from `base`. Dots in paths are not resolved. False: too long. */
+static bool dsv3__gram_uri_join(dsv3__str base, dsv3__str ref, char *out, dsv3__str *uri)
+{
+    size_t scheme = dsv3__gram_scheme(base), keep = 0, authority = scheme;
+    if (base.n - scheme >= 2 && memcmp(base.p + scheme, "//", 2) == 0)
+        for (authority += 2; authority < base.n && base.p[authority] != '/';)
+            authority++;
+    if (ref.n == 0) {
+        keep = base.n;
+    } else if (ref.n >= 2 && memcmp(ref.p, "//", 2) == 0) {
+        keep = scheme;
+    } else if (ref.p[0] == '/') {
+        keep = authority;
+    } else if (!dsv3__gram_scheme(ref)) {
+        for (keep = base.n; keep > authority && base.p[keep - 1] != '/';)
+            keep--;
+    }
+    if (keep + ref.n > DSV3__GRAM_URI_MAX)
+        return false;
+    memmove(out, base.p, keep);
+    memcpy(out + keep, ref.p, ref.n);
+    uri->p = out;
+    uri->n = keep + ref.n;
+    return true;
+}
+
+static dsv3__str dsv3__gram_before_fragment(dsv3__str uri)
+{
+    const char *hash = uri.n ? (const char *)memchr(uri.p, '#', uri.n) : NULL;
+    if (hash)
+        uri.n = (size_t)(hash - uri.p);
+    return uri;
+}
+
+/* The $id of a schema, 0: none. What stands in const or enum is no schema. */
+static uint32_t dsv3__gram_id(const dsv3__gram_build *b, uint32_t value)
+{
+    uint32_t id = dsv3__gram_find(b, value, "$id");
+    for (uint32_t v = value; id && v > 1; v = b->values[v].parent)
+        if (b->values[b->values[v].parent].kind == '{' &&
+            (dsv3__gram_is(b->values[v].key, "const") || dsv3__gram_is(b->values[v].key, "enum")))
+            return 0;
+    return id && b->values[id].kind == '"' ? id : 0;
+}
+
+/* The schema whose $id counts for this value: itself or one around it, at last the whole. */
+static uint32_t dsv3__gram_resource(const dsv3__gram_build *b, uint32_t value)
+{
+    while (value > 1 && !dsv3__gram_id(b, value))
+        value = b->values[value].parent;
+    return value;
+}
+
+/* The absolute URI of a resource, as far as its own and outer $id make it one. out [DSV3__GRAM_URI_MAX] */
+static bool dsv3__gram_base_uri(const dsv3__gram_build *b, uint32_t resource, char *out, dsv3__str *uri)
+{
+    uint32_t chain[DSV3__JSON_DEPTH + 1], n = 0;
+    for (uint32_t v = resource; v; v = v > 1 ? dsv3__gram_resource(b, b->values[v].parent) : 0)
+        chain[n++] = v;
+    uri->p = out;
+    uri->n = 0;
+    while (n--) {
+        uint32_t id = dsv3__gram_id(b, chain[n]);
+        if (id && !dsv3__gram_uri_join(*uri, dsv3__gram_before_fragment(b->values[id].text), out, uri))
+            return false;
+    }
+    return true;
+}
+
+/* The value a JSON pointer leads to, 0: none. */
+static uint32_t dsv3__gram_pointer(const dsv3__gram_build *b, uint32_t at, dsv3__str pointer)
+{
+    char step[DSV3__GRAM_URI_MAX];
+    for (size_t i = 0; at && i < pointer.n;) {
+        dsv3__str s;
+        size_t n = 0;
+        for (i++; i < pointer.n && pointer.p[i] != '/'; i++) {
+            char c = pointer.p[i];
+            if (c == '%' && pointer.n - i > 2) {
+                char hex[4] = {'0', '0', pointer.p[i + 1], pointer.p[i + 2]};
+                int code = dsv3__json_hex4(hex);
+                if (code < 0)
+                    return 0;
+                c = (char)code;
+                i += 2;
+            }
+            if (c == '~' && i + 1 < pointer.n && (pointer.p[i + 1] == '0' || pointer.p[i + 1] == '1'))
+                c = pointer.p[++i] == '0' ? '~' : '/';
+            if (n == sizeof step)
+                return 0;
+            step[n++] = c;
+        }
+        s.p = step;
+        s.n = n;
+        if (b->values[at].kind == '[') {
+            uint64_t index = 0;
+            for (size_t k = 0; k < n; k++)
+                index = step[k] >= '0' && step[k] <= '9' && index < 1u << 20 ? index * 10 + (uint64_t)(step[k] - '0')
+                                                                             : UINT32_MAX;
+            for (at = n ? b->values[at].child : 0; at && index; index--)
+                at = b->values[at].next;
+        } else {
+            at = dsv3__gram_member(b, at, s);
+        }
+    }
+    return at;
+}
+
+/* What the $ref of a schema names. */
+static dsv3_result dsv3__gram_ref(const dsv3__gram_build *b, uint32_t schema, uint32_t ref, uint32_t *target)
+{
+    char own[DSV3__GRAM_URI_MAX], other[DSV3__GRAM_URI_MAX];
+    dsv3__str text = b->values[ref].text, path = dsv3__gram_before_fragment(text), uri, found, fragment;
+    uint32_t resource = dsv3__gram_resource(b, schema), anchor = 0;
+    if (b->values[ref].kind != '"' || !dsv3__gram_base_uri(b, resource, own, &uri) ||
+        !dsv3__gram_uri_join(uri, path, own, &uri))
+        return DSV3__GRAM_REFUSE(b, ref, "expected a reference, of at most 512 bytes");
+    for (uint32_t v = 1; path.n; v++) {
+        if (v == b->n_values)
+            return DSV3__GRAM_REFUSE(b, ref, "a reference to another document");
+        if ((v == 1 || dsv3__gram_id(b, v)) && dsv3__gram_base_uri(b, v, other, &found) &&
+            dsv3__gram_same(found, uri)) {
+            resource = v;
+            break;
+        }
+    }
+    fragment.p = text.p + dsv3__min(path.n + 1, text.n);
+    fragment.n = text.n - dsv3__min(path.n + 1, text.n);
+    *target = resource;
+    if (fragment.n && fragment.p[0] == '/')
+        *target = dsv3__gram_pointer(b, resource, fragment);
+    for (uint32_t v = 1; v < b->n_values && fragment.n && fragment.p[0] != '/'; v++) {
+        anchor = dsv3__gram_find(b, v, "$anchor");
+        anchor = anchor ? anchor : dsv3__gram_find(b, v, "$dynamicAnchor");
+        if (anchor && dsv3__gram_same(b->values[anchor].text, fragment) && dsv3__gram_resource(b, v) == resource) {
+            *target = v;
+            break;
+        }
+        *target = 0;
+    }
+    return *target ? DSV3_OK : DSV3__GRAM_REFUSE(b, ref, "a reference to what is not there");
+}
+
+// ---- Keywords --------------------------------------------------------------------------------------------
+
+enum {
+    DSV3__GRAM_NULL = 1,
+    DSV3__GRAM_BOOL = 2,
+    DSV3__GRAM_WHOLE = 4,
+    DSV3__GRAM_REAL = 8 /* numbers that are not whole */,
+    DSV3__GRAM_NUMBER = 12,
+    DSV3__GRAM_STRING = 16,
+    DSV3__GRAM_ARRAY = 32,
+    DSV3__GRAM_OBJECT = 64,
+    DSV3__GRAM_SCALARS = 31,
+    DSV3__GRAM_ALL = 127
+};
+
+/* What is read, by the kind its value must have: u a count, n a number, s a string, { an object, [ an array with
+   something in it, l an array, x a schema, b true or false, t a type, a anything; and what says nothing about the value:
+   i. */
+static const struct {
+    const char *name;
+    char kind;
+} dsv3__gram_keywords[] = {{"type", 't'},
+                           {"enum", '['},
+                           {"const", 'a'},
+                           {"properties", '{'},
+                           {"patternProperties", '{'},
+                           {"additionalProperties", 'x'},
+                           {"propertyNames", 'x'},
+                           {"required", 'l'},
+                           {"minProperties", 'u'},
+                           {"maxProperties", 'u'},
+                           {"items", 'x'},
+                           {"prefixItems", '['},
+                           {"minItems", 'u'},
+                           {"maxItems", 'u'},
+                           {"minLength", 'u'},
+                           {"maxLength", 'u'},
+                           {"pattern", 's'},
+                           {"minimum", 'n'},
+                           {"maximum", 'n'},
+                           {"exclusiveMinimum", 'n'},
+                           {"exclusiveMaximum", 'n'},
+                           {"multipleOf", 'n'},
+                           {"anyOf", '['},
+                           {"oneOf", '['},
+                           {"allOf", '['},
+                           {"$ref", 's'},
+                           {"uniqueItems", 'b'},
+                           {"$defs", '{'},
+                           {"definitions", '{'},
+                           {"$schema", 'i'},
+                           {"$id", 's'},
+                           {"$anchor", 's'},
+                           {"$dynamicAnchor", 'i'},
+                           {"$comment", 'i'},
+                           {"title", 'i'},
+                           {"description", 'i'},
+                           {"default", 'i'},
+                           {"examples", 'i'},
+                           {"deprecated", 'i'},
+                           {"readOnly", 'i'},
+                           {"writeOnly", 'i'},
+                           {"format", 'i'},
+                           {"contentEncoding", 'i'},
+                           {"contentMediaType", 'i'},
+                           {"contentSchema", 'i'}};
+
+static const char *const dsv3__gram_types[] = {"null", "boolean", "integer", "number", "string", "array", "object"};
+static const uint32_t dsv3__gram_type_bits[] = {DSV3__GRAM_NULL,   DSV3__GRAM_BOOL,   DSV3__GRAM_WHOLE,
+                                                DSV3__GRAM_NUMBER, DSV3__GRAM_STRING, DSV3__GRAM_ARRAY,
+                                                DSV3__GRAM_OBJECT};
+
+/* The type bits of a name, 0: there is no such type. */
+static uint32_t dsv3__gram_type_named(const dsv3__gram_value *v)
+{
+    for (size_t i = 0; i < DSV3__COUNT(dsv3__gram_types) && v->kind == '"'; i++)
+        if (dsv3__gram_is(v->text, dsv3__gram_types[i]))
+            return dsv3__gram_type_bits[i];
+    return 0;
+}
+
+/* Type bits of the keyword `type`, 0: wrong. */
+static uint32_t dsv3__gram_type(const dsv3__gram_build *b, uint32_t value)
+{
+    uint32_t bits = 0;
+    if (b->values[value].kind != '[')
+        return dsv3__gram_type_named(&b->values[value]);
+    for (uint32_t i = b->values[value].child; i; i = b->values[i].next) {
+        uint32_t one = dsv3__gram_type_named(&b->values[i]);
+        if (!one)
+            return 0;
+        bits |= one;
+    }
+    return bits;
+}
+
+/* Type bits of a value as it stands. */
+static uint32_t dsv3__gram_kind_bits(const dsv3__gram_value *v)
+{
+    dsv3__gram_decimal d;
+    switch (v->kind) {
+    case 'n': return DSV3__GRAM_NULL;
+    case 't':
+    case 'f': return DSV3__GRAM_BOOL;
+    case '"': return DSV3__GRAM_STRING;
+    case '[': return DSV3__GRAM_ARRAY;
+    case '{': return DSV3__GRAM_OBJECT;
+    default:
+        return dsv3__gram_decimal_read(v->text, &d) && dsv3__gram_decimal_whole(&d) ? (uint32_t)DSV3__GRAM_WHOLE
+                                                                                    : (uint32_t)DSV3__GRAM_REAL;
+    }
+}
+
+/* A count, `otherwise` where the keyword is not there. Checked before: what is larger than 2^30 counts as that. */
+static uint32_t dsv3__gram_count(const dsv3__gram_build *b, uint32_t schema, const char *name, uint32_t otherwise)
+{
+    dsv3__gram_decimal d;
+    uint32_t v = dsv3__gram_find(b, schema, name), count = 0;
+    if (!v)
+        return otherwise;
+    if (!dsv3__gram_decimal_read(b->values[v].text, &d) || d.point > 9)
+        return 1u << 30;
+    for (int32_t i = 0; i < d.point; i++)
+        count = count * 10 + (i < d.n ? d.digits[i] : 0u);
+    return count;
+}
+
+static bool dsv3__gram_dialect(dsv3__str uri)
+{
+    const char *const starts[] = {"http://json-schema.org/", "https://json-schema.org/"};
+    for (int i = 0; i < 2; i++)
+        if (uri.n >= strlen(starts[i]) && memcmp(uri.p, starts[i], strlen(starts[i])) == 0)
+            return true;
+    return false;
+}
+
+/* Is there a keyword that is not known, or whose value cannot be? */
+static dsv3_result dsv3__gram_check(const dsv3__gram_build *b, uint32_t schema)
+{
+    for (uint32_t v = b->values[schema].child; v; v = b->values[v].next) {
+        const dsv3__gram_value *value = &b->values[v];
+        dsv3__gram_decimal d;
+        size_t i = 0;
+        bool ok = true;
+        while (i < DSV3__COUNT(dsv3__gram_keywords) && !dsv3__gram_is(value->key, dsv3__gram_keywords[i].name))
+            i++;
+        if (i == DSV3__COUNT(dsv3__gram_keywords))
+            return DSV3__GRAM_REFUSE(b, v, "a keyword that is not supported");
+        switch (dsv3__gram_keywords[i].kind) {
+        case 'u':
+            ok = value->kind == 0 && dsv3__gram_decimal_read(value->text, &d) && dsv3__gram_decimal_whole(&d) &&
+                 !d.negative;
+            break;
+        case 'n': ok = value->kind == 0; break;
+        case 's': ok = value->kind == '"'; break;
+        case '{': ok = value->kind == '{'; break;
+        case '[': ok = value->kind == '[' && value->n > 0; break;
+        case 'l': ok = value->kind == '['; break;
+        case 'x': ok = value->kind == '{' || value->kind == 't' || value->kind == 'f'; break;
+        case 'b': ok = value->kind == 't' || value->kind == 'f'; break;
+        case 't': ok = dsv3__gram_type(b, v) != 0; break;
+        default: break;
+        }
+        if (!ok)
+            return DSV3__GRAM_REFUSE(b, v, "not the kind of value that this keyword takes");
+        if (dsv3__gram_is(value->key, "uniqueItems") && value->kind == 't')
+            return DSV3__GRAM_REFUSE(b, v, "a keyword that is not supported");
+        if (dsv3__gram_is(value->key, "$schema") && !dsv3__gram_dialect(value->text))
+            return DSV3__GRAM_REFUSE(b, v, "a dialect that is none of json-schema.org's");
+        if (dsv3__gram_is(value->key, "required"))
+            for (uint32_t k = value->child; k; k = b->values[k].next)
+                if (b->values[k].kind != '"')
+                    return DSV3__GRAM_REFUSE(b, k, "expected a string");
+    }
+    return DSV3_OK;
+}
+
+// ---- Nodes -----------------------------------------------------------------------------------------------
+
+static dsv3_result dsv3__gram_add(dsv3__gram_build *b, dsv3__gram_conj *c, uint32_t atom)
+{
+    for (uint32_t i = 0; i < c->n; i++)
+        if (c->atoms[i] == atom)
+            return DSV3_OK;
+    if (c->n == DSV3__GRAM_ATOMS_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u schemas that hold for one value",
+                          (uint64_t)DSV3__GRAM_ATOMS_MAX);
+    c->atoms[c->n++] = atom;
+    return DSV3_OK;
+}
+
+/* Adds a schema: an object, true (says nothing) or false. */
+static dsv3_result dsv3__gram_add_schema(dsv3__gram_build *b, dsv3__gram_conj *c, uint32_t value)
+{
+    char kind = b->values[value].kind;
+    if (kind == 't' || (kind == '{' && !b->values[value].n))
+        return DSV3_OK;
+    if (kind != '{' && kind != 'f')
+        return DSV3__GRAM_REFUSE(b, value, "expected a schema");
+    return dsv3__gram_add(
+        b, c, kind == 'f' ? DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0) : DSV3__GRAM_ATOM(DSV3__GRAM_SCHEMA, value));
+}
+
+/* The node of what holds at once; a new one is built later. */
+static dsv3_result dsv3__gram_node_get(dsv3__gram_build *b, const dsv3__gram_conj *conj, uint32_t *node)
+{
+    dsv3__gram_conj c = *conj;
+    bool fresh;
+    *node = 0;
+    for (uint32_t i = 0; i < c.n; i++) {
+        if (DSV3__GRAM_KIND(c.atoms[i]) == DSV3__GRAM_FALSE)
+            return DSV3_OK;
+        for (uint32_t k = i; k > 0 && c.atoms[k] < c.atoms[k - 1]; k--) {
+            uint32_t t = c.atoms[k];
+            c.atoms[k] = c.atoms[k - 1];
+            c.atoms[k - 1] = t;
+        }
+    }
+    DSV3__TRY(dsv3__gram_intern(b, &b->conjs, c.atoms, c.n, node, &fresh));
+    ++*node;
+    if (!fresh)
+        return DSV3_OK;
+    if (*node >= DSV3__GRAM_NODES_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u combinations of subschemas",
+                          (uint64_t)DSV3__GRAM_NODES_MAX);
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->g->nodes, b->g->cap_nodes, b->g->n_nodes, b->g->n_nodes + 1));
+    memset(&b->g->nodes[b->g->n_nodes++], 0, sizeof *b->g->nodes);
+    return DSV3_OK;
+}
+
+/* Type bits that an atom allows. */
+static uint32_t dsv3__gram_atom_types(const dsv3__gram_build *b, uint32_t atom)
+{
+    const dsv3__gram_value *v = &b->values[DSV3__GRAM_INDEX(atom)];
+    uint32_t bits = 0, type;
+    switch (DSV3__GRAM_KIND(atom)) {
+    case DSV3__GRAM_SCHEMA:
+        type = dsv3__gram_find(b, DSV3__GRAM_INDEX(atom), "type");
+        return type ? dsv3__gram_type(b, type) : (uint32_t)DSV3__GRAM_ALL;
+    case DSV3__GRAM_CONST: return dsv3__gram_kind_bits(v);
+    case DSV3__GRAM_ENUM:
+        for (uint32_t i = v->child; i; i = b->values[i].next)
+            bits |= dsv3__gram_kind_bits(&b->values[i]);
+        return bits & DSV3__GRAM_SCALARS;
+    default: return DSV3__GRAM_ALL;
+    }
+}
+
+/* Notes that no two options may fit the same value, given what else the schema says. */
+static dsv3_result dsv3__gram_apart_note(dsv3__gram_build *b, uint32_t schema, uint32_t array)
+{
+    for (uint32_t i = b->values[array].child; i; i = b->values[i].next)
+        for (uint32_t k = b->values[i].next; k; k = b->values[k].next) {
+            dsv3__gram_conj pair;
+            dsv3__gram_apart *apart;
+            pair.n = 0;
+            DSV3__TRY(dsv3__gram_add(b, &pair, DSV3__GRAM_ATOM(DSV3__GRAM_PLAIN, schema)));
+            DSV3__TRY(dsv3__gram_add_schema(b, &pair, i));
+            DSV3__TRY(dsv3__gram_add_schema(b, &pair, k));
+            DSV3__TRY(DSV3__GRAM_ROOM(b, b->apart, b->cap_apart, b->n_apart, b->n_apart + 1));
+            apart = &b->apart[b->n_apart];
+            apart->value = k;
+            DSV3__TRY(dsv3__gram_node_get(b, &pair, &apart->node));
+            b->n_apart++;
+        }
+    return DSV3_OK;
+}
+
+/* Spreads out one schema: what else holds with it is added, choices as atoms of their own. */
+static dsv3_result dsv3__gram_spread_schema(dsv3__gram_build *b, dsv3__gram_conj *c, uint32_t schema)
+{
+    uint32_t target = 0, v;
+    if (!b->values[schema].checked) {
+        b->values[schema].checked = true;
+        DSV3__TRY(dsv3__gram_check(b, schema));
+        v = dsv3__gram_find(b, schema, "oneOf");
+        if (v)
+            DSV3__TRY(dsv3__gram_apart_note(b, schema, v));
+    }
+    for (v = b->values[schema].child; v; v = b->values[v].next) {
+        dsv3__str key = b->values[v].key;
+        if (dsv3__gram_is(key, "$ref")) {
+            DSV3__TRY(dsv3__gram_work(b, 8 * b->n_values));
+            DSV3__TRY(dsv3__gram_ref(b, schema, v, &target));
+            DSV3__TRY(dsv3__gram_add_schema(b, c, target));
+        } else if (dsv3__gram_is(key, "allOf")) {
+            for (uint32_t i = b->values[v].child; i; i = b->values[i].next)
+                DSV3__TRY(dsv3__gram_add_schema(b, c, i));
+        } else if (dsv3__gram_is(key, "anyOf") || dsv3__gram_is(key, "oneOf")) {
+            DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_CHOICE, v)));
+        } else if (dsv3__gram_is(key, "enum")) {
+            DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_VALUES, v)));
+        } else if (dsv3__gram_is(key, "const")) {
+            DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_CONST, v)));
+        }
+    }
+    return DSV3_OK;
+}
+
+/* The alternatives of the next choice of `c`, onto the stack. */
+static dsv3_result dsv3__gram_spread_choice(dsv3__gram_build *b, const dsv3__gram_conj *c)
+{
+    uint32_t atom = c->atoms[c->done], array = DSV3__GRAM_INDEX(atom);
+    bool values = DSV3__GRAM_KIND(atom) == DSV3__GRAM_VALUES, scalars = false;
+    for (uint32_t i = b->values[array].child; i; i = b->values[i].next) {
+        bool scalar = (dsv3__gram_kind_bits(&b->values[i]) & DSV3__GRAM_SCALARS) != 0;
+        if (values && scalar && scalars)
+            continue;
+        scalars = scalars || scalar;
+        DSV3__TRY(DSV3__GRAM_ROOM(b, b->spread, b->cap_spread, b->n_spread, b->n_spread + 1));
+        dsv3__gram_conj *next = &b->spread[b->n_spread++];
+        *next = *c;
+        if (values) {
+            next->atoms[next->done++] =
+                scalar ? DSV3__GRAM_ATOM(DSV3__GRAM_ENUM, array) : DSV3__GRAM_ATOM(DSV3__GRAM_CONST, i);
+        } else {
+            next->atoms[next->done] = next->atoms[--next->n];
+            DSV3__TRY(dsv3__gram_add_schema(b, next, i));
+        }
+    }
+    return DSV3_OK;
+}
+
+/* The next alternative of what is on the stack, spread out, with the types it allows; *types 0: there is none. */
+static dsv3_result dsv3__gram_spread_next(dsv3__gram_build *b, uint32_t *steps, dsv3__gram_conj *c, uint32_t *types)
+{
+    *types = 0;
+    while (b->n_spread) {
+        *c = b->spread[--b->n_spread];
+        *types = DSV3__GRAM_ALL;
+        for (uint32_t i = 0; i < c->done; i++)
+            *types &= dsv3__gram_atom_types(b, c->atoms[i]);
+        while (*types) {
+            if (c->done == c->n)
+                return DSV3_OK;
+            DSV3__TRY(dsv3__gram_work(b, 4 * DSV3__GRAM_ATOMS_MAX));
+            if (++*steps > DSV3__GRAM_SPREAD_MAX)
+                return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
+                                  "schema: more than %u steps through anyOf, allOf, enum of one value",
+                                  (uint64_t)DSV3__GRAM_SPREAD_MAX);
+            uint32_t atom = c->atoms[c->done], kind = DSV3__GRAM_KIND(atom);
+            if (kind == DSV3__GRAM_CHOICE || kind == DSV3__GRAM_VALUES) {
+                DSV3__TRY(dsv3__gram_spread_choice(b, c));
+                *types = 0;
+                break;
+            }
+            c->done++;
+            if (kind == DSV3__GRAM_FALSE) {
+                *types = 0;
+                break;
+            }
+            if (kind == DSV3__GRAM_SCHEMA)
+                DSV3__TRY(dsv3__gram_spread_schema(b, c, DSV3__GRAM_INDEX(atom)));
+            if (kind == DSV3__GRAM_PLAIN)
+                c->atoms[c->done - 1] = DSV3__GRAM_ATOM(DSV3__GRAM_SCHEMA, DSV3__GRAM_INDEX(atom));
+            *types &= dsv3__gram_atom_types(b, c->atoms[c->done - 1]);
+        }
+    }
+    return DSV3_OK;
+}
+
+// ---- Scalars of a node -----------------------------------------------------------------------------------
+
+static dsv3_result dsv3__gram_part_add(dsv3__gram_build *b, dsv3__gram_parts *p, uint32_t start)
+{
+    if (p->n == DSV3__GRAM_PARTS_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u patterns, bounds and literals side by side",
+                          (uint64_t)DSV3__GRAM_PARTS_MAX);
+    memset(&p->part[p->n], 0, sizeof p->part[p->n]);
+    p->part[p->n].group = p->groups;
+    p->part[p->n++].start = start;
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__gram_part_length(dsv3__gram_build *b, dsv3__gram_parts *p, uint32_t min, uint32_t max)
+{
+    DSV3__TRY(dsv3__gram_part_add(b, p, b->g->string));
+    if (min > 0xFFFF || (max > 0xFFFF && max != DSV3__GRAM_NO_MAX))
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: minLength or maxLength above 65535 beside a pattern");
+    p->part[p->n - 1].is_length = true;
+    p->part[p->n - 1].length.min = min;
+    p->part[p->n - 1].length.max = max;
+    return DSV3_OK;
+}
+
+/* Automaton of one of the patterns of the schema, made once. */
+static dsv3_result dsv3__gram_pattern_get(dsv3__gram_build *b, uint32_t value, dsv3__str pattern, uint32_t *start)
+{
+    for (uint64_t i = 0; i < b->n_patterns; i++)
+        if (b->patterns[i].value == value)
+            return *start = b->patterns[i].start, DSV3_OK;
+    DSV3__TRY(dsv3__gram_pattern(b, pattern, value, start));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->patterns, b->cap_patterns, b->n_patterns, b->n_patterns + 1));
+    b->patterns[b->n_patterns].value = value;
+    b->patterns[b->n_patterns++].start = *start;
+    return DSV3_OK;
+}
+
+/* A scalar of the schema as it is to be written: whole numbers and short decimals plainly, others as they stand. */
+static dsv3_result dsv3__gram_scalar_literal(dsv3__gram_build *b, uint32_t root, uint32_t value)
+{
+    const dsv3__gram_value *v = &b->values[value];
+    dsv3__gram_decimal d;
+    char plain[DSV3__GRAM_INT_DIGITS + DSV3__GRAM_FRACTION_DIGITS + 4];
+    dsv3__str text = v->text;
+    uint32_t state = root;
+    if (v->kind == 0 && dsv3__gram_decimal_read(text, &d) && d.point <= DSV3__GRAM_INT_DIGITS &&
+        d.n - d.point <= DSV3__GRAM_FRACTION_DIGITS) {
+        size_t n = 0;
+        if (d.negative)
+            plain[n++] = '-';
+        for (int32_t i = d.point > 0 ? 0 : d.point - 1; i < d.point || i < d.n; i++) {
+            if (i == d.point)
+                plain[n++] = '.';
+            plain[n++] = (char)('0' + (i >= 0 && i < d.n ? d.digits[i] : 0));
+        }
+        text.p = plain;
+        text.n = n;
+    }
+    DSV3__TRY(dsv3__gram_literal(b, &state, text, v->kind == '"'));
+    b->g->info[state].label = 1;
+    return DSV3_OK;
+}
+
+/* Automaton of the words, of those of `types` among null, true, false. */
+static dsv3_result dsv3__gram_words(dsv3__gram_build *b, uint32_t types, uint32_t *start)
+{
+    static const char *const words[] = {"null", "true", "false"};
+    DSV3__TRY(dsv3__gram_state_new(b, start));
+    for (size_t i = 0; i < 3; i++) {
+        uint32_t state = *start;
+        dsv3__str s;
+        s.p = words[i];
+        s.n = strlen(words[i]);
+        if (!(types & (i ? (uint32_t)DSV3__GRAM_BOOL : (uint32_t)DSV3__GRAM_NULL)))
+            continue;
+        DSV3__TRY(dsv3__gram_literal(b, &state, s, false));
+        b->g->info[state].label = 1;
+    }
+    DSV3__TRY(dsv3__gram_trim(b, *start, (uint32_t)b->g->n_states, start));
+    return DSV3_OK;
+}
+
+/* The tighter of two bounds. side 1: a lower, -1: an upper one. */
+static void dsv3__gram_tighten(dsv3__gram_bound *bound, const dsv3__gram_decimal *at, bool open, int side)
+{
+    int order = bound->given ? side * dsv3__gram_compare(at, &bound->at) : 1;
+    if (order > 0 || (order == 0 && open)) {
+        bound->given = true;
+        bound->open = open;
+        bound->at = *at;
+    }
+}
+
+/* What the schemas say about numbers. */
+static dsv3_result dsv3__gram_number_bounds(dsv3__gram_build *b, const dsv3__gram_conj *c, dsv3__gram_numbers *n)
+{
+    static const char *const names[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), v = dsv3__gram_find(b, schema, "multipleOf");
+        dsv3__gram_decimal d;
+        if (DSV3__GRAM_KIND(c->atoms[i]) != DSV3__GRAM_SCHEMA)
+            continue;
+        if (v) {
+            uint32_t m = dsv3__gram_count(b, schema, "multipleOf", 0), a = n->multiple ? n->multiple : 1, r = m;
+            if (!dsv3__gram_decimal_read(b->values[v].text, &d) || !dsv3__gram_decimal_whole(&d) || d.negative || !m ||
+                m > 1000)
+                return DSV3__GRAM_REFUSE(b, v, "multipleOf takes whole numbers from 1 to 1000");
+            for (uint32_t x = a; r;) { /* the greatest common divisor ends in x */
+                uint32_t t = x % r;
+                x = r, r = t;
+                if (!r)
+                    n->multiple = a / x * m;
+            }
+            if (n->multiple > 1000)
+                return DSV3__GRAM_REFUSE(b, v, "multipleOf, taken together, is above 1000");
+        }
+        for (int k = 0; k < 4; k++) {
+            v = dsv3__gram_find(b, schema, names[k]);
+            if (!v)
+                continue;
+            if (!dsv3__gram_decimal_read(b->values[v].text, &d))
+                return DSV3__GRAM_REFUSE(b, v, "a bound with more than 40 digits");
+            if (k % 2 && !n->integer && d.n > DSV3__GRAM_EXACT_DIGITS)
+                return DSV3__GRAM_REFUSE(b, v, "an exclusive bound with more than 15 digits");
+            dsv3__gram_tighten(k < 2 ? &n->min : &n->max, &d, k % 2 != 0, k < 2 ? 1 : -1);
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Numbers, as the schemas have them. Near a bound that is outside a number must not have more digits than a double
+   tells apart: 2.9999999999999999 is 3 to whoever reads it. */
+static dsv3_result dsv3__gram_number_get(dsv3__gram_build *b, const dsv3__gram_conj *c, bool integer, bool *plain,
+                                         uint32_t *start)
+{
+    dsv3__gram_numbers n;
+    uint32_t *memo = integer ? &b->integer : &b->number;
+    memset(&n, 0, sizeof n);
+    n.integer = integer;
+    DSV3__TRY(dsv3__gram_number_bounds(b, c, &n));
+    int32_t point = 0;
+    if (n.min.given && n.min.open)
+        point = n.min.at.point;
+    if (n.max.given && n.max.open && n.max.at.point > point)
+        point = n.max.at.point;
+    n.fraction = DSV3__GRAM_FRACTION_DIGITS;
+    if ((n.min.given && n.min.open) || (n.max.given && n.max.open))
+        n.fraction = (uint32_t)(point > DSV3__GRAM_EXACT_DIGITS ? 0 : DSV3__GRAM_EXACT_DIGITS - point);
+    *plain = !n.min.given && !n.max.given && !n.multiple;
+    if (*plain && *memo)
+        return *start = *memo, DSV3_OK;
+    DSV3__TRY(dsv3__gram_number(b, &n, start));
+    if (*plain)
+        *memo = *start;
+    return DSV3_OK;
+}
+
+/* Adds the parts that the consts and enums of an alternative are. *any: there are some. */
+static dsv3_result dsv3__gram_literals(dsv3__gram_build *b, const dsv3__gram_conj *c, uint32_t types,
+                                       dsv3__gram_parts *p, bool *any)
+{
+    *any = false;
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t kind = DSV3__GRAM_KIND(c->atoms[i]), at = DSV3__GRAM_INDEX(c->atoms[i]), start;
+        if (kind != DSV3__GRAM_CONST && kind != DSV3__GRAM_ENUM)
+            continue;
+        *any = true;
+        DSV3__TRY(dsv3__gram_state_new(b, &start));
+        for (uint32_t v = kind == DSV3__GRAM_ENUM ? b->values[at].child : at; v;
+             v = kind == DSV3__GRAM_ENUM ? b->values[v].next : 0)
+            if (dsv3__gram_kind_bits(&b->values[v]) & types & DSV3__GRAM_SCALARS)
+                DSV3__TRY(dsv3__gram_scalar_literal(b, start, v));
+        DSV3__TRY(dsv3__gram_trim(b, start, (uint32_t)b->g->n_states, &start));
+        DSV3__TRY(dsv3__gram_part_add(b, p, start));
+    }
+    return DSV3_OK;
+}
+
+/* The groups of parts that the scalars of one alternative are, and its strings of which only the length counts. */
+static dsv3_result dsv3__gram_scalars(dsv3__gram_build *b, const dsv3__gram_conj *c, uint32_t types,
+                                      dsv3__gram_node *node, dsv3__gram_parts *p)
+{
+    dsv3__gram_parts literals;
+    uint32_t start, min = 0, max = DSV3__GRAM_NO_MAX, first = p->n;
+    bool any, plain = true;
+    literals.n = literals.groups = 0;
+    DSV3__TRY(dsv3__gram_literals(b, c, types, &literals, &any));
+    for (uint32_t kind = 0; kind < 3; kind++) { /* words, numbers, strings: a group each */
+        uint32_t want = types & (kind == 0   ? (uint32_t)(DSV3__GRAM_NULL | DSV3__GRAM_BOOL)
+                                 : kind == 1 ? (uint32_t)DSV3__GRAM_NUMBER
+                                             : (uint32_t)DSV3__GRAM_STRING);
+        first = p->n;
+        if (!want)
+            continue;
+        if (kind == 0) {
+            DSV3__TRY(dsv3__gram_words(b, want, &start));
+            DSV3__TRY(dsv3__gram_part_add(b, p, start));
+        } else if (kind == 1) {
+            DSV3__TRY(dsv3__gram_number_get(b, c, want == DSV3__GRAM_WHOLE, &plain, &start));
+            DSV3__TRY(dsv3__gram_part_add(b, p, start));
+        } else {
+            for (uint32_t i = 0; i < c->n; i++) {
+                uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), v = dsv3__gram_find(b, schema, "pattern");
+                uint32_t least, most;
+                if (DSV3__GRAM_KIND(c->atoms[i]) != DSV3__GRAM_SCHEMA)
+                    continue;
+                least = dsv3__gram_count(b, schema, "minLength", 0);
+                most = dsv3__gram_count(b, schema, "maxLength", DSV3__GRAM_NO_MAX);
+                min = least > min ? least : min;
+                max = most < max ? most : max;
+                if (v) {
+                    DSV3__TRY(dsv3__gram_pattern_get(b, v, b->values[v].text, &start));
+                    DSV3__TRY(dsv3__gram_part_add(b, p, start));
+                }
+            }
+            bool bounded = min || max != DSV3__GRAM_NO_MAX;
+            if (bounded && !any && p->n == first) {
+                dsv3__gram_length length;
+                length.min = min;
+                length.max = max;
+                if (min > max)
+                    continue;
+                DSV3__TRY(DSV3__GRAM_ROOM(b, b->g->lengths, b->g->cap_lengths, b->g->n_lengths, b->g->n_lengths + 1));
+                b->g->lengths[b->g->n_lengths++] = length;
+                node->n_lengths++;
+                continue;
+            }
+            if (bounded && min <= max)
+                DSV3__TRY(dsv3__gram_part_length(b, p, min, max));
+            if (p->n == first &&
+                !(any && (types & DSV3__GRAM_SCALARS) == want)) /* literals are strings by themselves */
+                DSV3__TRY(dsv3__gram_part_add(b, p, min > max ? 0 : b->g->string));
+        }
+        bool alive = min <= max || kind != 2;
+        for (uint32_t i = 0; i < literals.n; i++)
+            DSV3__TRY(dsv3__gram_part_add(b, p, literals.part[i].start));
+        for (uint32_t i = first; i < p->n; i++)
+            alive = alive && p->part[i].start;
+        if (alive)
+            p->groups++;
+        else
+            p->n = first;
+    }
+    return DSV3_OK;
+}
+
+// ---- Arrays and objects of a node ------------------------------------------------------------------------
+
+static dsv3_result dsv3__gram_alt_new(dsv3__gram_build *b, const dsv3__gram_alt *alt)
+{
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->g->alts, b->g->cap_alts, b->g->n_alts, b->g->n_alts + 1));
+    b->g->alts[b->g->n_alts++] = *alt;
+    return DSV3_OK;
+}
+
+/* Number of items that an atom names one by one. */
+static uint32_t dsv3__gram_prefix(const dsv3__gram_build *b, uint32_t atom, uint32_t *list)
+{
+    bool constant = DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST;
+    *list = constant ? DSV3__GRAM_INDEX(atom) : dsv3__gram_find(b, DSV3__GRAM_INDEX(atom), "prefixItems");
+    return *list ? b->values[*list].n : 0;
+}
+
+/* Node of item `index`. */
+static dsv3_result dsv3__gram_item(dsv3__gram_build *b, const dsv3__gram_conj *c, uint32_t index, uint32_t *node)
+{
+    dsv3__gram_conj item;
+    item.n = 0;
+    DSV3__TRY(dsv3__gram_work(b, (uint64_t)index * c->n));
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t list, n = dsv3__gram_prefix(b, c->atoms[i], &list), v = list ? b->values[list].child : 0;
+        bool constant = DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST;
+        for (uint32_t k = 0; k < index && v; k++)
+            v = b->values[v].next;
+        if (index >= n)
+            v = constant ? 0 : dsv3__gram_find(b, DSV3__GRAM_INDEX(c->atoms[i]), "items");
+        if (constant)
+            DSV3__TRY(dsv3__gram_add(b, &item,
+                                     v ? DSV3__GRAM_ATOM(DSV3__GRAM_CONST, v) : DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0)));
+        else if (v)
+            DSV3__TRY(dsv3__gram_add_schema(b, &item, v));
+    }
+    return dsv3__gram_node_get(b, &item, node);
+}
+
+static dsv3_result dsv3__gram_array(dsv3__gram_build *b, const dsv3__gram_conj *c)
+{
+    dsv3__gram_alt alt;
+    uint32_t list;
+    memset(&alt, 0, sizeof alt);
+    alt.max = DSV3__GRAM_NO_MAX;
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), n = dsv3__gram_prefix(b, c->atoms[i], &list);
+        bool constant = DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST;
+        uint32_t min = constant ? n : dsv3__gram_count(b, schema, "minItems", 0);
+        uint32_t max = constant ? n : dsv3__gram_count(b, schema, "maxItems", DSV3__GRAM_NO_MAX);
+        alt.n = n > alt.n ? n : alt.n;
+        alt.min = min > alt.min ? min : alt.min;
+        alt.max = max < alt.max ? max : alt.max;
+    }
+    alt.first = (uint32_t)b->g->n_children;
+    for (uint32_t i = 0; i <= alt.n; i++) {
+        uint32_t node;
+        DSV3__TRY(dsv3__gram_item(b, c, i, &node));
+        DSV3__TRY(DSV3__GRAM_ROOM(b, b->g->children, b->g->cap_children, b->g->n_children, b->g->n_children + 1));
+        b->g->children[b->g->n_children++] = node; /* the last is for all others */
+    }
+    return dsv3__gram_alt_new(b, &alt);
+}
+
+/* Order of two names as they are spelled, so that those with a common beginning stand together. */
+static int dsv3__gram_name_order(dsv3__str x, dsv3__str y)
+{
+    size_t i = 0, n = dsv3__min(x.n, y.n);
+    char a[6], b[6];
+    while (i < n && x.p[i] == y.p[i])
+        i++;
+    if (i == n)
+        return (x.n > n) - (y.n > n);
+    if (((unsigned char)x.p[i] | (unsigned char)y.p[i]) >= 0x80)
+        return (unsigned char)x.p[i] < (unsigned char)y.p[i] ? -1 : 1;
+    size_t n_a = dsv3__gram_spell((unsigned char)x.p[i], a), n_b = dsv3__gram_spell((unsigned char)y.p[i], b);
+    int order = memcmp(a, b, dsv3__min(n_a, n_b));
+    return order ? order : (n_a > n_b) - (n_a < n_b);
+}
+
+/* Adds a name, in order, once. */
+static dsv3_result dsv3__gram_name_add(dsv3__gram_build *b, dsv3__str name)
+{
+    uint64_t lo = 0, hi = b->n_names;
+    while (lo < hi) {
+        uint64_t mid = (lo + hi) / 2;
+        int order = dsv3__gram_name_order(b->names[mid], name);
+        if (order == 0)
+            return DSV3_OK;
+        if (order < 0)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    DSV3__TRY(dsv3__gram_work(b, (b->n_names - lo) / 2));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->names, b->cap_names, b->n_names, b->n_names + 1));
+    memmove(b->names + lo + 1, b->names + lo, (size_t)(b->n_names - lo) * sizeof *b->names);
+    b->names[lo] = name;
+    b->n_names++;
+    return DSV3_OK;
+}
+
+/* Adds what an atom says of the value of a key. tuple: where the automata of the object's parts are. */
+static dsv3_result dsv3__gram_key_schema(dsv3__gram_build *b, const dsv3__gram_object *o, const uint32_t *tuple,
+                                         uint32_t member, const dsv3__str *name, dsv3__gram_conj *c)
+{
+    uint32_t atom = o->members->atoms[member], at = DSV3__GRAM_INDEX(atom), v;
+    bool matched = false;
+    if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST) {
+        v = name ? dsv3__gram_member(b, at, *name) : 0;
+        return dsv3__gram_add(b, c, v ? DSV3__GRAM_ATOM(DSV3__GRAM_CONST, v) : DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0));
+    }
+    v = dsv3__gram_find(b, at, "properties");
+    v = v && name ? dsv3__gram_member(b, v, *name) : 0;
+    if (v) {
+        matched = true;
+        DSV3__TRY(dsv3__gram_add_schema(b, c, v));
+    }
+    for (uint32_t i = 0; i < o->parts.n; i++)
+        if (o->schema[i] && o->owner[i] == member && b->g->info[tuple[i]].label) {
+            matched = true;
+            DSV3__TRY(dsv3__gram_add_schema(b, c, o->schema[i]));
+        }
+    v = dsv3__gram_find(b, at, "additionalProperties");
+    return v && !matched ? dsv3__gram_add_schema(b, c, v) : DSV3_OK;
+}
+
+/* A key ends: which is it, and what may its value be? */
+static dsv3_result dsv3__gram_key_label(dsv3__gram_build *b, const dsv3__gram_object *o, const uint32_t *tuple,
+                                        uint16_t *label)
+{
+    dsv3_grammar *g = b->g;
+    dsv3__gram_alt *alt = o->alt;
+    dsv3__gram_conj c;
+    uint32_t named = g->info[tuple[1]].label, node, i; /* part 1: the names */
+    c.n = 0;
+    for (i = 0; i < o->members->n; i++)
+        DSV3__TRY(dsv3__gram_key_schema(b, o, tuple, i, named ? &b->names[named - 1] : NULL, &c));
+    DSV3__TRY(dsv3__gram_node_get(b, &c, &node));
+    *label = 0;
+    if (!node)
+        return DSV3_OK;
+    i = alt->first + (named ? named - 1 : alt->n_named);
+    while (!named && i < g->n_keys && g->keys[i].node != node)
+        i++;
+    if (i == g->n_keys) {
+        DSV3__TRY(DSV3__GRAM_ROOM(b, g->keys, g->cap_keys, g->n_keys, g->n_keys + 1));
+        memset(&g->keys[g->n_keys++], 0, sizeof *g->keys);
+    }
+    if (i >= UINT16_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u keys", (uint64_t)UINT16_MAX);
+    g->keys[i].node = node;
+    *label = (uint16_t)(i + 1);
+    return DSV3_OK;
+}
+
+/* The names and the parts that an atom brings to an object's keys. */
+static dsv3_result dsv3__gram_object_names(dsv3__gram_build *b, uint32_t atom)
+{
+    static const char *const lists[] = {"properties", "required", "propertyNames"};
+    uint32_t at = DSV3__GRAM_INDEX(atom), v, enumeration;
+    if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST) {
+        for (v = b->values[at].child; v; v = b->values[v].next)
+            DSV3__TRY(dsv3__gram_name_add(b, b->values[v].key));
+        return DSV3_OK;
+    }
+    for (int i = 0; i < 3; i++) {
+        uint32_t list = dsv3__gram_find(b, at, lists[i]);
+        enumeration = i == 2 && list ? dsv3__gram_find(b, list, "enum") : 0;
+        list = i == 2 ? enumeration : list;
+        for (v = list ? b->values[list].child : 0; v; v = b->values[v].next)
+            if (i == 0 || b->values[v].kind == '"')
+                DSV3__TRY(dsv3__gram_name_add(b, i == 0 ? b->values[v].key : b->values[v].text));
+    }
+    return DSV3_OK;
+}
+
+/* propertyNames: patterns, and lists of names. */
+static dsv3_result dsv3__gram_object_property_names(dsv3__gram_build *b, dsv3__gram_object *o, uint32_t schema)
+{
+    uint32_t start;
+    if (b->values[schema].kind == 't')
+        return DSV3_OK;
+    if (b->values[schema].kind == 'f')
+        return dsv3__gram_part_add(b, &o->parts, 0);
+    for (uint32_t v = b->values[schema].child; v; v = b->values[v].next) {
+        dsv3__str key = b->values[v].key;
+        if (dsv3__gram_is(key, "pattern") && b->values[v].kind == '"') {
+            DSV3__TRY(dsv3__gram_pattern_get(b, v, b->values[v].text, &start));
+            DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
+        } else if (dsv3__gram_is(key, "enum") && b->values[v].kind == '[') {
+            DSV3__TRY(dsv3__gram_state_new(b, &start));
+            for (uint32_t i = b->values[v].child; i; i = b->values[i].next)
+                if (b->values[i].kind == '"')
+                    DSV3__TRY(dsv3__gram_scalar_literal(b, start, i));
+            DSV3__TRY(dsv3__gram_trim(b, start, (uint32_t)b->g->n_states, &start));
+            DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
+        } else if (!dsv3__gram_is(key, "type") || !(dsv3__gram_type(b, v) & DSV3__GRAM_STRING)) {
+            return DSV3__GRAM_REFUSE(b, v, "propertyNames takes pattern, enum and type string");
+        }
+    }
+    return DSV3_OK;
+}
+
+/* The automata that read the keys: any string, the names, patternProperties, propertyNames. */
+static dsv3_result dsv3__gram_object_parts(dsv3__gram_build *b, dsv3__gram_object *o)
+{
+    uint32_t start, v;
+    o->parts.n = o->parts.groups = 0;
+    memset(o->schema, 0, sizeof o->schema);
+    DSV3__TRY(dsv3__gram_part_add(b, &o->parts, b->g->string));
+    DSV3__TRY(dsv3__gram_state_new(b, &start));
+    for (uint64_t i = 0; i < b->n_names; i++) {
+        uint32_t state = start;
+        DSV3__TRY(dsv3__gram_literal(b, &state, b->names[i], true));
+        b->g->info[state].label = (uint16_t)(i + 1);
+    }
+    DSV3__TRY(dsv3__gram_part_add(b, &o->parts, b->n_names ? start : 0));
+    o->parts.part[1].optional = true;
+    for (uint32_t i = 0; i < o->members->n; i++) {
+        uint32_t at = DSV3__GRAM_INDEX(o->members->atoms[i]);
+        if (DSV3__GRAM_KIND(o->members->atoms[i]) == DSV3__GRAM_CONST)
+            continue;
+        v = dsv3__gram_find(b, at, "patternProperties");
+        for (v = v ? b->values[v].child : 0; v; v = b->values[v].next) {
+            DSV3__TRY(dsv3__gram_pattern_get(b, v, b->values[v].key, &start));
+            DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
+            o->parts.part[o->parts.n - 1].optional = true;
+            o->schema[o->parts.n - 1] = v;
+            o->owner[o->parts.n - 1] = i;
+        }
+        v = dsv3__gram_find(b, at, "propertyNames");
+        if (v)
+            DSV3__TRY(dsv3__gram_object_property_names(b, o, v));
+    }
+    return DSV3_OK;
+}
+
+/* Is the name among those that an atom requires? */
+static bool dsv3__gram_requires(const dsv3__gram_build *b, uint32_t atom, dsv3__str name)
+{
+    uint32_t at = DSV3__GRAM_INDEX(atom), v;
+    if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST)
+        return dsv3__gram_member(b, at, name) != 0;
+    v = dsv3__gram_find(b, at, "required");
+    for (v = v ? b->values[v].child : 0; v && !dsv3__gram_same(b->values[v].text, name);)
+        v = b->values[v].next;
+    return v != 0;
+}
+
+/* Of a key as it is spelled. */
+static uint64_t dsv3__gram_key_hash(uint64_t hash, uint8_t c)
+{
+    return (hash ^ c) * 1099511628211ull;
+}
+#define DSV3__GRAM_KEY_HASH 14695981039346656037ull
+
+static dsv3_result dsv3__gram_object_alt(dsv3__gram_build *b, const dsv3__gram_conj *c)
+{
+    dsv3_grammar *g = b->g;
+    dsv3__gram_alt alt;
+    dsv3__gram_object o;
+    memset(&alt, 0, sizeof alt);
+    alt.object = true;
+    alt.max = DSV3__GRAM_NO_MAX;
+    b->n_names = 0;
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t at = DSV3__GRAM_INDEX(c->atoms[i]);
+        DSV3__TRY(dsv3__gram_object_names(b, c->atoms[i]));
+        if (DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST)
+            continue;
+        uint32_t min = dsv3__gram_count(b, at, "minProperties", 0);
+        uint32_t max = dsv3__gram_count(b, at, "maxProperties", DSV3__GRAM_NO_MAX);
+        alt.min = min > alt.min ? min : alt.min;
+        alt.max = max < alt.max ? max : alt.max;
+    }
+    alt.first = (uint32_t)g->n_keys;
+    alt.n_named = (uint32_t)b->n_names;
+    if (g->n_keys + b->n_names >= UINT16_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: more than %u keys", (uint64_t)UINT16_MAX);
+    DSV3__TRY(DSV3__GRAM_ROOM(b, g->keys, g->cap_keys, g->n_keys, g->n_keys + b->n_names));
+    for (uint64_t i = 0; i < b->n_names; i++) {
+        dsv3__gram_key *key = &g->keys[g->n_keys++];
+        memset(key, 0, sizeof *key);
+        key->named = true;
+        key->hash = DSV3__GRAM_KEY_HASH;
+        for (size_t at = 0, n; at < b->names[i].n; at += n) {
+            char spelled[6];
+            n = dsv3__utf8_length(b->names[i].p + at, b->names[i].p + b->names[i].n);
+            size_t n_spelled = dsv3__gram_spell(dsv3__gram_char(b->names[i].p + at, n), spelled);
+            for (size_t k = 0; k < n_spelled; k++)
+                key->hash = dsv3__gram_key_hash(key->hash, (uint8_t)spelled[k]);
+        }
+        for (uint32_t k = 0; k < c->n; k++) {
+            uint32_t list = dsv3__gram_find(b, DSV3__GRAM_INDEX(c->atoms[k]), "required");
+            DSV3__TRY(dsv3__gram_work(b, 4 * (b->values[list].n + b->values[DSV3__GRAM_INDEX(c->atoms[k])].n)));
+            key->required = key->required || dsv3__gram_requires(b, c->atoms[k], b->names[i]);
+        }
+        alt.n_required += key->required;
+    }
+    o.alt = &alt;
+    o.members = c;
+    o.label_fn = dsv3__gram_key_label;
+    DSV3__TRY(dsv3__gram_object_parts(b, &o));
+    DSV3__TRY(dsv3__gram_product(b, o.parts.part, o.parts.n, &o, &alt.start));
+    alt.end = (uint32_t)g->n_states;
+    alt.n = (uint32_t)g->n_keys - alt.first;
+    return dsv3__gram_alt_new(b, &alt);
+}
+
+/* All of a node. */
+static dsv3_result dsv3__gram_node_build(dsv3__gram_build *b, uint32_t index)
+{
+    dsv3__gram_node node;
+    dsv3__gram_parts parts;
+    dsv3__gram_conj c;
+    uint32_t steps = 0, types;
+    const dsv3__tok_span span = b->conjs.spans[index - 1];
+    memset(&node, 0, sizeof node);
+    node.alts = (uint32_t)b->g->n_alts;
+    node.lengths = (uint32_t)b->g->n_lengths;
+    parts.n = parts.groups = 0;
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->spread, b->cap_spread, 0, 1));
+    b->n_spread = 1;
+    b->spread->done = 0;
+    b->spread->n = span.n;
+    memcpy(b->spread->atoms, b->conjs.items + span.at, span.n * sizeof *b->spread->atoms);
+    for (;;) {
+        DSV3__TRY(dsv3__gram_spread_next(b, &steps, &c, &types));
+        if (!types)
+            break;
+        if (types & DSV3__GRAM_SCALARS)
+            DSV3__TRY(dsv3__gram_scalars(b, &c, types, &node, &parts));
+        if (types & DSV3__GRAM_ARRAY)
+            DSV3__TRY(dsv3__gram_array(b, &c));
+        if (types & DSV3__GRAM_OBJECT)
+            DSV3__TRY(dsv3__gram_object_alt(b, &c));
+    }
+    if (parts.n)
+        DSV3__TRY(dsv3__gram_product(b, parts.part, parts.n, NULL, &node.scalar));
+    node.n_alts = (uint32_t)b->g->n_alts - node.alts;
+    if (node.n_alts + node.n_lengths > DSV3__GRAM_THREADS_MAX)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
+                          "schema: a value with more than %u alternatives that are arrays or objects",
+                          (uint64_t)DSV3__GRAM_THREADS_MAX);
+    b->g->nodes[index] = node;
+    return DSV3_OK;
+}
+
+// ---- What a value takes at least -------------------------------------------------------------------------
+
+static void dsv3__gram_need_max(const dsv3__gram_node *n, uint32_t *depth, uint32_t *keys)
+{
+    *depth = n->depth > *depth ? n->depth : *depth;
+    *keys = n->keys > *keys ? n->keys : *keys;
+}
+
+/* The node of item `index`. */
+static uint32_t dsv3__gram_item_node(const dsv3_grammar *g, const dsv3__gram_alt *a, uint32_t index)
+{
+    return g->children[a->first + (index < a->n ? index : a->n)];
+}
+
+/* Needs of an alternative from those of its nodes. NEVER where a value it must have cannot be. */
+static void dsv3__gram_need_alt(const dsv3_grammar *g, dsv3__gram_alt *a)
+{
+    uint32_t depth = 0, keys = 0, more = 0, unnamed = 0;
+    a->open_depth = a->open_keys = 0;
+    for (uint32_t i = 0; !a->object && i < a->min && i <= a->n; i++)
+        dsv3__gram_need_max(&g->nodes[dsv3__gram_item_node(g, a, i)], &depth, &keys);
+    for (uint32_t i = 0; a->object && i < a->n; i++) {
+        const dsv3__gram_key *k = &g->keys[a->first + i];
+        const dsv3__gram_node *n = &g->nodes[k->node];
+        if (k->required || (n->depth != DSV3__GRAM_NEVER && a->min > a->n_required))
+            dsv3__gram_need_max(n, &depth, &keys);
+        if (n->depth == DSV3__GRAM_NEVER)
+            continue;
+        more += k->named;
+        if (!k->named) {
+            unnamed = 1;
+            dsv3__gram_need_max(n, &a->open_depth, &a->open_keys);
+        }
+    }
+    a->reserved = a->object ? (a->min > a->n_required ? a->min : a->n_required) : 0;
+    if (a->min > a->max || (a->object && (a->n_required > a->max || (!unnamed && more < a->min))))
+        depth = DSV3__GRAM_NEVER;
+    a->depth = depth >= DSV3__GRAM_DEPTH_MAX || a->reserved > DSV3__GRAM_KEYS_MAX ? DSV3__GRAM_NEVER : depth + 1;
+    a->keys = keys > DSV3__GRAM_KEYS_MAX ? DSV3__GRAM_NEVER : a->reserved + keys;
+}
+
+/* Needs of all nodes: depths fall from "never" to the least there is; then the keys of the way that is so shallow. */
+static void dsv3__gram_needs(dsv3_grammar *g)
+{
+    for (uint32_t i = 0; i < g->n_nodes; i++) {
+        dsv3__gram_node *n = &g->nodes[i];
+        n->depth = n->keys = n->scalar || n->n_lengths ? 0 : DSV3__GRAM_NEVER;
+    }
+    for (int keys = 0; keys < 2; keys++)
+        for (bool again = true; again;) {
+            again = false;
+            for (uint32_t i = (uint32_t)g->n_nodes; i-- > 0;) {
+                dsv3__gram_node *n = &g->nodes[i];
+                for (uint32_t k = n->alts; k < n->alts + n->n_alts; k++) {
+                    dsv3__gram_alt *a = &g->alts[k];
+                    dsv3__gram_need_alt(g, a);
+                    bool better = a->depth < n->depth, changed = keys && n->depth && n->best == k && a->keys != n->keys;
+                    if (better)
+                        n->depth = a->depth, n->best = k;
+                    if (changed)
+                        n->keys = a->keys;
+                    again = again || better || changed;
+                }
+            }
+        }
+}
+
+/* Keys whose value cannot be are taken out; which keys can still be reached from each state. */
+static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a)
+{
+    dsv3_grammar *g = b->g;
+    uint32_t first = a->start;
+    for (uint32_t i = 0; i < a->n; i++)
+        if (g->nodes[g->keys[a->first + i].node].depth == DSV3__GRAM_NEVER)
+            g->keys[a->first + i].node = 0;
+    for (uint32_t s = first; s < a->end; s++)
+        if (g->info[s].label && !g->keys[g->info[s].label - 1].node)
+            g->info[s].label = 0;
+    DSV3__TRY(dsv3__gram_trim(b, first, a->end, &a->start));
+    for (uint32_t s = first; s < a->end; s++) {
+        dsv3__gram_info *info = &g->info[s];
+        info->first = UINT16_MAX;
+        if (info->label && g->keys[info->label - 1].named)
+            info->first = (uint16_t)(info->label - 1), info->last = info->label;
+        else if (info->label)
+            info->open = 1; /* here, how many unnamed ones: up to OPEN */
+    }
+    for (bool again = true; again;) {
+        again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)(a->end - first) * 256));
+        for (uint32_t s = a->end; s-- > first;) {
+            dsv3__gram_info *info = &g->info[s];
+            const uint16_t *row = g->next + (size_t)s * 256;
+            uint32_t open = info->label && !g->keys[info->label - 1].named;
+            for (int c = 0; c < 256; c++) {
+                const dsv3__gram_info *to = &g->info[row[c]];
+                if (!row[c])
+                    continue;
+                open += to->open;
+                if (to->first < info->first)
+                    info->first = to->first, again = true;
+                if (to->last > info->last)
+                    info->last = to->last, again = true;
+            }
+            open = open < DSV3__GRAM_OPEN ? open : (uint32_t)DSV3__GRAM_OPEN;
+            if (open != info->open)
+                info->open = (uint8_t)open, again = true;
+        }
+    }
+    for (uint32_t s = first; s < a->end; s++) {
+        dsv3__gram_info *info = &g->info[s];
+        if (info->open && info->open < DSV3__GRAM_OPEN && !info->final)
+            return DSV3__FAIL(
+                b->err, DSV3_ERROR_SCHEMA,
+                "schema: patternProperties or propertyNames that leave few names: name them in properties");
+        info->open = info->open == DSV3__GRAM_OPEN;
+    }
+    return DSV3_OK;
+}
+
+/* In which states is the going on of a string free? Where every byte that any string may have leads on to such a state. */
+static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
+{
+    dsv3_grammar *g = b->g;
+    uint32_t n = (uint32_t)g->n_states, *beside; /* the state of any string beside each state; 0: none */
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->set, b->cap_set, 0, n));
+    beside = b->set;
+    memset(beside, 0, n * sizeof *beside);
+    beside[g->string] = g->string;
+    for (uint32_t i = 0; i < g->n_nodes; i++)
+        beside[g->nodes[i].scalar] = g->string;
+    for (uint32_t i = 0; i < g->n_alts; i++)
+        beside[g->alts[i].object ? g->alts[i].start : 0] = g->string;
+    beside[0] = 0;
+    for (bool again = true; again;) { /* one pass: states stand behind those that found them, nearly all */
+        again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
+        for (uint32_t s = 1; s < n; s++)
+            for (uint32_t c = 0; beside[s] && c < 256; c++) {
+                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
+                if (!to || !too || beside[to])
+                    continue;
+                beside[to] = too;
+                again = again || to < s;
+            }
+    }
+    for (uint32_t s = 1; s < n; s++)
+        g->info[s].free = beside[s] != 0;
+    for (bool again = true; again;) {
+        again = false;
+        DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
+        for (uint32_t s = n; s-- > 1;)
+            for (uint32_t c = 0; g->info[s].free && c < 256; c++) {
+                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
+                if (too && !g->info[too].final && (!to || !g->info[to].free || beside[to] != too))
+                    g->info[s].free = 0, again = true;
+            }
+    }
+    for (uint32_t s = 1; s < n; s++)
+        g->info[s].free = g->info[s].free && beside[s] == g->body;
+    return DSV3_OK;
+}
+
+/* From the schema to the automaton. schema NULL: any value. */
+static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, size_t len)
+{
+    dsv3_grammar *g = b->g;
+    dsv3__gram_conj root;
+    dsv3__str empty = {"", 0};
+    uint32_t node;
+    DSV3__TRY(dsv3__gram_read(b, schema ? schema : "true", schema ? len : 4));
+    DSV3__TRY(dsv3__gram_state_new(b, &node)); /* number 0 is none, among nodes too */
+    DSV3__TRY(DSV3__GRAM_ROOM(b, g->nodes, g->cap_nodes, 0, 1));
+    memset(g->nodes, 0, sizeof *g->nodes);
+    g->n_nodes = 1;
+    DSV3__TRY(dsv3__gram_pattern(b, empty, 1, &g->string));
+    g->body = g->next[(size_t)g->string * 256 + '"'];
+    root.n = 0;
+    DSV3__TRY(dsv3__gram_add_schema(b, &root, 1));
+    DSV3__TRY(dsv3__gram_node_get(b, &root, &node));
+    for (uint32_t i = 1; i < g->n_nodes; i++)
+        DSV3__TRY(dsv3__gram_node_build(b, i));
+    dsv3__gram_needs(g);
+    for (uint64_t i = 0; i < b->n_apart; i++)
+        if (g->nodes[b->apart[i].node].depth != DSV3__GRAM_NEVER)
+            return DSV3__GRAM_REFUSE(b, b->apart[i].value, "oneOf: this option and one before it may both hold");
+    if (!node || g->nodes[node].depth > g->max_depth)
+        return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
+                          "schema: no value can fit it, or none that is %u deep and has %u keys",
+                          (uint64_t)g->max_depth, (uint64_t)DSV3__GRAM_KEYS_MAX);
+    for (uint32_t i = 0; i < g->n_alts; i++)
+        if (g->alts[i].object)
+            DSV3__TRY(dsv3__gram_finish_keys(b, &g->alts[i]));
+    return dsv3__gram_finish_free(b);
+}
+
+// ---- The vocabulary --------------------------------------------------------------------------------------
+
+/* A token to be sorted: its first eight bytes, most significant first, nearly always say enough. */
+typedef struct dsv3__gram_sort {
+    uint64_t head;
+    int32_t token;
+    uint32_t n; /* bytes */
+} dsv3__gram_sort;
+
+static uint8_t dsv3__gram_sort_byte(const dsv3_tokenizer *t, const dsv3__gram_sort *x, size_t i)
+{
+    return i < 8 ? (uint8_t)(x->head >> (56 - 8 * i)) : (uint8_t)t->pool[t->spans[x->token].at + i];
+}
+
+static bool dsv3__gram_sort_before(const dsv3_tokenizer *t, const dsv3__gram_sort *x, const dsv3__gram_sort *y)
+{
+    const char *a = t->pool + t->spans[x->token].at, *b = t->pool + t->spans[y->token].at;
+    int order = memcmp(a, b, x->n < y->n ? x->n : y->n);
+    return order ? order < 0 : x->n < y->n;
+}
+
+/* Merges runs of growing length, to and fro between `list` and `other` [n]; what is in order ends up in `list`. */
+static void dsv3__gram_sort_merge(const dsv3_tokenizer *t, dsv3__gram_sort *list, dsv3__gram_sort *other, size_t n)
+{
+    for (size_t run = 1; run < n; run *= 2) {
+        for (size_t at = 0; at < n; at += 2 * run) {
+            size_t i = at, mid = dsv3__min(at + run, n), k = mid, end = dsv3__min(at + 2 * run, n);
+            for (size_t to = at; to < end; to++)
+                other[to] =
+                    i < mid && (k == end || !dsv3__gram_sort_before(t, &list[k], &list[i])) ? list[i++] : list[k++];
+        }
+        memcpy(list, other, n * sizeof *list);
+    }
+}
+
+/* By their heads byte for byte, from the last; those with equal heads by all of their bytes. In order in `list`. */
+static void dsv3__gram_sort_all(const dsv3_tokenizer *t, dsv3__gram_sort *list, dsv3__gram_sort *other, size_t n)
+{
+    for (int shift = 0; shift < 64; shift += 8) {
+        size_t at[257];
+        memset(at, 0, sizeof at);
+        for (size_t i = 0; i < n; i++)
+            at[(list[i].head >> shift & 255) + 1]++;
+        for (int c = 0; c < 256; c++)
+            at[c + 1] += at[c];
+        for (size_t i = 0; i < n; i++)
+            other[at[list[i].head >> shift & 255]++] = list[i];
+        dsv3__gram_sort *swap = list; /* an even number of times */
+        list = other;
+        other = swap;
+    }
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i + 1; end < n && list[end].head == list[i].head;)
+            end++;
+        dsv3__gram_sort_merge(t, list + i, other + i, end - i);
+    }
+}
+
+/* The trie of sorted tokens; out NULL only counts its nodes. */
+static uint32_t dsv3__gram_trie(const dsv3_tokenizer *t, const dsv3__gram_sort *list, size_t n, dsv3__gram_token *out)
+{
+    uint32_t n_nodes = 0, open[DSV3__TOK_BYTES_MAX + 1]; /* nodes on the way to the last token */
+    size_t depth = 0;
+    for (size_t i = 0; i < n; i++) {
+        const dsv3__gram_sort *x = &list[i];
+        size_t same = 0, most = i ? dsv3__min(x->n - 1, list[i - 1].n) : 0; /* equal tokens: the last node twice */
+        while (same < most && dsv3__gram_sort_byte(t, x, same) == dsv3__gram_sort_byte(t, x - 1, same))
+            same++;
+        n_nodes += (uint32_t)(x->n - same);
+        if (!out)
+            continue;
+        uint32_t next = n_nodes - (uint32_t)(x->n - same);
+        for (; depth > same; depth--)
+            out[open[depth]].end = next;
+        for (depth = same; depth < x->n; next++) {
+            dsv3__gram_token *node = &out[next];
+            open[++depth] = next;
+            node->token = depth == x->n ? x->token : -1;
+            node->depth = (uint16_t)depth;
+            node->byte = dsv3__gram_sort_byte(t, x, depth - 1);
+            node->quote = 0;
+        }
+    }
+    for (; depth > 0; depth--)
+        out[open[depth]].end = n_nodes;
+    return n_nodes;
+}
+
+/* Which tokens go through a string that is free, and in which one ends. chars_of: scratch, [n_tokens] */
+static void dsv3__gram_vocab_free(dsv3_grammar *g, uint16_t *chars_of)
+{
+    dsv3__gram_vocab *v = &g->vocab;
+    uint32_t state[DSV3__TOK_BYTES_MAX + 1], chars[DSV3__TOK_BYTES_MAX + 1], open[DSV3__TOK_BYTES_MAX + 1];
+    memset(chars_of, 0, v->n_tokens * sizeof *chars_of);
+    memset(v->chars, 0, sizeof v->chars);
+    state[0] = g->body;
+    chars[0] = 0;
+    for (uint32_t i = 0; i < v->n; i++) {
+        const dsv3__gram_token *node = &v->trie[i];
+        uint32_t d = node->depth, from = state[d - 1], to = g->next[(size_t)from * 256 + node->byte];
+        open[d] = i;
+        state[d] = g->info[to].final ? 0 : to;
+        chars[d] = chars[d - 1] + (from == g->body && chars[d - 1] < 255);
+        if (g->info[to].final)
+            for (uint32_t k = d; k > 0 && !v->trie[open[k]].quote; k--)
+                v->trie[open[k]].quote = 1;
+        if (node->token >= 0 && state[d]) {
+            v->pure[node->token / 32] |= 1u << (node->token % 32);
+            chars_of[node->token] = (uint16_t)(chars[d] + 1);
+            v->chars[chars[d] + 1]++;
+        }
+    }
+    for (uint32_t c = 0; c < 256; c++)
+        v->chars[c + 1] += v->chars[c];
+    for (uint32_t i = 0; i < v->n_tokens; i++)
+        if (chars_of[i])
+            v->by_chars[v->chars[chars_of[i] - 1]++] = i;
+    memmove(v->chars + 1, v->chars, 256 * sizeof *v->chars); /* they have moved on to where the next ones begin */
+    v->chars[0] = 0;
+}
+
+static dsv3_result dsv3__gram_vocab_open(dsv3__gram_build *b, const dsv3_tokenizer *t)
+{
+    dsv3__gram_vocab *v = &b->g->vocab;
+    dsv3__gram_sort *list = NULL, *other = NULL;
+    uint64_t cap = 0, cap_other = 0, cap_trie = 0, cap_pure = 0, cap_chars = 0;
+    size_t n = 0, words = (t->n_tokens + 31) / 32;
+    v->n_tokens = t->n_tokens;
+    dsv3_result r = DSV3__GRAM_ROOM(b, list, cap, 0, t->n_tokens);
+    if (!r)
+        r = DSV3__GRAM_ROOM(b, other, cap_other, 0, t->n_tokens);
+    for (uint32_t i = 0; !r && i < t->n_tokens; i++) {
+        dsv3__tok_span s = t->spans[i];
+        if (s.n == 0 || s.n > DSV3__TOK_BYTES_MAX || (t->flags[i] & DSV3__TOK_ADDED)) /* markup is never text */
+            continue;
+        list[n].token = (int32_t)i;
+        list[n].n = s.n;
+        list[n].head = 0;
+        for (uint32_t k = 0; k < 8; k++)
+            list[n].head = list[n].head << 8 | (k < s.n ? (uint8_t)t->pool[s.at + k] : 0u);
+        n++;
+    }
+    if (!r) {
+        dsv3__gram_sort_all(t, list, other, n);
+        v->n = dsv3__gram_trie(t, list, n, NULL);
+        r = DSV3__GRAM_ROOM(b, v->trie, cap_trie, 0, v->n);
+        if (!r)
+            dsv3__gram_trie(t, list, n, v->trie);
+    }
+    if (!r)
+        r = DSV3__GRAM_ROOM(b, v->pure, cap_pure, 0, words);
+    if (!r)
+        r = DSV3__GRAM_ROOM(b, v->by_chars, cap_chars, 0, t->n_tokens);
+    if (!r) {
+        memset(v->pure, 0, words * sizeof *v->pure);
+        dsv3__gram_vocab_free(b->g, (uint16_t *)(void *)other);
+    }
+    dsv3__mem_free(&b->g->mem, list);
+    dsv3__mem_free(&b->g->mem, other);
+    return r;
+}
+
+// ---- One byte --------------------------------------------------------------------------------------------
+
+/* Where a text is. VALUE: the current threads are nodes; LEXEME, KEY: states; COLON: nodes of the value to come. */
+enum {
+    DSV3__GRAM_AT_VALUE,
+    DSV3__GRAM_AT_FIRST_ITEM,
+    DSV3__GRAM_AT_LEXEME,
+    DSV3__GRAM_AT_FIRST_KEY,
+    DSV3__GRAM_AT_NEXT_KEY,
+    DSV3__GRAM_AT_KEY,
+    DSV3__GRAM_AT_COLON,
+    DSV3__GRAM_AT_AFTER,
+    DSV3__GRAM_AT_END,
+    DSV3__GRAM_AT_EOS
+};
+
+/* Only what is in use of a state is copied. */
+static void dsv3__gram_state_copy(dsv3_grammar_state *to, const dsv3_grammar_state *from)
+{
+    memcpy(to, from, offsetof(dsv3_grammar_state, frames));
+    memcpy(to->frames, from->frames, from->depth * sizeof *to->frames);
+    memcpy(to->threads, from->threads, from->n_threads * sizeof *to->threads);
+    memcpy(to->keys, from->keys, from->n_keys * sizeof *to->keys);
+}
+
+static bool dsv3__gram_fits(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t depth, uint32_t keys)
+{
+    return depth <= g->max_depth && s->depth + depth <= g->max_depth && keys <= DSV3__GRAM_KEYS_MAX &&
+           s->n_keys + keys <= DSV3__GRAM_KEYS_MAX;
+}
+
+/* Adds a current thread; one that is there already lives on for these parents too. There is always room for one: the
+   frames that may still be opened leave it. */
+static void dsv3__gram_thread_add(dsv3_grammar_state *s, uint32_t id, uint32_t parents, uint32_t length)
+{
+    uint32_t room = (uint32_t)DSV3__GRAM_THREADS_ALL - s->first - ((uint32_t)DSV3__GRAM_DEPTH_MAX - s->depth),
+             i = s->first;
+    while (i < s->n_threads && (s->threads[i].id != id || s->threads[i].count != length))
+        i++;
+    if (i == s->n_threads) {
+        if (i - s->first >= DSV3__GRAM_THREADS_MAX || i - s->first >= room)
+            return;
+        s->threads[i].id = id;
+        s->threads[i].parents = 0;
+        s->threads[i].count = length;
+        s->n_threads++;
+    }
+    s->threads[i].parents |= parents;
+}
+
+/* Which value comes next, for the threads of the array in `mask`: nodes as current threads. Only asks where !add. */
+static bool dsv3__gram_items(const dsv3_grammar *g, dsv3_grammar_state *s, uint32_t mask, uint32_t count, bool add)
+{
+    const uint32_t first = s->frames[s->depth - 1].first, n = s->frames[s->depth - 1].n;
+    bool any = false;
+    for (uint32_t i = 0; i < n; i++) {
+        const dsv3__gram_alt *a = &g->alts[s->threads[first + i].id];
+        uint32_t node = dsv3__gram_item_node(g, a, count);
+        if (!(mask >> i & 1) || count >= a->max || !dsv3__gram_fits(g, s, g->nodes[node].depth, g->nodes[node].keys))
+            continue;
+        any = true;
+        if (add)
+            dsv3__gram_thread_add(s, node, (uint32_t)1 << i, 0);
+    }
+    return any;
+}
+
+/* Keys of the object that a thread would have room for once another one, `required` or not, is in; 0: it may not be. */
+static uint32_t dsv3__gram_key_room(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread, uint32_t count,
+                                    bool required)
+{
+    const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    const dsv3__gram_alt *a = &g->alts[s->threads[f->first + thread].id];
+    uint32_t members = count + 1 + a->n_required - s->threads[f->first + thread].count - required, most = 0, room;
+    for (uint32_t i = 0; i < f->n; i++) {
+        const dsv3__gram_alt *other = &g->alts[s->threads[f->first + i].id];
+        most = other->keys - other->reserved > most ? other->keys - other->reserved : most;
+    }
+    room = f->keys + members > s->n_keys ? f->keys + members : s->n_keys;
+    return members <= a->max && room + most <= DSV3__GRAM_KEYS_MAX ? room : 0;
+}
+
+/* May this thread's object have this key now? hash: of the key as it stands. */
+static bool dsv3__gram_key_fits(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread, uint32_t key,
+                                uint64_t hash, uint32_t count)
+{
+    const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    const dsv3__gram_key *k = &g->keys[key];
+    const dsv3__gram_node *n = &g->nodes[k->node];
+    uint32_t room = k->node && n->depth <= g->max_depth ? dsv3__gram_key_room(g, s, thread, count, k->required) : 0;
+    for (uint32_t i = 0; i < count && room; i++)
+        if (s->keys[f->keys + i] == hash)
+            return false;
+    return room && s->depth + n->depth <= g->max_depth && room + n->keys <= DSV3__GRAM_KEYS_MAX;
+}
+
+/* Is there a key that can be reached from this state and may be had? */
+static bool dsv3__gram_key_open(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread, uint32_t state,
+                                uint32_t count)
+{
+    const dsv3__gram_info *info = &g->info[state];
+    const dsv3__gram_alt *a = &g->alts[s->threads[s->frames[s->depth - 1].first + thread].id];
+    if (info->open) {
+        uint32_t room = dsv3__gram_key_room(g, s, thread, count, false);
+        if (room && a->open_depth <= g->max_depth && s->depth + a->open_depth <= g->max_depth &&
+            room + a->open_keys <= DSV3__GRAM_KEYS_MAX)
+            return true;
+    }
+    for (uint32_t k = info->first; k < info->last; k++)
+        if (dsv3__gram_key_fits(g, s, thread, k, g->keys[k].hash, count))
+            return true;
+    return false;
+}
+
+static uint32_t dsv3__gram_lowest(uint32_t mask)
+{
+    uint32_t i = 0;
+    while (!(mask >> i & 1))
+        i++;
+    return i;
+}
+
+/* The state of a current thread behind one more byte of its lexeme, 0: it ends. chars: so far, of a bounded string. */
+static uint32_t dsv3__gram_lexeme_next(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread,
+                                       uint32_t state, uint32_t chars, uint8_t c)
+{
+    const dsv3_grammar_thread *t = &s->threads[s->first + thread];
+    uint32_t to = g->next[(size_t)state * 256 + c];
+    if (!to)
+        return 0;
+    if (s->place == DSV3__GRAM_AT_KEY) {
+        uint32_t parent = dsv3__gram_lowest(t->parents), count = s->frames[s->depth - 1].count;
+        bool ok = g->info[to].label ? dsv3__gram_key_fits(g, s, parent, g->info[to].label - 1u, s->hash, count)
+                                    : dsv3__gram_key_open(g, s, parent, to, count);
+        return ok ? to : 0;
+    }
+    if (t->count && state == g->body) {
+        const dsv3__gram_length *l = &g->lengths[t->count - 1];
+        return (c == '"' ? chars >= l->min : chars < l->max) ? to : 0;
+    }
+    return to;
+}
+
+/* Threads of the innermost frame that are not in the mask are dropped. */
+static void dsv3__gram_keep(dsv3_grammar_state *s, uint32_t mask)
+{
+    dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < f->n; i++)
+        if (mask >> i & 1)
+            s->threads[f->first + n++] = s->threads[f->first + i];
+    f->n = (uint16_t)n;
+    s->first = s->n_threads = (uint16_t)(f->first + n);
+}
+
+/* A value is complete, for these threads of the frame around it. */
+static void dsv3__gram_complete(dsv3_grammar_state *s, uint32_t mask)
+{
+    if (s->depth == 0) {
+        s->place = DSV3__GRAM_AT_END;
+        s->first = s->n_threads = 0;
+        return;
+    }
+    dsv3__gram_keep(s, mask);
+    s->frames[s->depth - 1].count++;
+    s->place = DSV3__GRAM_AT_AFTER;
+}
+
+/* Threads in `mask` of the innermost frame that may end with `count` items or members. */
+static uint32_t dsv3__gram_closable(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t mask, uint32_t count)
+{
+    const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    uint32_t out = 0;
+    for (uint32_t i = 0; i < f->n; i++) {
+        const dsv3_grammar_thread *t = &s->threads[f->first + i];
+        const dsv3__gram_alt *a = &g->alts[t->id];
+        if ((mask >> i & 1) && count >= a->min && (!a->object || t->count == a->n_required))
+            out |= (uint32_t)1 << i;
+    }
+    return out;
+}
+
+static void dsv3__gram_close(dsv3_grammar_state *s, uint32_t mask)
+{
+    dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    uint32_t parents = 0;
+    for (uint32_t i = 0; i < f->n; i++)
+        if (mask >> i & 1)
+            parents |= s->threads[f->first + i].parents;
+    s->n_keys = f->keys;
+    s->depth--;
+    dsv3__gram_complete(s, parents);
+}
+
+/* May `c` stand behind a value, with `count` in the frame by now, for these threads? */
+static bool dsv3__gram_after(const dsv3_grammar *g, dsv3_grammar_state *s, uint32_t mask, uint32_t count, uint8_t c)
+{
+    if (s->depth == 0)
+        return false;
+    const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    if (c == (f->object ? '}' : ']'))
+        return dsv3__gram_closable(g, s, mask, count) != 0;
+    if (c != ',')
+        return g->spacing == DSV3_SPACING_ANY && (c == ' ' || c == '\n' || c == '\t' || c == '\r');
+    if (!f->object)
+        return dsv3__gram_items(g, s, mask, count, false);
+    for (uint32_t i = 0; i < f->n; i++)
+        if ((mask >> i & 1) && dsv3__gram_key_open(g, s, i, g->alts[s->threads[f->first + i].id].start, count))
+            return true;
+    return false;
+}
+
+/* Can one of the current nodes be an array, or an object? */
+static bool dsv3__gram_enterable(const dsv3_grammar *g, const dsv3_grammar_state *s, bool object)
+{
+    for (uint32_t i = s->first; i < s->n_threads; i++) {
+        const dsv3__gram_node *node = &g->nodes[s->threads[i].id];
+        for (uint32_t k = 0; k < node->n_alts; k++) {
+            const dsv3__gram_alt *a = &g->alts[node->alts + k];
+            if (a->object == object && dsv3__gram_fits(g, s, a->depth, a->keys))
+                return true;
+        }
+    }
+    return false;
+}
+
+/* A thread for each alternative of this kind of the current nodes; a frame for them. */
+static void dsv3__gram_enter(const dsv3_grammar *g, dsv3_grammar_state *s, bool object)
+{
+    dsv3_grammar_thread now[DSV3__GRAM_THREADS_MAX];
+    uint32_t n = (uint32_t)s->n_threads - s->first, reserved = 0;
+    memcpy(now, s->threads + s->first, n * sizeof *now);
+    s->n_threads = s->first;
+    for (uint32_t i = 0; i < n; i++) {
+        const dsv3__gram_node *node = &g->nodes[now[i].id];
+        for (uint32_t k = 0; k < node->n_alts; k++) {
+            const dsv3__gram_alt *a = &g->alts[node->alts + k];
+            if (a->object != object || !dsv3__gram_fits(g, s, a->depth, a->keys))
+                continue;
+            dsv3__gram_thread_add(s, node->alts + k, now[i].parents, 0);
+        }
+    }
+    for (uint32_t i = s->first; i < s->n_threads; i++)
+        if (g->alts[s->threads[i].id].reserved > reserved)
+            reserved = g->alts[s->threads[i].id].reserved;
+    n = s->n_threads;
+    s->n_threads = s->first;
+    for (uint32_t i = s->first; i < n; i++) { /* what one has reserved must leave the others room for their values */
+        const dsv3__gram_alt *a = &g->alts[s->threads[i].id];
+        if (s->n_keys + reserved + a->keys - a->reserved <= DSV3__GRAM_KEYS_MAX)
+            s->threads[s->n_threads++] = s->threads[i];
+    }
+    dsv3_grammar_frame *f = &s->frames[s->depth++];
+    f->first = s->first;
+    f->n = (uint16_t)(s->n_threads - s->first);
+    f->object = object;
+    f->keys = s->n_keys;
+    f->count = 0;
+    s->n_keys = (uint16_t)(s->n_keys + reserved);
+    s->first = s->n_threads;
+    s->place = object ? DSV3__GRAM_AT_FIRST_KEY : DSV3__GRAM_AT_FIRST_ITEM;
+    if (!object)
+        dsv3__gram_items(g, s, UINT32_MAX, 0, true);
+}
+
+/* A key has ended, the current threads are in its states: the nodes of its value take their place. */
+static void dsv3__gram_key_done(const dsv3_grammar *g, dsv3_grammar_state *s)
+{
+    dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    uint32_t nodes[DSV3__GRAM_THREADS_MAX], n = 0, mask = 0, room = s->n_keys;
+    for (uint32_t i = s->first; i < s->n_threads; i++) {
+        const dsv3__gram_key *k = &g->keys[g->info[s->threads[i].id].label - 1];
+        uint32_t parent = dsv3__gram_lowest(s->threads[i].parents);
+        uint32_t own = dsv3__gram_key_room(g, s, parent, f->count, k->required);
+        room = own > room ? own : room;
+    }
+    for (uint32_t i = s->first; i < s->n_threads; i++) {
+        const dsv3__gram_key *k = &g->keys[g->info[s->threads[i].id].label - 1];
+        uint32_t parent = dsv3__gram_lowest(s->threads[i].parents);
+        const dsv3__gram_alt *a = &g->alts[s->threads[f->first + parent].id];
+        if (room + a->keys - a->reserved > DSV3__GRAM_KEYS_MAX || room + g->nodes[k->node].keys > DSV3__GRAM_KEYS_MAX)
+            continue;
+        s->threads[f->first + parent].count += k->required;
+        mask |= (uint32_t)1 << parent;
+        nodes[n++] = k->node;
+    }
+    s->keys[f->keys + f->count] = s->hash;
+    s->n_keys = (uint16_t)room;
+    dsv3__gram_keep(s, mask);
+    for (uint32_t i = 0; i < n; i++) /* threads were in the order of their parents, and so are those kept */
+        dsv3__gram_thread_add(s, nodes[i], (uint32_t)1 << i, 0);
+    s->place = DSV3__GRAM_AT_COLON;
+}
+
+/* Where none of the current threads can go on, their lexeme has ended: then true. */
+static bool dsv3__gram_lexeme_settle(const dsv3_grammar *g, dsv3_grammar_state *s)
+{
+    uint32_t parents = 0;
+    for (uint32_t i = s->first; i < s->n_threads; i++) {
+        if (!g->info[s->threads[i].id].final)
+            return false;
+        parents |= s->threads[i].parents;
+    }
+    if (s->place == DSV3__GRAM_AT_KEY)
+        dsv3__gram_key_done(g, s);
+    else
+        dsv3__gram_complete(s, parents);
+    return true;
+}
+
+/* The current threads go on to the states `to` [n], 0: not; `c` was read. */
+static void dsv3__gram_lexeme_step(const dsv3_grammar *g, dsv3_grammar_state *s, const uint32_t *to, uint32_t n,
+                                   uint8_t c)
+{
+    uint32_t kept = s->first;
+    bool begun = false;
+    for (uint32_t i = 0; i < n; i++) {
+        dsv3_grammar_thread t = s->threads[s->first + i];
+        begun = begun || (t.count && t.id == g->body);
+        if (!to[i])
+            continue;
+        t.id = to[i];
+        s->threads[kept++] = t;
+    }
+    s->n_threads = (uint16_t)kept;
+    s->chars += begun;
+    if (!dsv3__gram_lexeme_settle(g, s))
+        s->hash = dsv3__gram_key_hash(s->hash, c);
+}
+
+/* The first byte of a value. */
+static bool dsv3__gram_value_begin(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    dsv3_grammar_thread now[DSV3__GRAM_THREADS_MAX];
+    uint32_t n = (uint32_t)s->n_threads - s->first, first = s->first;
+    if (c == '{' || c == '[') {
+        if (!dsv3__gram_enterable(g, s, c == '{'))
+            return false;
+        dsv3__gram_enter(g, s, c == '{');
+        return true;
+    }
+    memcpy(now, s->threads + first, n * sizeof *now);
+    s->n_threads = s->first;
+    for (uint32_t i = 0; i < n; i++) {
+        const dsv3__gram_node *node = &g->nodes[now[i].id];
+        uint32_t state = g->next[(size_t)node->scalar * 256 + c];
+        if (state)
+            dsv3__gram_thread_add(s, state, now[i].parents, 0);
+        for (uint32_t k = 0; c == '"' && k < node->n_lengths; k++)
+            dsv3__gram_thread_add(s, g->body, now[i].parents, node->lengths + k + 1);
+    }
+    if (s->n_threads == s->first) {
+        memcpy(s->threads + first, now, n * sizeof *now);
+        s->n_threads = (uint16_t)(first + n);
+        return false;
+    }
+    s->place = DSV3__GRAM_AT_LEXEME;
+    s->chars = 0;
+    dsv3__gram_lexeme_settle(g, s);
+    return true;
+}
+
+/* The opening quote of a key. */
+static bool dsv3__gram_key_begin(const dsv3_grammar *g, dsv3_grammar_state *s)
+{
+    const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
+    for (uint32_t i = 0; i < f->n; i++) {
+        uint32_t start = g->alts[s->threads[f->first + i].id].start, state = g->next[(size_t)start * 256 + '"'];
+        if (state && dsv3__gram_key_open(g, s, i, state, f->count))
+            dsv3__gram_thread_add(s, state, (uint32_t)1 << i, 0);
+    }
+    if (s->n_threads == s->first)
+        return false;
+    s->place = DSV3__GRAM_AT_KEY;
+    s->hash = DSV3__GRAM_KEY_HASH;
+    return true;
+}
+
+/* One byte outside of lexemes. */
+static bool dsv3__gram_structure(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    uint32_t mask, count = s->depth ? s->frames[s->depth - 1].count : 0;
+    switch (s->place) {
+    case DSV3__GRAM_AT_COLON: return c == ':' ? s->place = DSV3__GRAM_AT_VALUE, true : false;
+    case DSV3__GRAM_AT_FIRST_ITEM:
+    case DSV3__GRAM_AT_FIRST_KEY:
+        mask = c == (s->place == DSV3__GRAM_AT_FIRST_KEY ? '}' : ']') ? dsv3__gram_closable(g, s, UINT32_MAX, 0) : 0;
+        if (mask)
+            return dsv3__gram_close(s, mask), true;
+        if (s->place == DSV3__GRAM_AT_FIRST_ITEM)
+            return dsv3__gram_value_begin(g, s, c);
+        return c == '"' && dsv3__gram_key_begin(g, s);
+    case DSV3__GRAM_AT_NEXT_KEY: return c == '"' && dsv3__gram_key_begin(g, s);
+    case DSV3__GRAM_AT_VALUE: return dsv3__gram_value_begin(g, s, c);
+    case DSV3__GRAM_AT_AFTER:
+        if (!dsv3__gram_after(g, s, UINT32_MAX, count, c))
+            return false;
+        if (c != ',')
+            return dsv3__gram_close(s, dsv3__gram_closable(g, s, UINT32_MAX, count)), true;
+        s->place = DSV3__GRAM_AT_NEXT_KEY;
+        if (!s->frames[s->depth - 1].object) {
+            dsv3__gram_items(g, s, UINT32_MAX, count, true);
+            s->place = DSV3__GRAM_AT_VALUE;
+        }
+        return true;
+    default: return false;
+    }
+}
+
+/* White space, where it may stand. */
+static bool dsv3__gram_space(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    bool inner = s->place == DSV3__GRAM_AT_NEXT_KEY || (s->place == DSV3__GRAM_AT_VALUE && s->depth);
+    bool any = g->spacing == DSV3_SPACING_ANY && s->place != DSV3__GRAM_AT_END && s->place != DSV3__GRAM_AT_EOS;
+    if (!(any && s->spaces < DSV3__GRAM_SPACES) &&
+        !(g->spacing == DSV3_SPACING_ONE && inner && c == ' ' && s->spaces == 0))
+        return false;
+    s->spaces++;
+    return true;
+}
+
+/* One byte more. False: it cannot be, and the state is as it was. */
+static bool dsv3__gram_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    const bool space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
+    if (s->place == DSV3__GRAM_AT_LEXEME || s->place == DSV3__GRAM_AT_KEY) {
+        uint32_t to[DSV3__GRAM_THREADS_MAX], n = (uint32_t)s->n_threads - s->first, any = 0, mask = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            const dsv3_grammar_thread *t = &s->threads[s->first + i];
+            to[i] = dsv3__gram_lexeme_next(g, s, i, t->id, s->chars, c);
+            any |= to[i];
+            mask |= g->info[t->id].label ? t->parents : 0;
+        }
+        if (any)
+            return dsv3__gram_lexeme_step(g, s, to, n, c), true;
+        if (s->place == DSV3__GRAM_AT_KEY || !mask || s->depth == 0 ||
+            !dsv3__gram_after(g, s, mask, s->frames[s->depth - 1].count + 1, c))
+            return false;
+        dsv3__gram_complete(s, mask); /* a number ends where something else begins */
+    }
+    if (space)
+        return dsv3__gram_space(g, s, c);
+    if (!dsv3__gram_structure(g, s, c))
+        return false;
+    s->spaces = 0;
+    return true;
+}
+
+static bool dsv3__gram_can_end(const dsv3_grammar *g, const dsv3_grammar_state *s)
+{
+    bool ends = s->place == DSV3__GRAM_AT_END;
+    for (uint32_t i = s->first; s->place == DSV3__GRAM_AT_LEXEME && s->depth == 0 && i < s->n_threads; i++)
+        ends = ends || g->info[s->threads[i].id].label;
+    return ends;
+}
+
+// ---- The mask --------------------------------------------------------------------------------------------
+
+enum { DSV3__GRAM_LANES = 4 }; /* threads of a lexeme that are walked without a whole state */
+
+/* From where a subtree is walked: within a lexeme by its states alone. */
+typedef struct dsv3__gram_base {
+    dsv3_grammar_state s;
+    uint32_t depth; /* bytes of the token behind which s holds */
+    uint32_t end;   /* of the subtree */
+    uint32_t heavy; /* from this depth on the way here is no longer within the lexeme; 0: it is */
+    uint32_t lanes; /* 0: not a lexeme, or too many threads */
+    bool plain;     /* one lane, of a value without a bound on its length */
+} dsv3__gram_base;
+
+typedef struct dsv3__gram_walk {
+    const dsv3_grammar *g;
+    uint32_t *mask;
+    uint32_t n_bases, at; /* at: `s` holds behind so many bytes of the way; UINT32_MAX: behind none */
+    dsv3_grammar_state s;
+    dsv3__gram_base bases[DSV3__GRAM_WALKS];
+    uint8_t way[DSV3__TOK_BYTES_MAX + 1];
+    uint16_t lane[DSV3__TOK_BYTES_MAX + 1][DSV3__GRAM_LANES];
+    uint32_t chars[DSV3__TOK_BYTES_MAX + 1];
+} dsv3__gram_walk;
+
+static void dsv3__gram_base_push(dsv3__gram_walk *w, const dsv3_grammar_state *s, uint32_t depth, uint32_t end)
+{
+    dsv3__gram_base *base = &w->bases[w->n_bases++];
+    uint32_t n = (uint32_t)s->n_threads - s->first;
+    bool lexeme = s->place == DSV3__GRAM_AT_LEXEME || s->place == DSV3__GRAM_AT_KEY;
+    dsv3__gram_state_copy(&base->s, s);
+    base->depth = depth;
+    base->end = end;
+    base->heavy = 0;
+    base->lanes = lexeme && n <= DSV3__GRAM_LANES ? n : 0;
+    base->plain = n == 1 && s->place == DSV3__GRAM_AT_LEXEME && !s->threads[s->first].count;
+    for (uint32_t i = 0; i < base->lanes; i++)
+        w->lane[depth][i] = (uint16_t)s->threads[s->first + i].id;
+    w->chars[depth] = s->chars;
+}
+
+/* One byte within a lexeme, at depth d of the way: 1 it goes on, 0 it does not, -1 the lexeme may end. */
+static int dsv3__gram_walk_lanes(dsv3__gram_walk *w, const dsv3__gram_base *base, uint32_t d, uint8_t c)
+{
+    const dsv3_grammar *g = w->g;
+    bool any = false, begun = false;
+    for (uint32_t i = 0; i < base->lanes; i++) {
+        uint32_t from = w->lane[d - 1][i], to = g->next[(size_t)from * 256 + c];
+        w->lane[d][i] = 0;
+        if (!from)
+            continue;
+        if (!to) {
+            if (g->info[from].label)
+                return -1;
+            continue;
+        }
+        if (g->info[to].final)
+            return -1;
+        begun = begun || (base->s.threads[base->s.first + i].count && from == g->body);
+        to = dsv3__gram_lexeme_next(g, &base->s, i, from, w->chars[d - 1], c);
+        w->lane[d][i] = (uint16_t)to;
+        any = any || to;
+    }
+    w->chars[d] = w->chars[d - 1] + begun;
+    return any;
+}
+
+/* One byte with the whole state, which is brought to depth d - 1 of the way first. */
+static bool dsv3__gram_walk_state(dsv3__gram_walk *w, const dsv3__gram_base *base, uint32_t d, uint8_t c)
+{
+    if (w->at != d - 1) {
+        dsv3__gram_state_copy(&w->s, &base->s);
+        for (w->at = base->depth; w->at < d - 1; w->at++)
+            dsv3__gram_byte(w->g, &w->s, w->way[w->at]);
+    }
+    if (!dsv3__gram_byte(w->g, &w->s, c))
+        return false;
+    w->at = d;
+    return true;
+}
+
+/* Where the going on of a string is free: sets all tokens without a quote. True: the others alone are left to walk. */
+static bool dsv3__gram_mask_free(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t *mask)
+{
+    const dsv3__gram_vocab *v = &g->vocab;
+    const uint32_t n = (uint32_t)s->n_threads - s->first;
+    bool done = false;
+    if (s->place != DSV3__GRAM_AT_LEXEME && s->place != DSV3__GRAM_AT_KEY)
+        return false;
+    for (uint32_t i = 0; i < n && !done; i++) {
+        const dsv3_grammar_thread *t = &s->threads[s->first + i];
+        uint32_t left = UINT32_MAX;
+        if (!g->info[t->id].free)
+            continue;
+        if (s->place == DSV3__GRAM_AT_KEY) {
+            uint32_t parent = dsv3__gram_lowest(t->parents), count = s->frames[s->depth - 1].count;
+            const dsv3__gram_alt *a = &g->alts[s->threads[s->frames[s->depth - 1].first + parent].id];
+            uint32_t room = dsv3__gram_key_room(g, s, parent, count, false);
+            if (!room || s->depth + a->open_depth > g->max_depth || room + a->open_keys > DSV3__GRAM_KEYS_MAX)
+                continue;
+        }
+        if (t->count && g->lengths[t->count - 1].max != DSV3__GRAM_NO_MAX)
+            left = g->lengths[t->count - 1].max - s->chars;
+        uint32_t fit = v->chars[left < 255 ? left + 1 : 256];
+        bool all = left >= 255 || fit == v->chars[256];
+        if (all || (n == 1 && fit > v->chars[256] / 2)) {
+            for (uint32_t k = 0; k < (v->n_tokens + 31) / 32; k++)
+                mask[k] |= v->pure[k];
+            for (uint32_t k = all ? v->chars[256] : fit; k < v->chars[256]; k++)
+                mask[v->by_chars[k] / 32] &= ~((uint32_t)1 << (v->by_chars[k] % 32));
+        } else {
+            for (uint32_t k = 0; k < fit; k++)
+                mask[v->by_chars[k] / 32] |= (uint32_t)1 << (v->by_chars[k] % 32);
+        }
+        done = all || n == 1;
+    }
+    return done;
+}
+
+/* From node i on, as far as one lexeme that is read by one thread goes, within the innermost base: what is most of a walk.
+   Returns the node it does not know how to take. */
+static uint32_t dsv3__gram_walk_lexeme(dsv3__gram_walk *w, uint32_t i)
+{
+    const dsv3_grammar *g = w->g;
+    const uint32_t end = w->bases[w->n_bases - 1].end;
+    while (i < end) {
+        const dsv3__gram_token *node = &g->vocab.trie[i];
+        const uint32_t d = node->depth, from = w->lane[d - 1][0], to = g->next[(size_t)from * 256 + node->byte];
+        if (to ? g->info[to].final : g->info[from].label)
+            break;
+        w->way[d - 1] = node->byte;
+        w->lane[d][0] = (uint16_t)to;
+        if (to && node->token >= 0)
+            w->mask[node->token / 32] |= 1u << (node->token % 32);
+        i = to ? i + 1 : node->end;
+    }
+    return i;
+}
+
+/* The tokens that may come next. */
+static void dsv3__gram_mask(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t *mask)
+{
+    const dsv3__gram_vocab *v = &g->vocab;
+    dsv3__gram_walk w;
+    bool quotes_only = dsv3__gram_mask_free(g, s, mask);
+    w.g = g;
+    w.mask = mask;
+    w.n_bases = 0;
+    w.at = UINT32_MAX;
+    dsv3__gram_base_push(&w, s, 0, v->n);
+    for (uint32_t i = 0; i < v->n;) {
+        while (i >= w.bases[w.n_bases - 1].end)
+            w.n_bases--;
+        dsv3__gram_base *base = &w.bases[w.n_bases - 1];
+        const dsv3__gram_token *node = &v->trie[i];
+        if (!base->heavy || node->depth <= base->heavy) { /* within the lexeme */
+            if (quotes_only && w.n_bases == 1 && !node->quote) {
+                i = node->end;
+                continue;
+            }
+            if (base->plain && !(quotes_only && w.n_bases == 1)) {
+                uint32_t next = dsv3__gram_walk_lexeme(&w, i);
+                w.at = next == i ? w.at : UINT32_MAX;
+                if (next != i) {
+                    i = next;
+                    continue;
+                }
+            }
+        }
+        const uint32_t d = node->depth;
+        if (w.at != UINT32_MAX && w.at >= d)
+            w.at = UINT32_MAX; /* that was another branch */
+        base->heavy = d <= base->heavy ? 0 : base->heavy;
+        w.way[d - 1] = node->byte;
+        int on = base->lanes && !base->heavy ? dsv3__gram_walk_lanes(&w, base, d, node->byte) : -1;
+        if (on < 0) {
+            on = dsv3__gram_walk_state(&w, base, d, node->byte);
+            if (on && !base->heavy)
+                base->heavy = d;
+            if (on && node->end > i + 1 && w.n_bases < DSV3__GRAM_WALKS &&
+                (w.s.place == DSV3__GRAM_AT_LEXEME || w.s.place == DSV3__GRAM_AT_KEY))
+                dsv3__gram_base_push(&w, &w.s, d, node->end);
+        }
+        if (on && node->token >= 0)
+            mask[node->token / 32] |= 1u << (node->token % 32);
+        i = on ? i + 1 : node->end;
+    }
+}
+
+static bool dsv3__gram_is_of(const dsv3_grammar *g, const dsv3_tokenizer *t)
+{
+    return g->tokenizer == t;
+}
+
+/* One token more. False: it cannot be, and the state is as it was. */
+static bool dsv3__gram_accept(const dsv3_grammar *g, dsv3_grammar_state *s, const char *text, size_t len)
+{
+    dsv3_grammar_state next;
+    dsv3__gram_state_copy(&next, s);
+    for (size_t i = 0; i < len; i++)
+        if (!dsv3__gram_byte(g, &next, (uint8_t)text[i]))
+            return false;
+    dsv3__gram_state_copy(s, &next);
+    return true;
+}
+
+// ---- Public ----------------------------------------------------------------------------------------------
+
+static void dsv3__gram_build_close(dsv3__gram_build *b)
+{
+    dsv3__mem *mem = &b->g->mem;
+    const void *blocks[] = {b->pool,        b->values,      b->places,      b->walk,   b->reach, b->set,
+                            b->lists.items, b->lists.slots, b->lists.spans, b->spread, b->apart, b->patterns,
+                            b->conjs.items, b->conjs.slots, b->conjs.spans, b->names};
+    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
+        dsv3__mem_free(mem, blocks[i]);
+}
+
+DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar)
+{
+    if (!grammar)
+        return;
+    const void *blocks[] = {grammar->next, grammar->info,    grammar->nodes,   grammar->alts,
+                            grammar->keys, grammar->lengths, grammar->children};
+    const void *vocab[] = {grammar->vocab.trie, grammar->vocab.pure, grammar->vocab.by_chars};
+    for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
+        dsv3__mem_free(&grammar->mem, blocks[i]);
+    for (size_t i = 0; i < DSV3__COUNT(vocab) && !grammar->shares_vocab; i++)
+        dsv3__mem_free(&grammar->mem, vocab[i]);
+    dsv3__mem mem = grammar->mem;
+    dsv3__mem_free(&mem, grammar);
+}
+
+static dsv3_result dsv3__gram_opts(dsv3_grammar_opts *o, const dsv3_grammar_opts *opts, const dsv3_tokenizer *tokenizer,
+                                   dsv3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    if (opts && opts->struct_size && opts->struct_size != sizeof *o)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "grammar opts: struct_size is %u, expected 0 or %u",
+                          (uint64_t)opts->struct_size, (uint64_t)sizeof *o);
+    if (opts)
+        *o = *opts;
+    o->max_depth = o->max_depth ? o->max_depth : (uint32_t)DSV3__GRAM_DEPTH;
+    o->max_states = o->max_states ? o->max_states : (uint32_t)DSV3__GRAM_STATES;
+    if (o->max_depth > DSV3__GRAM_DEPTH_MAX || o->max_states > DSV3__GRAM_STATES_MAX || (uint32_t)o->spacing > 2)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "grammar opts: max_depth %u, max_states %u, spacing %u: at most 64, 65535 and 2",
+                          (uint64_t)o->max_depth, (uint64_t)o->max_states, (uint64_t)o->spacing);
+    if (!o->allocator.alloc_fn != !o->allocator.free_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "grammar opts: allocator needs alloc_fn and free_fn, or neither");
+    if (o->like && o->like->tokenizer != tokenizer)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "grammar opts: `like` is of another tokenizer");
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3_grammar_opts o;
+    dsv3__gram_build b;
+    dsv3__mem mem;
+    void *p;
+    dsv3__err_clear(err);
+    if (!grammar || !tokenizer)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open: grammar or tokenizer is NULL");
+    *grammar = NULL;
+    DSV3__TRY(dsv3__gram_opts(&o, opts, tokenizer, err));
+    if (len > DSV3__GRAM_TEXT_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_SCHEMA, "schema: %u bytes, at most %u", (uint64_t)len,
+                          (uint64_t)DSV3__GRAM_TEXT_MAX);
+    dsv3__mem_init(&mem, &o.allocator, o.memory_limit);
+    DSV3__TRY(dsv3__mem_alloc(&mem, &p, sizeof(dsv3_grammar), "a grammar", err));
+    memset(p, 0, sizeof(dsv3_grammar));
+    memset(&b, 0, sizeof b);
+    b.g = (dsv3_grammar *)p;
+    b.err = err;
+    b.g->mem = mem;
+    b.g->tokenizer = tokenizer;
+    b.g->spacing = o.spacing;
+    b.g->max_depth = o.max_depth;
+    b.g->max_states = o.max_states;
+    dsv3_result r = dsv3__gram_compile(&b, schema, len);
+    if (!r && o.like) {
+        b.g->vocab = o.like->vocab;
+        b.g->shares_vocab = true;
+    } else if (!r) {
+        r = dsv3__gram_vocab_open(&b, tokenizer);
+    }
+    dsv3__gram_build_close(&b);
+    if (r)
+        dsv3_grammar_close(b.g);
+    else
+        *grammar = b.g;
+    return r;
+}
+
+DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state)
+{
+    (void)grammar;
+    memset(state, 0, sizeof *state);
+    state->place = DSV3__GRAM_AT_VALUE;
+    state->threads[0].id = 1; /* the root */
+    state->threads[0].parents = 1;
+    state->n_threads = 1;
+}
+
+DSV3_API void dsv3_grammar_mask(const dsv3_grammar *grammar, const dsv3_grammar_state *state, uint32_t *mask)
+{
+    memset(mask, 0, (grammar->vocab.n_tokens + 31) / 32 * sizeof *mask);
+    dsv3__gram_mask(grammar, state, mask);
+    int32_t eos = grammar->tokenizer->eos;
+    if (eos >= 0 && (uint32_t)eos < grammar->vocab.n_tokens && dsv3__gram_can_end(grammar, state))
+        mask[eos / 32] |= 1u << (eos % 32);
+}
+
+DSV3_API bool dsv3_grammar_accept(const dsv3_grammar *grammar, dsv3_grammar_state *state, int32_t token)
+{
+    size_t n;
+    const char *bytes = dsv3_token_bytes(grammar->tokenizer, token, &n);
+    if (token >= 0 && token == grammar->tokenizer->eos) {
+        if (!dsv3__gram_can_end(grammar, state))
+            return false;
+        state->place = DSV3__GRAM_AT_EOS;
+        return true;
+    }
+    return n && !(grammar->tokenizer->flags[token] & DSV3__TOK_ADDED) && dsv3__gram_accept(grammar, state, bytes, n);
+}
+
+DSV3_API bool dsv3_grammar_accept_text(const dsv3_grammar *grammar, dsv3_grammar_state *state, const char *text,
+                                       size_t len)
+{
+    return dsv3__gram_accept(grammar, state, text, len);
+}
+
+DSV3_API bool dsv3_grammar_can_end(const dsv3_grammar *grammar, const dsv3_grammar_state *state)
+{
+    return dsv3__gram_can_end(grammar, state);
+}
+
+#else // DSV3_NO_TOKENIZER
+
+DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    (void)tokenizer, (void)schema, (void)len, (void)opts;
+    if (grammar)
+        *grammar = NULL;
+    return dsv3__tok_disabled(error);
+}
+
+DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar)
+{
+    (void)grammar;
+}
+
+DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state)
+{
+    (void)grammar, (void)state;
+}
+
+DSV3_API void dsv3_grammar_mask(const dsv3_grammar *grammar, const dsv3_grammar_state *state, uint32_t *mask)
+{
+    (void)grammar, (void)state, (void)mask;
+}
+
+DSV3_API bool dsv3_grammar_accept(const dsv3_grammar *grammar, dsv3_grammar_state *state, int32_t token)
+{
+    (void)grammar, (void)state, (void)token;
+    return false;
+}
+
+static bool dsv3__gram_is_of(const dsv3_grammar *g, const dsv3_tokenizer *t)
+{
+    (void)g, (void)t;
+    return false;
+}
+
+static void dsv3__gram_mask(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t *mask)
+{
+    (void)g, (void)s, (void)mask;
+}
+
+DSV3_API bool dsv3_grammar_accept_text(const dsv3_grammar *grammar, dsv3_grammar_state *state, const char *text,
+                                       size_t len)
+{
+    (void)grammar, (void)state, (void)text, (void)len;
+    return false;
+}
+
+DSV3_API bool dsv3_grammar_can_end(const dsv3_grammar *grammar, const dsv3_grammar_state *state)
+{
+    (void)grammar, (void)state;
+    return false;
+}
+
+#endif // DSV3_NO_TOKENIZER
 // =============================================================================
 // >>smp   Logits -> a token. What is picked is a function of logits, options and position: no hidden state.
 //         Needs kern (exp). Scratch: the session's copy of the logits.
@@ -13527,6 +17389,19 @@ static void dsv3__smp_penalties(float *logits, uint32_t vocab, const int32_t *to
             logits[t] = logits[t] > 0 ? logits[t] / o->repetition_penalty : logits[t] * o->repetition_penalty;
         logits[t] -= o->presence_penalty;
     }
+}
+
+/* Logits of what is not in the mask become -infinity. False: nothing is left. */
+static bool dsv3__smp_mask(float *logits, uint32_t n, const uint32_t *mask)
+{
+    uint32_t any = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t bit = mask[i / 32] >> (i % 32) & 1;
+        any |= bit;
+        if (!bit)
+            logits[i] = dsv3__bits_float(0xFF800000u);
+    }
+    return any != 0;
 }
 
 static uint32_t dsv3__smp_argmax(const float *v, uint32_t n)
@@ -13576,7 +17451,7 @@ static int32_t dsv3__smp_pick(float *logits, uint32_t n, const dsv3_sample_opts 
     if (o->temperature == 0)
         return (int32_t)best;
     for (uint32_t i = 0; i < n; i++)
-        logits[i] = i == best ? 1.0f : dsv3__exp((logits[i] - max) / o->temperature);
+        logits[i] = i == best ? 1.0f : dsv3__exp((logits[i] - max) / o->temperature); /* of -infinity: 0 */
     if (o->top_k && o->top_k < n)
         dsv3__smp_cut(logits, n, o->top_k, true);
     if (o->top_p > 0 && o->top_p < 1) {
@@ -13686,6 +17561,7 @@ struct dsv3_session {
     float *logits;   /* [vocab_size] of the last token */
     float *sampling; /* [vocab_size] the sampler's copy */
     uint8_t *seen;   /* [vocab_size / 8] */
+    uint32_t *masks; /* [2, vocab_size / 32] what a grammar allows, and a host */
     dsv3__row *rows; /* [max_batch] */
     uint32_t *asked; /* [max_batch] */
     char *piece;     /* [3 * (max_token_bytes + 3)] text of a token */
@@ -13711,6 +17587,7 @@ static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *bas
     s->logits = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
     s->sampling = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
     s->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
+    s->masks = (uint32_t *)dsv3__carve(base, &used, 2 * (((uint64_t)c->vocab_size + 31) / 32), sizeof(uint32_t));
     s->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));
     s->asked = (uint32_t *)dsv3__carve(base, &used, max_batch, sizeof(uint32_t));
     s->piece = (char *)dsv3__carve(base, &used, piece, 1);
@@ -13951,10 +17828,13 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
             "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
             (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
     DSV3__TRY(dsv3__ses_logits(s, err));
-    uint32_t vocab = s->m->config.vocab_size, saved = dsv3__fp_enter();
+    uint32_t vocab = s->m->config.vocab_size, pickable = dsv3__ses_pickable(s);
     memcpy(s->sampling, s->logits, vocab * sizeof(float));
+    if (opts->mask && !dsv3__smp_mask(s->sampling, pickable, opts->mask))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
+    uint32_t saved = dsv3__fp_enter();
     dsv3__smp_penalties(s->sampling, vocab, s->tokens, s->n_tokens, opts, s->seen);
-    sample->token = dsv3__smp_pick(s->sampling, dsv3__ses_pickable(s), opts, s->n_tokens);
+    sample->token = dsv3__smp_pick(s->sampling, pickable, opts, s->n_tokens);
     sample->logprob = (float)((double)s->logits[sample->token] - dsv3__smp_log_sum(s->logits, vocab));
     dsv3__fp_leave(saved);
     return DSV3_OK;
@@ -13968,13 +17848,18 @@ typedef struct dsv3__gen {
     const dsv3_generate_opts *o;
     dsv3__tok_stream stream; /* bytes of an incomplete character */
     size_t n_held;           /* bytes in s->held */
+    dsv3_grammar_state text; /* with a grammar: what it has seen */
 } dsv3__gen;
 
-static dsv3_result dsv3__gen_check(const dsv3_generate_opts *o, dsv3_error *err)
+static dsv3_result dsv3__gen_check(const dsv3_session *s, const dsv3_generate_opts *o, dsv3_error *err)
 {
     if (o->struct_size && o->struct_size != sizeof *o)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: struct_size is %u, expected 0 or %u",
                           (uint64_t)o->struct_size, (uint64_t)sizeof *o);
+    if (o->sample.mask && (o->grammar || o->mask_fn))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: sample.mask beside a grammar or mask_fn");
+    if (o->grammar && !dsv3__gram_is_of(o->grammar, s->m->tokenizer))
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: the grammar is of another tokenizer");
     if ((o->n_stop_tokens && !o->stop_tokens) || (o->n_stop_strings && !o->stop_strings))
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: a count of stops without the stops");
     for (size_t i = 0; i < o->n_stop_strings; i++) {
@@ -14002,6 +17887,42 @@ static dsv3_stop dsv3__gen_stop_token(const dsv3__gen *g, int32_t token)
         if (c->eos_token_id[i] == token)
             return DSV3_STOP_EOS;
     return DSV3_STOP_NONE;
+}
+
+/* The tokens that may come next, into s->masks. *stop: GRAMMAR where there is none because the text is complete. */
+static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    const dsv3_generate_opts *o = g->o;
+    const dsv3_config *c = &s->m->config;
+    const uint32_t words = (c->vocab_size + 31) / 32;
+    uint32_t *mask = s->masks, *host = s->masks + words, any = 0;
+    memset(mask, o->grammar ? 0 : 0xFF, words * sizeof *mask);
+    memset(host, o->mask_fn ? 0 : 0xFF, words * sizeof *host);
+    if (o->grammar) {
+        bool ends = dsv3_grammar_can_end(o->grammar, &g->text);
+        dsv3__gram_mask(o->grammar, &g->text, mask);
+        for (uint32_t i = 0; i < c->n_eos && ends && !o->ignore_eos; i++)
+            if (c->eos_token_id[i] >= 0 && (uint32_t)c->eos_token_id[i] < c->vocab_size)
+                mask[c->eos_token_id[i] / 32] |= 1u << (c->eos_token_id[i] % 32);
+        for (size_t i = 0; i < o->n_stop_tokens && ends; i++)
+            if (o->stop_tokens[i] >= 0 && (uint32_t)o->stop_tokens[i] < c->vocab_size)
+                mask[o->stop_tokens[i] / 32] |= 1u << (o->stop_tokens[i] % 32);
+        for (uint32_t i = 0; i < words; i++)
+            any |= mask[i];
+        if (!any && ends)
+            return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
+    }
+    if (o->mask_fn) {
+        s->running = true;
+        bool go_on = o->mask_fn(o->user, s->tokens, s->n_tokens, host);
+        s->running = false;
+        if (!go_on)
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by mask_fn");
+    }
+    for (uint32_t i = 0; i < words; i++)
+        mask[i] &= host[i];
+    return DSV3_OK;
 }
 
 /* Adds text to what is held, and says how much of it is certain: all before the first stop string, or else all but the
@@ -14063,6 +17984,7 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
     dsv3_session *s = g->s;
     while (stats->stop == DSV3_STOP_NONE) {
         dsv3_sample sample = {0, 0};
+        dsv3_sample_opts how = g->o->sample;
         size_t n = 0, certain = 0;
         if (g->o->max_tokens && stats->n_generated == g->o->max_tokens) {
             stats->stop = DSV3_STOP_MAX_TOKENS;
@@ -14076,10 +17998,18 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
             dsv3__atomic_store(&s->cancel, 0);
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled behind %u generated tokens", stats->n_generated);
         }
-        DSV3__TRY(dsv3__ses_sample(s, &g->o->sample, &sample, err));
+        if (g->o->grammar || g->o->mask_fn) {
+            DSV3__TRY(dsv3__gen_mask(g, &stats->stop, err));
+            if (stats->stop != DSV3_STOP_NONE)
+                break;
+            how.mask = s->masks;
+        }
+        DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
         dsv3__ses_push(s, sample.token);
         stats->n_generated++;
         stats->stop = dsv3__gen_stop_token(g, sample.token);
+        if (g->o->grammar && stats->stop == DSV3_STOP_NONE)
+            dsv3_grammar_accept(g->o->grammar, &g->text, sample.token);
         if (s->m->tokenizer && stats->stop == DSV3_STOP_NONE) {
             const char *bytes = dsv3_token_bytes(s->m->tokenizer, sample.token, &n);
             if (bytes)
@@ -14123,7 +18053,9 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     memset(&g, 0, sizeof g);
     g.s = s;
     g.o = opts ? opts : &none;
-    DSV3__TRY(dsv3__gen_check(g.o, err));
+    DSV3__TRY(dsv3__gen_check(s, g.o, err));
+    if (g.o->grammar)
+        dsv3_grammar_start(g.o->grammar, &g.text);
     double start = dsv3__os_seconds();
     dsv3_result r = prompt ? dsv3__gen_prompt(s, prompt, len, g.o, stats, err) : DSV3_OK;
     stats->prompt_seconds = dsv3__os_seconds() - start;

@@ -119,7 +119,8 @@ enum {
     WHAT_PROMPT = 16,
     WHAT_ROWS = 32,
     WHAT_ALL = 63,
-    WHAT_TOKENIZER = 64
+    WHAT_TOKENIZER = 64,
+    WHAT_MASK = 128
 };
 
 /* The command line; one of each group between --then. */
@@ -837,6 +838,96 @@ static void run_tokenizer(void)
     dsv3_tokenizer_close(t);
 }
 
+/* Schemas, and a text that fits each. */
+static const char *const MASKS[][3] = {
+    {"any JSON", "true",
+     "{\"title\": \"A tale\", \"n\": [1, 2.5, -3e10, null], \"inner\": {\"text\": \"He said: \\\"no\\\".\"}}"},
+    {"object",
+     "{\"type\":\"object\",\"properties\":{\"name\":{\"type\":\"string\",\"minLength\":2,\"maxLength\":50},\"age\":{"
+     "\"type\":\"integer\","
+     "\"minimum\":0,\"maximum\":120},\"tags\":{\"type\":\"array\",\"items\":{\"type\":\"string\"}},\"kind\":{\"enum\":["
+     "\"alpha\",\"beta\"]}},"
+     "\"required\":[\"name\",\"age\"],\"additionalProperties\":false}",
+     "{\"name\": \"Anna the great\", \"age\": 42, \"tags\": [\"a long tag, with words\", \"b\"], \"kind\": \"beta\"}"},
+    {"patterns",
+     "{\"type\":\"object\",\"properties\":{\"code\":{\"type\":\"string\",\"pattern\":\"^[A-Z]{3}-[0-9]{4}$\"},\"word\":"
+     "{\"type\":\"string\","
+     "\"pattern\":\"^[a-z "
+     "]+$\"},\"mail\":{\"type\":\"string\",\"pattern\":\"^[a-z.]+@[a-z]+\\\\.(com|org)$\"}},\"additionalProperties\":"
+     "false}",
+     "{\"code\": \"ABC-1234\", \"word\": \"some small words in a row\", \"mail\": \"someone.else@example.org\"}"},
+};
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Constrained output: compiling, and a mask before each token of a text; of each the best of the repetitions. */
+static void run_mask(void)
+{
+    enum { MAX_TOKENS = 256 };
+    dsv3_error error;
+    dsv3_tokenizer *t = NULL;
+    dsv3_tokenizer_info info;
+    must(dsv3_tokenizer_open(&t, opt.args[0], NULL, &error), &error);
+    dsv3_tokenizer_info_get(t, &info);
+    uint32_t *mask = (uint32_t *)need(((size_t)info.n_tokens + 31) / 32 * sizeof *mask), reps = opt.reps.v[0];
+    for (size_t i = 0; i < sizeof MASKS / sizeof *MASKS; i++) {
+        const char *schema = MASKS[i][1], *text = MASKS[i][2];
+        double best[MAX_TOKENS + 1], compile[2] = {1e9, 1e9};
+        int32_t ids[MAX_TOKENS];
+        size_t n = 0;
+        dsv3_grammar_state state;
+        dsv3_grammar *g = NULL, *like = NULL;
+        dsv3_grammar_opts o;
+        memset(&o, 0, sizeof o);
+        must(dsv3_tokenize(t, text, strlen(text), 0, ids, MAX_TOKENS, &n, &error), &error);
+        for (uint32_t r = 0; r < 2 * reps; r++) { /* alone, then with the table of tokens of the one before */
+            double start = now();
+            o.like = r % 2 ? like : NULL;
+            must(dsv3_grammar_open(&g, t, schema, strlen(schema), &o, &error), &error);
+            double took = 1e3 * (now() - start);
+            compile[r % 2] = took < compile[r % 2] ? took : compile[r % 2];
+            if (r % 2 == 0) {
+                like = g;
+                continue;
+            }
+            dsv3_grammar_close(g);
+            if (r + 1 < 2 * reps)
+                dsv3_grammar_close(like);
+        }
+        dsv3_grammar_start(like, &state);
+        for (size_t k = 0; k <= n; k++) {
+            best[k] = 1e9;
+            for (uint32_t r = 0; r < reps; r++) {
+                double start = now();
+                dsv3_grammar_mask(like, &state, mask);
+                double took = 1e6 * (now() - start);
+                best[k] = took < best[k] ? took : best[k];
+            }
+            if (k < n && !dsv3_grammar_accept(like, &state, ids[k]))
+                die("the text for '%s' does not fit at token %u", MASKS[i][0], (unsigned)k);
+        }
+        if (!dsv3_grammar_can_end(like, &state))
+            die("the text for '%s' is not whole", MASKS[i][0]);
+        qsort(best, n + 1, sizeof *best, by_size);
+        out_text("what", NULL, "mask");
+        out_text("schema", "masks, 1 thread", MASKS[i][0]);
+        out_number("tokens", "tokens", 0, (double)(n + 1));
+        out_number("median_us", "median, us", 1, best[(n + 1) / 2]);
+        out_number("p99_us", "99th percentile, us", 1, best[(n + 1) * 99 / 100]);
+        out_number("compile_ms", "compile, ms", 2, compile[0]);
+        out_number("compile_like_ms", "with a table of tokens, ms", 2, compile[1]);
+        out_end();
+        dsv3_grammar_close(like);
+    }
+    out_table();
+    free(mask);
+    dsv3_tokenizer_close(t);
+}
+
 // =============================================================================
 // >>main   Command line and heading.
 // =============================================================================
@@ -844,11 +935,12 @@ static void run_tokenizer(void)
 static const char HELP[] =
     "usage: bench [options]                               speed on a checkpoint of random weights, beside the bound\n"
     "       bench --what tokenizer [options] DIR FILE...  speed of a checkpoint's tokenizer on texts\n"
+    "       bench --what mask [options] DIR               time of masks for JSON, on a checkpoint's tokenizer\n"
     "  --shape NAME|DIR   bench-3b (default), v3-slice, tiny, or a checkpoint's directory\n"
     "  --dtype NAME       what a named shape and the kernels' weights are: fp8 (default), int8, bf16\n"
     "  --head bf16|8bit   the head of a named shape; 8bit: as the other weights (bf16)\n"
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
-    "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer\n"
+    "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask\n"
     "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
     "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
@@ -902,7 +994,8 @@ static uint32_t parse_word(const char *flag, const char **text, const char *cons
 /* Arguments argv[0 ... argc-1], in which --then does not occur. first: from the defaults. */
 static void parse(int argc, char **argv, bool first)
 {
-    static const char *const WHAT[] = {"bandwidth", "open", "kernels", "decode", "prompt", "rows", "tokenizer", "all"};
+    static const char *const WHAT[] = {"bandwidth", "open",      "kernels", "decode", "prompt",
+                                       "rows",      "tokenizer", "mask",    "all"};
     enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 32 };
     static const struct {
         const char *flag, *initial; /* initial: of a list */
@@ -983,10 +1076,10 @@ static void parse(int argc, char **argv, bool first)
     }
     if (!opt.what)
         opt.what = WHAT_ALL;
-    if (opt.n_args && !(opt.what & WHAT_TOKENIZER))
-        die("'%s': only --what tokenizer takes files", opt.args[0]);
-    if (!opt.n_args && opt.what & WHAT_TOKENIZER)
-        die("a directory with tokenizer.json is missing: bench --what tokenizer DIR FILE...");
+    if (opt.n_args && !(opt.what & (WHAT_TOKENIZER | WHAT_MASK)))
+        die("'%s': only --what tokenizer and mask take files", opt.args[0]);
+    if (!opt.n_args && opt.what & (WHAT_TOKENIZER | WHAT_MASK))
+        die("a directory with tokenizer.json is missing: bench --what tokenizer|mask DIR [FILE...]");
     if (strcmp(opt.dtype, "fp8") && strcmp(opt.dtype, "int8") && strcmp(opt.dtype, "bf16"))
         die("--dtype is fp8, int8 or bf16");
     if (strcmp(opt.head, "bf16") && strcmp(opt.head, "8bit"))
@@ -1059,6 +1152,8 @@ static void run_group(void)
         die("'%s' is neither a shape (bench-3b, v3-slice, tiny) nor a directory", opt.shape);
     if (opt.what & WHAT_TOKENIZER)
         run_tokenizer();
+    if (opt.what & WHAT_MASK)
+        run_mask();
     for (uint32_t i = 0; opt.what & WHAT_KERNELS && i < opt.isas.n; i++)
         for (uint32_t j = 0; j < opt.computes.n; j++) {
             dsv3_isa isa = (dsv3_isa)opt.isas.v[i];

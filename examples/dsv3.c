@@ -14,10 +14,10 @@
    Build: cc -O2 -I. examples/dsv3.c -o dsv3 -lm -pthread */
 
 #if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
-    #define _POSIX_C_SOURCE 200809L /* isatty, fileno, clock_gettime under -std=c99 */
+#define _POSIX_C_SOURCE 200809L /* isatty, fileno, clock_gettime under -std=c99 */
 #endif
 #if defined(_WIN32) && !defined(__USE_MINGW_ANSI_STDIO)
-    #define __USE_MINGW_ANSI_STDIO 1
+#define __USE_MINGW_ANSI_STDIO 1
 #endif
 
 #define DSV3_IMPLEMENTATION
@@ -68,6 +68,9 @@ static const char generate_help[] =
     "  --context N              room for prompt and answer together (default: 4096, or the checkpoint's own if less)\n"
     "  --stop STRING            end before this text; may be given several times\n"
     "  --ignore-eos             go on behind the checkpoint's end of text\n"
+    "  --json-output            what is written is one JSON object, and ends with it\n"
+    "  --json-schema FILE       what is written is JSON that fits this JSON Schema; -: from stdin\n"
+    "  --spacing HOW            of that JSON: one (a space behind comma and colon, or none), none, any (default: one)\n"
     "\n"
     "Sampling: the checkpoint's own (generation_config.json), each value replaced by the option that names it.\n"
     "  --greedy                 always the likeliest token\n"
@@ -145,8 +148,8 @@ static void interrupt(int signal_number)
 
 static const char *stop_name(dsv3_stop stop)
 {
-    static const char *const names[] = {"none",       "eos",     "token",    "string",
-                                        "max_tokens", "context", "callback", "cancelled"};
+    static const char *const names[] = {"none",    "eos",      "token",     "string", "max_tokens",
+                                        "context", "callback", "cancelled", "grammar"};
     return (size_t)stop < COUNT(names) ? names[stop] : "?";
 }
 
@@ -207,11 +210,41 @@ static void sampling_choose(dsv3_sample_opts *o, const sampling *given, const ds
     o->seed = given->seed;
 }
 
+/* What --json-output and --json-schema ask for; NULL: nothing. */
+static dsv3_grammar *grammar_open(const dsv3_tokenizer *tokenizer, const char *schema_file, bool any_json,
+                                  const char *spacing)
+{
+    static const char *const names[] = {"one", "none", "any"};
+    dsv3_grammar *grammar = NULL;
+    dsv3_grammar_opts opts;
+    dsv3_error error;
+    bytes schema = {NULL, 0, 0};
+    memset(&opts, 0, sizeof opts);
+    int how = 0;
+    while (spacing && how < 3 && strcmp(spacing, names[how]) != 0)
+        how++;
+    if (how == 3)
+        usage("--spacing %s: one, none or any", spacing);
+    opts.spacing = (dsv3_spacing)how;
+    if (!schema_file && !any_json)
+        return NULL;
+    if (schema_file && any_json)
+        usage("generate: --json-output and --json-schema: give one of them");
+    if (schema_file)
+        schema = file_read(schema_file);
+    else
+        bytes_format(&schema, "{\"type\":\"object\"}");
+    if (dsv3_grammar_open(&grammar, tokenizer, schema.p ? schema.p : "", schema.n, &opts, &error))
+        fail("%s: %s", schema_file ? schema_file : "--json-output", error.message);
+    free(schema.p);
+    return grammar;
+}
+
 static int generate(int argc, char **argv)
 {
-    const char *file = NULL, *words[2] = {NULL, NULL};
+    const char *file = NULL, *schema = NULL, *spacing = NULL, *words[2] = {NULL, NULL};
     uint32_t context = 0, n_threads = 0;
-    bool by_ids = false, read_ahead = false;
+    bool by_ids = false, read_ahead = false, json_output = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
     sampling given = {false, UINT32_MAX, -1, -1, -1, -1, -1000, (uint64_t)time(NULL) % 1000000007u};
@@ -228,6 +261,9 @@ static int generate(int argc, char **argv)
         {"--context", OPTION_COUNT, &context, 0, 0},
         {"--stop", OPTION_TEXTS, &stops, 0, 0},
         {"--ignore-eos", OPTION_FLAG, &opts.ignore_eos, 0, 0},
+        {"--json-output", OPTION_FLAG, &json_output, 0, 0},
+        {"--json-schema", OPTION_TEXT, &schema, 0, 0},
+        {"--spacing", OPTION_TEXT, &spacing, 0, 0},
         {"--greedy", OPTION_FLAG, &given.greedy, 0, 0},
         {"--temp", OPTION_REAL, &given.temperature, 0, 100},
         {"--top-k", OPTION_COUNT, &given.top_k, 0, 0},
@@ -265,7 +301,11 @@ static int generate(int argc, char **argv)
     w.text = dsv3_model_tokenizer(model, &tokenizer, &error) == DSV3_OK;
     if (!w.text && !by_ids)
         fail("%s (without a tokenizer the prompt is given as ids: --ids)", error.message);
+    if ((schema || json_output) && !w.text)
+        fail("%s (JSON is written by a tokenizer's tokens)", error.message);
     sampling_choose(&opts.sample, &given, model);
+    dsv3_grammar *grammar = grammar_open(tokenizer, schema, json_output, spacing);
+    opts.grammar = grammar;
     opts.stop_strings = stops.p, opts.n_stop_strings = stops.n;
     opts.token_fn = write_token, opts.user = &w;
 
@@ -298,6 +338,7 @@ static int generate(int argc, char **argv)
     if (on_terminal)
         show_speed(&stats, &opts.sample);
     dsv3_session_close(session);
+    dsv3_grammar_close(grammar);
     dsv3_model_close(model);
     free(prompt.p), free(prompt_ids.p), free(w.line.p), free(w.held.p);
     finish();
@@ -462,8 +503,7 @@ static int logits(int argc, char **argv)
     const option options[] = {
         {"--ids", OPTION_TEXT, &ids_path, 0, 0},         {"--out", OPTION_TEXT, &out_path, 0, 0},
         {"--experts", OPTION_TEXT, &experts_path, 0, 0}, {"--rows", OPTION_COUNT, &rows, 0, 0},
-        {"--threads", OPTION_COUNT, &n_threads, 0, 0},
-        {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
@@ -641,7 +681,7 @@ typedef struct inspection {
     tally parts[N_PARTS][32]; /* [part, dtype] */
     tally plan[N_PARTS];      /* the same by use: scales count with the weights they belong to */
     tally all;
-    double bandwidth; /* bytes a second; 0: not told */
+    double bandwidth;                   /* bytes a second; 0: not told */
     uint64_t n_weights, n_read_weights; /* numbers; scales and MTP aside; read: for one token */
     dsv3_memory memory;
     const dsv3_tokenizer *tokenizer;
@@ -757,14 +797,13 @@ static void plan_json(const inspection *x, bytes *out)
         bytes_format(out, "%s{\"kind\":\"%s\",\"bytes\":%" PRIu64 ",\"bytes_per_token\":%" PRIu64 "}", i ? "," : "",
                      part_names[plan_parts[i]], t->size, t->read);
     }
-    bytes_format(out, "],\"always_bytes\":%" PRIu64 ",\"routed_bytes\":%" PRIu64 ",\"expert_bytes\":%" PRIu64,
-                 p.always, p.routed, p.expert);
+    bytes_format(out, "],\"always_bytes\":%" PRIu64 ",\"routed_bytes\":%" PRIu64 ",\"expert_bytes\":%" PRIu64, p.always,
+                 p.routed, p.expert);
     bytes_format(out, ",\"resident_bytes\":%" PRIu64 ",\"full_speed_bytes\":%" PRIu64 ",\"idle_bytes\":%" PRIu64,
                  p.resident, p.full, p.idle);
     bytes_format(out, ",\"cache_read_bytes\":%" PRIu64, p.cache);
     if (x->bandwidth > 0)
-        bytes_format(out,
-                     ",\"bandwidth\":%.0f,\"tokens_per_second\":%.6g,\"tokens_per_second_full_context\":%.6g",
+        bytes_format(out, ",\"bandwidth\":%.0f,\"tokens_per_second\":%.6g,\"tokens_per_second_full_context\":%.6g",
                      x->bandwidth, p.first_rate, p.last_rate);
     bytes_format(out, "}");
 }

@@ -103,7 +103,8 @@ class Outputs(Structure):
 
 class SampleOpts(Structure):
     _fields_ = [("struct_size", c_uint32), ("temperature", c_float), ("top_k", c_uint32), ("top_p", c_float),
-                ("min_p", c_float), ("repetition_penalty", c_float), ("presence_penalty", c_float), ("seed", c_uint64)]
+                ("min_p", c_float), ("repetition_penalty", c_float), ("presence_penalty", c_float), ("seed", c_uint64),
+                ("mask", POINTER(c_uint32))]
 
 
 class Sample(Structure):
@@ -115,13 +116,33 @@ class Token(Structure):
 
 
 TOKEN_FN = C.CFUNCTYPE(c_bool, c_void_p, POINTER(Token))
+MASK_FN = C.CFUNCTYPE(c_bool, c_void_p, POINTER(c_int32), c_size_t, POINTER(c_uint32))
+
+
+class GrammarOpts(Structure):
+    _fields_ = [("struct_size", c_uint32), ("spacing", c_int), ("max_depth", c_uint32), ("max_states", c_uint32),
+                ("memory_limit", c_uint64), ("allocator", Allocator), ("like", c_void_p)]
+
+
+class GrammarFrame(Structure):
+    _fields_ = [("first", C.c_uint16), ("n", C.c_uint16), ("keys", C.c_uint16), ("object", C.c_uint16), ("count", c_uint32)]
+
+
+class GrammarThread(Structure):
+    _fields_ = [("id", c_uint32), ("parents", c_uint32), ("count", c_uint32)]
+
+
+class GrammarState(Structure):
+    _fields_ = [("hash", c_uint64), ("chars", c_uint32), ("place", C.c_uint16), ("depth", C.c_uint16), ("first", C.c_uint16),
+                ("n_threads", C.c_uint16), ("n_keys", C.c_uint16), ("spaces", C.c_uint16), ("frames", GrammarFrame * 64),
+                ("threads", GrammarThread * 160), ("keys", c_uint64 * 160)]
 
 
 class GenerateOpts(Structure):
     _fields_ = [("struct_size", c_uint32), ("max_tokens", c_uint32), ("sample", SampleOpts), ("no_bos", c_bool),
                 ("parse_markers", c_bool), ("ignore_eos", c_bool), ("stop_tokens", POINTER(c_int32)),
                 ("n_stop_tokens", c_size_t), ("stop_strings", POINTER(c_char_p)), ("n_stop_strings", c_size_t),
-                ("token_fn", TOKEN_FN), ("user", c_void_p)]
+                ("token_fn", TOKEN_FN), ("user", c_void_p), ("grammar", c_void_p), ("mask_fn", MASK_FN)]
 
 
 class Stats(Structure):
@@ -161,6 +182,7 @@ class Library:
             "session_sample": [c_void_p, POINTER(SampleOpts), POINTER(Sample)],
             "dequantize": [POINTER(c_float), POINTER(Tensor), c_uint64, c_uint64],
             "matmul": [POINTER(c_float), POINTER(c_float), c_size_t, POINTER(Tensor), POINTER(MatmulOpts)],
+            "grammar_open": [out, c_void_p, c_char_p, c_size_t, POINTER(GrammarOpts)],
             "generate": [c_void_p, c_char_p, c_size_t, POINTER(GenerateOpts), POINTER(Stats)],
         }
         for name, types in self.fallible.items():
@@ -172,6 +194,9 @@ class Library:
             ("model_config", [c_void_p], POINTER(Config)), ("model_isa", [c_void_p], c_int),
             ("model_sampling", [c_void_p, POINTER(SampleOpts)], None), ("session_length", [c_void_p], c_size_t),
             ("tokenizer_info_get", [c_void_p, POINTER(TokenizerInfo)], None), ("session_cancel", [c_void_p], None),
+            ("grammar_close", [c_void_p], None), ("grammar_start", [c_void_p, POINTER(GrammarState)], None),
+            ("grammar_accept_text", [c_void_p, POINTER(GrammarState), c_char_p, c_size_t], c_bool),
+            ("grammar_can_end", [c_void_p, POINTER(GrammarState)], c_bool),
         ]:
             function = getattr(self.lib, "dsv3_" + name)
             function.argtypes, function.restype = types, result
@@ -296,7 +321,24 @@ def main(library, directory, prompt):
     if len(tokens) > 1 and tokens[1] >= 0:
         same("the second token from logits", max(range(config.vocab_size), key=lambda i: logits[i]), tokens[1])
 
+    # A text that must fit a schema.
+    schema = b'{"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 2, "maxItems": 4}'
+    grammar, state = c_void_p(), GrammarState()
+    dsv3.grammar_open(byref(grammar), tokenizer, schema, len(schema), byref(sized(GrammarOpts)))
+    written = []
+    collect = TOKEN_FN(lambda user, token: bool(written.append(C.string_at(token.contents.text, token.contents.len))) or True)
+    generate_opts = sized(GenerateOpts, max_tokens=60, token_fn=collect, grammar=grammar)
+    generate_opts.sample = sized(SampleOpts, temperature=1.5)
+    dsv3.generate(session, None, 0, byref(generate_opts), byref(stats))
+    numbers = json.loads(b"".join(written))
+    same("the numbers fit", 2 <= len(numbers) <= 4 and all(type(n) is int and 0 <= n <= 99 for n in numbers), True)
+    dsv3.grammar_start(grammar, byref(state))
+    same("a text that fits", dsv3.grammar_accept_text(grammar, byref(state), b"[1,22]", 6), True)
+    same("and ends", dsv3.grammar_can_end(grammar, byref(state)), True)
+    same("one that does not", dsv3.grammar_accept_text(grammar, byref(state), b",", 1), False)
+
     dsv3.session_close(session)
+    dsv3.grammar_close(grammar)
     dsv3.model_close(model)
     print(f"{stats.n_generated} tokens, {len(differences)} differences", file=sys.stderr)
     return 1 if differences else 0

@@ -61,6 +61,8 @@ wrong_use() {
     call 2 generate $model a --top-p 1.5 && one_line "--top-p wants" "from 0 to 1"
     call 2 generate $model a --seed 18446744073709551616 && one_line "--seed wants"
     call 2 generate $model a --isa mmx && one_line "avx512"
+    call 2 generate $model a --spacing two && one_line "--spacing two"
+    call 1 generate $model a --json-schema "$work/none" && one_line "$work/none"
     call 2 generate $model a --greedy=1 && one_line "--greedy takes no value"
     call 2 generate $model "1 two 3" --ids && one_line "'two'"
     call 2 generate $model "" --ids && one_line "--ids"
@@ -116,6 +118,17 @@ generates() {
     call 0 generate $model --ids -f "$work/ids" -n 20 --greedy && cmp "$work/out" "$work/greedy"
     call 0 generate $model --ids "$(cat "$work/ids")" -n 20 --greedy && cmp "$work/out" "$work/greedy"
     call 0 generate $model -n 5 && quiet
+}
+
+json_output() {
+    printf '{"type":"array","items":{"enum":["cat","dog"]},"minItems":2,"maxItems":2}' > "$work/schema"
+    call 0 generate $model "Once" --json-schema "$work/schema" --temp 1.5 --seed 3 --spacing none && quiet
+    grep -qE '^\["(cat|dog)","(cat|dog)"\]$' "$work/out" || echo "does not fit: $(cat "$work/out")"
+    call 0 generate $model "Once" --json-output --temp 1.5 --seed 3 -n 20
+    [ "$(head -c 1 "$work/out")" = "{" ] || echo "no object: $(cat "$work/out")"
+    printf '{"type":"array","unique":true}' > "$work/schema"
+    call 1 generate $model "Once" --json-schema "$work/schema" && one_line "/unique"
+    call 2 generate $model "Once" --json-schema "$work/schema" --json-output && one_line "one of them"
 }
 
 seeds() {
@@ -431,7 +444,7 @@ if [ ! -e $model/config.json ]; then
     echo "0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-for test in wrong_use help not_there generates seeds stops json_tokens interrupted tokens json_lines renders chats logits inspects quantizes quantizes_again quantize_fails; do
+for test in wrong_use help not_there generates json_output seeds stops json_tokens interrupted tokens json_lines renders chats logits inspects quantizes quantizes_again quantize_fails; do
     run $test
 done
 if [ -w /dev/full ]; then

@@ -13,6 +13,7 @@ Sections, any of which --only names (so does the name of a checkpoint):
   tiny            examples/tiny
   matmul          one product in each arithmetic mode against the published arithmetic
   fidelity        what the modes cost: end to end, on held-out text, at V3's widths
+  schema          constrained output: the public JSON Schema suite, sampled texts, beside llguidance
   tokenizer       random texts against the tokenizers wheel
   speed           encoding speed beside the wheel's
 
@@ -47,13 +48,14 @@ import matmul_modes                                    # noqa: E402
 import mutations                                       # noqa: E402
 import quantize                                        # noqa: E402
 import reference                                       # noqa: E402
+import schema                                          # noqa: E402
 import tiny                                            # noqa: E402
 import transcription                                   # noqa: E402
 from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
 SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "matmul", "fidelity",
-            "tokenizer", "kimi", "chat", "speed")
+            "tokenizer", "kimi", "chat", "schema", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
 BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
@@ -68,7 +70,8 @@ class Run:
         self.program = None if options.self_only else Program(options.dsv3, options.work)
 
     def wanted(self, section):
-        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "kimi", "chat", "speed"):
+        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "kimi", "chat",
+                                             "schema", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -277,6 +280,9 @@ class Run:
         if self.wanted("fidelity"):
             self.out.update(fidelity.check(self.o.tiny, os.path.join(self.o.shared, "corpus"), self.o.work, self.program,
                                            self.report, self.o.quick))
+        if self.wanted("schema"):
+            self.out.update(schema.check(self.o.lib, self.o.tiny, os.path.join(self.o.shared, "tokenizers", "deepseek-v3"),
+                                         self.o.work, self.report))
         if self.wanted("tokenizer"):
             self.tokenizers()
         if self.wanted("kimi"):
@@ -330,6 +336,8 @@ class Run:
             print(matmul_modes.table(self.out["matmul"]))
         if self.out.get("published") or self.out.get("fidelity"):
             print(fidelity.tables(self.out))
+        if self.out.get("schema_suite"):
+            print(schema.tables(self.out))
         if self.out.get("tokenizer"):
             print(table("Tokenizer against the wheel: texts equal", [
                 ("tokenizer", "tokenizer", "<"), ("texts", "texts", ">"), ("MB", lambda r: f"{r['mb']:.1f}", ">"),
