@@ -206,8 +206,16 @@ typedef struct canceller {
     bool stop;
     dsv3_session *s;
     uint64_t random;
+    int64_t longest; /* pause, nanoseconds */
     unsigned cancels;
 } canceller;
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 static void *cancel_now_and_then(void *user)
 {
@@ -215,7 +223,7 @@ static void *cancel_now_and_then(void *user)
     for (;;) {
         struct timespec pause;
         pause.tv_sec = 0;
-        pause.tv_nsec = (long)(tiny_next(&c->random) % 400000);
+        pause.tv_nsec = (long)(tiny_next(&c->random) % (uint64_t)c->longest);
         nanosleep(&pause, NULL);
         pthread_mutex_lock(&c->lock);
         bool stop = c->stop;
@@ -244,7 +252,9 @@ TEST(cancelling_from_outside)
     tiny_ids(ids, 48, 200, 3);
     out.logits = expected;
     REQUIRE(CHECK_EQ_INT(open_session(&s, 4, 1), DSV3_OK));
+    int64_t took = now_ns(); /* pauses suit the machine: some calls are to be cancelled and some to finish */
     CHECK_OK(dsv3_session_append(s, ids, 48, &out, &e), e);
+    took = now_ns() - took;
     CHECK_OK(dsv3_generate(s, NULL, 0, &g, NULL, &e), e);
     memcpy(expected_tokens, dsv3_session_tokens(s) + 48, sizeof expected_tokens);
     dsv3_session_close(s);
@@ -254,6 +264,7 @@ TEST(cancelling_from_outside)
         REQUIRE(CHECK_EQ_INT(open_session(&s, 4, threads), DSV3_OK));
         c.s = s;
         c.random = threads;
+        c.longest = took < 1000000 ? 500000 : took > 1000000000 ? 500000000 : took / 2;
         pthread_mutex_init(&c.lock, NULL);
         REQUIRE(CHECK_EQ_INT(pthread_create(&c.thread, NULL, cancel_now_and_then, &c), 0));
         for (int round = 0; round < 150; round++) {
