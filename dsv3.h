@@ -1826,6 +1826,19 @@ static bool dsv3__cpu_dotprod(void)
 }
 #endif
 
+/* PERF: is vdpbf16ps worth it? Intel's cores begin one in two cycles, so that it makes half the multiply-adds of
+   vfmadd231ps (Emerald Rapids: 44 and 88 GMAC/s); vpermi2b, which decodes for it, is as slow. AMD's begin one of each in
+   a cycle. */
+static bool dsv3__cpu_fast_bf16(void)
+{
+#if DSV3__AVX2
+    unsigned a, b, c, d;
+    return !__get_cpuid(0, &a, &b, &c, &d) || b != 0x756E6547; /* "Genu"ineIntel */
+#else
+    return false;
+#endif
+}
+
 /* The fastest level there is. */
 static dsv3_isa dsv3__cpu_best(void)
 {
@@ -1833,7 +1846,7 @@ static dsv3_isa dsv3__cpu_best(void)
                                      DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,    DSV3_ISA_AVX2};
     const uint32_t levels = dsv3__cpu_levels();
     for (size_t i = 0; i < DSV3__COUNT(order); i++)
-        if (levels >> order[i] & 1)
+        if ((levels >> order[i] & 1) && (order[i] != DSV3_ISA_AVX512_BF16 || dsv3__cpu_fast_bf16()))
             return order[i];
     return DSV3_ISA_SCALAR;
 }
@@ -2507,6 +2520,10 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #ifndef DSV3__PIN512
 #define DSV3__PIN512(v) __asm__("" : "+v"(v))
 #endif
+/* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
+   ahead, into the rows that follow too: FP8, BF16 and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was
+   (Emerald Rapids). */
+#define DSV3__PREFETCH(p) _mm_prefetch((const char *)((uintptr_t)(p) + 4096), _MM_HINT_T1)
 #endif
 
 /* One instruction each, sums += products: of unsigned and signed bytes, four to an int32; of two bf16, the high first.
@@ -3005,6 +3022,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const
             k = 64;
         }
         __m256 s = _mm256_set1_ps(dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f), v;
+        for (size_t i = 0; i < block; i += 64)
+            DSV3__PREFETCH(w + i);
 #define DSV3__STEP(g)                            \
     v = dsv3__k_load8_avx2(w + g * part, dtype); \
     if (dtype == DSV3_DTYPE_I8)                  \
@@ -3130,10 +3149,6 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_block_avx2(__m256 *a, con
 #undef DSV3__STEP
     return worst;
 }
-
-/* PERF: 4 loads of x for each 32 bytes of weights crowd the weights out of the prefetcher; asking for them 2 KB ahead, into
-   the rows that follow too, gives 0.62 ... 0.75 of the speed of a plain read where 0.45 ... 0.58 was (Zen 3). */
-#define DSV3__PREFETCH(p) _mm_prefetch((const char *)((uintptr_t)(p) + 2048), _MM_HINT_T0)
 
 DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_avx2(const void *weights, const float *x, const float *scale64, size_t k)
 {
@@ -3304,6 +3319,8 @@ DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, 
             w = tail;
         }
 #define DSV3__STEP(g)                                                                 \
+    if (g % 2 == 0)                                                                   \
+        DSV3__PREFETCH(w + 32 * g);                                                   \
     v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));              \
     a[g] = _mm256_fmadd_ps(dsv3__k_second_avx2(v), _mm256_loadu_ps(x + 8 * g), a[g]); \
     a[g] = _mm256_fmadd_ps(dsv3__k_first_avx2(v), _mm256_loadu_ps(x + 64 + 8 * g), a[g])
@@ -3412,7 +3429,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_tile_avx2(int32_t sum[2][4], c
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
         if (W == 1)
-            _mm_prefetch((const char *)((uintptr_t)(w0 + i) + 1024), _MM_HINT_T0);
+            DSV3__PREFETCH(w0 + i);
         DSV3__STEPS(w0 + i, w1 + i, i)
         DSV3__STEPS(w0 + i + 32, w1 + i + 32, i + 32)
     }
@@ -3917,6 +3934,8 @@ DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_row_avx_vnni(int32_t *sum, const
     y = DSV3__LOAD(from_x);                        \
     DSV3__DPBUSD(a, v, y)
         for (; i + 128 <= n; i += 128) {
+            DSV3__PREFETCH(w + i);
+            DSV3__PREFETCH(w + i + 64);
             DSV3__STEP(a0, w + i, x + i);
             DSV3__STEP(a1, w + i + 32, x + i + 32);
             DSV3__STEP(a2, w + i + 64, x + i + 64);
@@ -4000,6 +4019,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, c
             k = 64;
         }
         __m512 s = _mm512_set1_ps(dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f), v;
+        for (size_t i = 0; i < block; i += 64)
+            DSV3__PREFETCH(w + i);
 #define DSV3__STEP(g)                               \
     v = dsv3__k_load16_avx512(w + g * part, dtype); \
     if (dtype == DSV3_DTYPE_I8)                     \
@@ -4561,6 +4582,7 @@ DSV3__TARGET_AVX512 static float dsv3__k_dot_bf16_pairs_avx512(const void *weigh
             w = tail;
         }
 #define DSV3__STEP(g)                                                                    \
+    DSV3__PREFETCH(w + 64 * g);                                                          \
     v = _mm512_loadu_si512(w + 64 * g);                                                  \
     a##g = _mm512_fmadd_ps(dsv3__k_second_avx512(v), _mm512_loadu_ps(x + 16 * g), a##g); \
     a##g = _mm512_fmadd_ps(dsv3__k_first_avx512(v), _mm512_loadu_ps(x + 64 + 16 * g), a##g)
@@ -4725,6 +4747,7 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum,
         n = dsv3__min(k, group);
         a0 = a1 = a2 = a3 = _mm512_setzero_si512();
 #define DSV3__STEP(a, at)                                      \
+    DSV3__PREFETCH(w + i + at);                                \
     v = _mm512_xor_si512(_mm512_loadu_si512(w + i + at), top); \
     y = _mm512_loadu_si512(x + i + at);                        \
     DSV3__DPBUSD512(a, v, y)
@@ -4844,6 +4867,7 @@ DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const vo
     (void)scale64;
 #define DSV3__LOAD(i)                      \
     v##i = _mm512_loadu_si512(w + i * 64); \
+    DSV3__PREFETCH(w + i * 64);            \
     DSV3__PIN512(v##i)
 #define DSV3__STEP(i, even, odd)                    \
     dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, v##i); \
@@ -4916,6 +4940,7 @@ DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const v
             w = tail;
         }
 #define DSV3__STEP(g)                   \
+    DSV3__PREFETCH(w + 64 * g);         \
     v = _mm512_loadu_si512(w + 64 * g); \
     y = _mm512_loadu_si512(x + 16 * g); \
     DSV3__DPBF16(a##g, v, y)

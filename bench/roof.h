@@ -54,12 +54,17 @@ static uint64_t read_plain(const uint8_t *p, size_t n)
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static uint64_t read_avx2(const uint8_t *p, size_t n)
+/* ahead: each line is asked for 4 KB before it is read, as the kernels do. Some CPUs' own prefetchers fall short of that. */
+__attribute__((target("avx2"))) static inline uint64_t read_avx2(const uint8_t *p, size_t n, const bool ahead)
 {
     __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
     uint64_t sum[4];
     size_t i = 0;
     for (; i + 128 <= n; i += 128) {
+        if (ahead) {
+            _mm_prefetch((const char *)((uintptr_t)(p + i) + 4096), _MM_HINT_T1);
+            _mm_prefetch((const char *)((uintptr_t)(p + i) + 4160), _MM_HINT_T1);
+        }
         a = _mm256_add_epi64(a, _mm256_loadu_si256((const __m256i *)(const void *)(p + i)));
         b = _mm256_add_epi64(b, _mm256_loadu_si256((const __m256i *)(const void *)(p + i + 32)));
         c = _mm256_add_epi64(c, _mm256_loadu_si256((const __m256i *)(const void *)(p + i + 64)));
@@ -192,13 +197,14 @@ static double peak_rate(peak p, uint32_t n)
    none of its own is two f32 FMAs a pair. */
 static peak peak_of(dsv3_isa isa, const char *products)
 {
-    bool bf16 = isa == DSV3_ISA_AVX512_BF16, vnni = bf16 || isa == DSV3_ISA_AVX512_VNNI, zmm = vnni || isa == DSV3_ISA_AVX512;
+    bool bf16 = isa == DSV3_ISA_AVX512_BF16, vnni = bf16 || isa == DSV3_ISA_AVX512_VNNI,
+         zmm = vnni || isa == DSV3_ISA_AVX512;
     if (isa == DSV3_ISA_SCALAR || !peak_there(PEAK_FMA_YMM))
         return N_PEAKS;
     if (strcmp(products, "int8") == 0)
-        return vnni && peak_there(PEAK_DPBUSD)                                  ? PEAK_DPBUSD
+        return vnni && peak_there(PEAK_DPBUSD)                           ? PEAK_DPBUSD
                : isa == DSV3_ISA_AVX_VNNI && peak_there(PEAK_DPBUSD_YMM) ? PEAK_DPBUSD_YMM
-                                                                                : PEAK_MADDUBS;
+                                                                         : PEAK_MADDUBS;
     if (strcmp(products, "f32") && bf16 && peak_there(PEAK_DPBF16))
         return PEAK_DPBF16;
     return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
@@ -213,6 +219,7 @@ typedef struct spans {
     span *v; /* [n], by address */
     size_t n;
     uint64_t total; /* bytes */
+    bool ahead;     /* how they are read, see read_avx2 */
 } spans;
 
 static void spans_job(void *ctx, uint32_t i, uint32_t n)
@@ -225,7 +232,8 @@ static void spans_job(void *ctx, uint32_t i, uint32_t n)
             continue;
 #if defined(__x86_64__)
         if (dsv3_isa_supported(DSV3_ISA_AVX2)) {
-            sum += read_avx2(s->v[k].p + a, (size_t)(b - a));
+            const uint8_t *p = s->v[k].p + a;
+            sum += s->ahead ? read_avx2(p, (size_t)(b - a), true) : read_avx2(p, (size_t)(b - a), false);
             continue;
         }
 #endif
@@ -234,10 +242,14 @@ static void spans_job(void *ctx, uint32_t i, uint32_t n)
     __sync_fetch_and_add(&sink, sum);
 }
 
-/* Bytes a second of n threads, each reading its share front to back. */
+/* Bytes a second of n threads, each reading its share front to back: the better of two ways. */
 static double read_rate(spans *s, uint32_t n)
 {
-    return (double)s->total / on_threads(n, spans_job, s);
+    s->ahead = false;
+    double plain = (double)s->total / on_threads(n, spans_job, s);
+    s->ahead = true;
+    double ahead = (double)s->total / on_threads(n, spans_job, s);
+    return plain > ahead ? plain : ahead;
 }
 
 /* An anonymous buffer of 1 GB that asks to lie in huge pages: the best that memory gives. */
