@@ -2523,7 +2523,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 /* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
    ahead, into the rows that follow too: FP8, BF16 and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was
    (Emerald Rapids). */
-#define DSV3__PREFETCH(p) _mm_prefetch((const char *)((uintptr_t)(p) + 4096), _MM_HINT_T1)
+#define DSV3__PREFETCH_AT(p, bytes) _mm_prefetch((const char *)((uintptr_t)(p) + (bytes)), _MM_HINT_T1)
+#define DSV3__PREFETCH(p)           DSV3__PREFETCH_AT(p, 4096)
 #endif
 
 /* One instruction each, sums += products: of unsigned and signed bytes, four to an int32; of two bf16, the high first.
@@ -2559,9 +2560,12 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
                  and x_group, written as row_ writes. scale64 [n / 64], the scales of each 64 columns.
                  With pair_words, x of dot_..._pairs and what row_..._pairs and round_pairs write are words, a block being
                  128 columns of them; round_pairs reads floats always, and up is 1.
+   to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127, NaN
+                 if an x is not finite; where it is not above 0 all codes are 0.
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
                  and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
-                 w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)].
+                 w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)], and behind it as many int32: 128 times the
+                 sum of the group's codes.
    tile_add      sum [4][tile_x][lanes], one register of chains of each of 4 rows of w times n_x <= tile_x rows of x, go on
                  over `steps` blocks, from +0 if `first`: sum[i][j] += sum over s of w[i][s * w_step] times x[j][s * x_step],
                  a register each. So for n_w such groups of rows, sum_next floats and w_next floats apart.
@@ -2613,6 +2617,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
       (float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next, size_t n_w,                 \
        const float *const *x, size_t x_step, size_t steps, size_t n_x, bool first))
 #define DSV3__KERN_BYTES(X)                                                                               \
+    X(float, to_bytes, (int8_t * codes, const float *x, size_t n, int32_t *sum))                          \
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))
@@ -2829,6 +2834,41 @@ static void dsv3__k_round_pairs_scalar(float *out, size_t block, size_t group, c
         float v = x[b * x_block + g * x_group + l] * scale64[b / 2 * 2 + g / 4];
         out[b * block + g * group + l] = dsv3__bf16_decode(dsv3__bf16_encode(v)) * up;
     }
+}
+
+/* max |x| of n values; NaN if one is not finite. */
+static float dsv3__k_max_scalar(const float *x, size_t n)
+{
+    float max = 0, poison = 0;
+    for (size_t i = 0; i < n; i++) {
+        float magnitude = fabsf(x[i]);
+        max = magnitude > max ? magnitude : max;
+        poison += magnitude * 0;
+    }
+    return max + poison;
+}
+
+/* The codes alone, of a scale above 0. */
+static int32_t dsv3__k_codes_scalar(int8_t *codes, const float *x, size_t n, float scale)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    int32_t sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        float v = x[i] / scale;
+        v = v > 127 ? 127 : v < -127 ? -127 : v; /* where the scale is denormal */
+        codes[i] = (int8_t)((v + magic) - magic);
+        sum += codes[i];
+    }
+    return sum;
+}
+
+static float dsv3__k_to_bytes_scalar(int8_t *codes, const float *x, size_t n, int32_t *sum)
+{
+    const float scale = dsv3__k_max_scalar(x, n) / 127.0f;
+    *sum = scale > 0 ? dsv3__k_codes_scalar(codes, x, n, scale) : 0;
+    if (!(scale > 0)) /* all are 0, or too small for a scale, or one is not finite */
+        memset(codes, 0, n);
+    return scale;
 }
 
 static void dsv3__k_bytes_scalar(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
@@ -3401,6 +3441,43 @@ DSV3__TARGET_AVX2 DSV3__INLINE int32_t dsv3__k_sum8_avx2(__m256i v)
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
+DSV3__TARGET_AVX2 static float dsv3__k_to_bytes_avx2(int8_t *codes, const float *x, size_t n, int32_t *sum)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f), most = _mm256_set1_ps(127.0f), least = _mm256_set1_ps(-127.0f);
+    const size_t whole = n / 32 * 32;
+    float lanes[16];
+    __m256 max = _mm256_setzero_ps(), poison = max;
+    __m256i total = _mm256_setzero_si256(), v[4];
+    for (size_t i = 0; i < whole; i += 8) {
+        __m256 magnitude = _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i));
+        max = _mm256_max_ps(magnitude, max);
+        poison = _mm256_fmadd_ps(magnitude, _mm256_setzero_ps(), poison);
+    }
+    _mm256_storeu_ps(lanes, max), _mm256_storeu_ps(lanes + 8, poison);
+    const float some = dsv3__k_max_scalar(lanes, 16), others = dsv3__k_max_scalar(x + whole, n - whole);
+    const float scale = (some > others ? some + others * 0 : others + some * 0) / 127.0f; /* NaN of either */
+    *sum = 0;
+    if (!(scale > 0)) {
+        memset(codes, 0, n);
+        return scale;
+    }
+    const __m256 s = _mm256_set1_ps(scale);
+    for (size_t i = 0; i < whole; i += 32) {
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) {
+            __m256 y = _mm256_div_ps(_mm256_loadu_ps(x + i + 8 * q), s);
+            v[q] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(y, most), least));
+            total = _mm256_add_epi32(total, v[q]);
+        }
+        /* the packs work in halves: words 0, 4, 1, 5, 2, 6, 3, 7 of 4 codes */
+        __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+        packed = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i *)(void *)(codes + i), packed);
+    }
+    *sum = dsv3__k_sum8_avx2(total) + dsv3__k_codes_scalar(codes + whole, x + whole, n - whole, scale);
+    return scale;
+}
+
 /* Sums of W rows of w times X rows of x over n columns: sum[i][j], W <= 2 and X <= 4 constants. */
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_tile_avx2(int32_t sum[2][4], const int8_t *w, size_t w_stride,
                                                             const int8_t *const *x, size_t c, size_t n, const int W,
@@ -3788,29 +3865,18 @@ DSV3__TARGET_AVX2 static void dsv3__k_swiglu_avx2(float *out, const float *gate,
 
 /* vpdpbusd wants one side unsigned: w with its top bit turned over is w + 128, and what that adds, 128 * sum(x), is taken
    off at the end. Sums wrap on the way, the result fits. Both widths share the driver; of their own they have
-   tile   sum[j][i], row i < 4 of w times row j < n_x of x, n columns from c on
+   tile   sum[j][i], row i < 4 of w times row j < n_x of x, n columns from c on. What lies `ahead` bytes behind the rows of
+          w is asked for meanwhile: 4 rows read in step are no pattern that the hardware's prefetcher would follow
    row    sum[g], one row of w times one of x, for each `group` of k columns: front to back, at the speed of memory */
 typedef void (*dsv3__bytes_tile_fn)(int32_t (*sum)[4], const int8_t *const *w, const int8_t *const *x, size_t n_x,
-                                    size_t c, size_t n);
+                                    size_t c, size_t n, size_t ahead);
 typedef void (*dsv3__bytes_row_fn)(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group);
 
-/* minus[g] = 128 * the sum of x over group g. */
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_minus(int32_t *minus, const int8_t *x, size_t k, size_t group)
+DSV3__INLINE int32_t dsv3__k_bytes_minus(const float *x_scale, size_t n_groups, size_t g)
 {
-    const __m256i top = _mm256_set1_epi8((char)0x80);
-    for (size_t n; k; k -= n, x += n) {
-        __m256i s = _mm256_setzero_si256();
-        size_t i = 0;
-        n = dsv3__min(k, group);
-        for (; i + 32 <= n; i += 32) { /* sums of x + 128 */
-            __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(const void *)(x + i)), top);
-            s = _mm256_add_epi64(s, _mm256_sad_epu8(v, _mm256_setzero_si256()));
-        }
-        int32_t sum = dsv3__k_sum8_avx2(s) - (int32_t)(128 * i);
-        for (; i < n; i++)
-            sum += x[i];
-        *minus++ = 128 * sum;
-    }
+    int32_t minus;
+    memcpy(&minus, x_scale + n_groups + g, sizeof minus);
+    return minus;
 }
 
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile, dsv3__bytes_row_fn row,
@@ -3822,7 +3888,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile,
     enum { GROUPS = 256 }; /* at a time; of 128 columns that many are more than a row of any model */
     const size_t n_groups = (k + group - 1) / group;
     const __m128 nan = _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS));
-    int32_t minus[6][GROUPS], sums[GROUPS], sum[6][4];
+    int32_t sums[GROUPS], sum[6][4];
     const int8_t *xr[6], *wr[4];
     const float *ws[4];
     float some[6][4]; /* y, in words of 4 rows of w */
@@ -3830,15 +3896,15 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile,
         t = dsv3__k_tile_rows(n_x - j, tile_x);
         for (size_t g0 = 0; g0 < n_groups; g0 += GROUPS) {
             const size_t groups = dsv3__min(n_groups - g0, GROUPS), n = dsv3__min(k - g0 * group, groups * group);
-            for (size_t r = 0; r < t; r++) {
+            const size_t ahead = j == 0 ? n_w * w_stride : 0; /* the rows of the next call, they may be */
+            for (size_t r = 0; r < t; r++)
                 xr[r] = x[j + r] + g0 * group;
-                dsv3__k_bytes_minus(minus[r], xr[r], n, group);
-            }
             for (size_t i = 0; t == 1 && i < n_w; i++) {
                 float *to = out + j * out_stride + i, y = g0 ? *to : 0;
                 row(sums, w + i * w_stride + g0 * group, xr[0], n, group);
                 for (size_t g = 0; g < groups; g++) {
-                    int32_t exact = (int32_t)((uint32_t)sums[g] - (uint32_t)minus[0][g]);
+                    int32_t exact =
+                        (int32_t)((uint32_t)sums[g] - (uint32_t)dsv3__k_bytes_minus(x_scale[j], n_groups, g0 + g));
                     y = fmaf((float)exact, w_scale[i * n_groups + g0 + g] * x_scale[j][g0 + g], y);
                 }
                 *to = y == y ? y : dsv3__bits_float(DSV3__NAN_BITS);
@@ -3854,10 +3920,10 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile,
                     memcpy(some[r], out + (j + r) * out_stride + i, rows * sizeof(float));
                 for (size_t g = 0; g < groups; g++) {
                     const __m128 w4 = _mm_setr_ps(ws[0][g], ws[1][g], ws[2][g], ws[3][g]);
-                    tile(sum, wr, xr, t, g * group, dsv3__min(n - g * group, group));
+                    tile(sum, wr, xr, t, g * group, dsv3__min(n - g * group, group), ahead);
                     for (size_t r = 0; r < t; r++) {
                         __m128i v = _mm_loadu_si128((const __m128i *)(const void *)sum[r]);
-                        v = _mm_sub_epi32(v, _mm_set1_epi32(minus[r][g]));
+                        v = _mm_sub_epi32(v, _mm_set1_epi32(dsv3__k_bytes_minus(x_scale[j + r], n_groups, g0 + g)));
                         __m128 s = _mm_mul_ps(w4, _mm_set1_ps(x_scale[j + r][g0 + g]));
                         _mm_storeu_ps(some[r], _mm_fmadd_ps(_mm_cvtepi32_ps(v), s, _mm_loadu_ps(some[r])));
                     }
@@ -3882,7 +3948,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_store_avx_vnni(int32_t *sum, _
 
 DSV3__TARGET_AVX_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                              const int8_t *const *x, size_t n_x,
-                                                                             size_t c, size_t n)
+                                                                             size_t c, size_t n, size_t ahead)
 {
     const __m256i top = _mm256_set1_epi8((char)0x80);
     const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c;
@@ -3911,6 +3977,8 @@ DSV3__TARGET_AVX_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx_vnni(int
         DSV3__STEPS(tail[0], tail[1], tail[2], tail[3], tail[4], tail[5]);
     }
     for (size_t i = 0; i < whole; i += 32) {
+        DSV3__PREFETCH_AT((i & 32 ? w2 : w0) + i, ahead);
+        DSV3__PREFETCH_AT((i & 32 ? w3 : w1) + i, ahead);
         DSV3__STEPS(x0 + i, x1 + i, w0 + i, w1 + i, w2 + i, w3 + i);
     }
 #undef DSV3__STEP
@@ -4636,7 +4704,8 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         }
 }
 
-#define dsv3__k_bytes_avx512 dsv3__k_bytes_avx2
+#define dsv3__k_bytes_avx512    dsv3__k_bytes_avx2
+#define dsv3__k_to_bytes_avx512 dsv3__k_to_bytes_avx2
 
 #if DSV3__VNNI
 // ---- AVX-512 VNNI ----------------------------------------------------------------------------------------------
@@ -4655,7 +4724,7 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32
 /* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                             const int8_t *const *x, size_t c, size_t n,
-                                                                            const int X)
+                                                                            size_t ahead, const int X)
 {
     const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c, *x0 = x[0] + c,
                  *x1 = x[X > 1 ? 1 : 0] + c;
@@ -4698,6 +4767,10 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
     DSV3__STEP(w3, a30, a31, a32, a33, a34, a35)
 #define DSV3__LOAD(p) _mm512_loadu_si512((p) + i)
     for (; i + 64 <= n; i += 64) {
+        DSV3__PREFETCH_AT(w0 + i, ahead);
+        DSV3__PREFETCH_AT(w1 + i, ahead);
+        DSV3__PREFETCH_AT(w2 + i, ahead);
+        DSV3__PREFETCH_AT(w3 + i, ahead);
         DSV3__STEPS;
     }
 #undef DSV3__LOAD
@@ -4726,14 +4799,14 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
 DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx512_vnni(int32_t (*sum)[4],
                                                                                    const int8_t *const *w,
                                                                                    const int8_t *const *x, size_t n_x,
-                                                                                   size_t c, size_t n)
+                                                                                   size_t c, size_t n, size_t ahead)
 {
     switch (n_x) {
-    case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 6); break;
-    case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 5); break;
-    case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 4); break;
-    case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 3); break;
-    default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, 2);
+    case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 6); break;
+    case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 5); break;
+    case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 4); break;
+    case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 3); break;
+    default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 2);
     }
 }
 
@@ -5741,6 +5814,10 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_tile_add_pairs_avx2   dsv3__k_tile_add_avx2
 #define dsv3__k_tile_add_pairs_avx512 dsv3__k_tile_add_avx512
 #define dsv3__k_tile_add_pairs_neon   dsv3__k_tile_add_neon
+/* Rounding to codes is memory's business with 8 lanes already. */
+#define dsv3__k_to_bytes_avx_vnni    dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_avx512_vnni dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
 
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
 static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
@@ -5863,8 +5940,8 @@ typedef enum dsv3__form {
     DSV3__FORM_FP8,   /* the same, but rounded to what E4M3 codes and a scale for each 128 can say */
     DSV3__FORM_PAIRS, /* at the positions of BF16 in pairs, rounded to bf16 */
     DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs; dsv3__mm_strip multiplies by the scale and rounds */
-    DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then one float: their scale */
-    DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them */
+    DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then a float: their scale, then an int32: 128 times their sum */
+    DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them, then an int32 for each */
     DSV3__FORMS
 } dsv3__form;
 
@@ -5903,35 +5980,10 @@ DSV3__INLINE size_t dsv3__mm_pad(size_t k)
     return (k + 127) / 128 * 128 + 64;
 }
 
-/* max |x| of n values; NaN if one is not finite. */
-static float dsv3__mm_max(const float *x, size_t n)
-{
-    float max = 0, poison = 0;
-    for (size_t i = 0; i < n; i++) {
-        float magnitude = fabsf(x[i]);
-        max = magnitude > max ? magnitude : max;
-        poison += magnitude * 0;
-    }
-    return max + poison;
-}
-
-/* The nearest codes of n values, ties to even, and the scale: max |x| / 127. */
-static float dsv3__mm_to_bytes(int8_t *codes, const float *x, size_t n)
-{
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float max = dsv3__mm_max(x, n), scale = max / 127.0f;
-    for (size_t i = 0; i < n; i++) {
-        float v = scale > 0 ? x[i] / scale : 0;  /* not so: all are 0, or too small for a scale, or one is not finite */
-        v = v > 127 ? 127 : v < -127 ? -127 : v; /* where the scale is denormal */
-        codes[i] = (int8_t)((v + magic) - magic);
-    }
-    return scale;
-}
-
 /* DeepSeek's act_quant, and back: 128 values, or fewer. */
 static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
 {
-    float max = dsv3__mm_max(x, n), scale = (max < 1e-4f ? 1e-4f : max) / 448.0f;
+    float max = dsv3__k_max_scalar(x, n), scale = (max < 1e-4f ? 1e-4f : max) / 448.0f;
     if (powers && scale < INFINITY) { /* the next power of two; scale is normal, being 2e-7 or more */
         uint32_t bits = dsv3__float_bits(scale);
         scale = dsv3__bits_float((bits + 0x7FFFFF) & 0xFF800000u);
@@ -6007,9 +6059,14 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
     if (dsv3__mm_is_bytes(form)) {
         const size_t group = form == DSV3__FORM_BYTES ? k : 128, padded = (k + 63) / 64 * 64;
         int8_t *codes = (int8_t *)(void *)row;
-        for (size_t c = 0; c < k; c += group) {
-            float scale = dsv3__mm_to_bytes(codes + c, values + c, dsv3__min(k - c, group));
-            memcpy(codes + padded + c / group * sizeof(float), &scale, sizeof scale);
+        const size_t n_groups = (k + group - 1) / group;
+        for (size_t g = 0; g < n_groups; g++) {
+            int32_t sum;
+            float scale =
+                mode->k->to_bytes(codes + g * group, values + g * group, dsv3__min(k - g * group, group), &sum);
+            sum *= 128;
+            memcpy(codes + padded + g * sizeof scale, &scale, sizeof scale);
+            memcpy(codes + padded + (n_groups + g) * sizeof scale, &sum, sizeof sum);
         }
         memset(codes + k, 0, padded - k);
         return;

@@ -668,6 +668,45 @@ TEST(pair_codes_everywhere)
     }
 }
 
+/* to_bytes: of all lengths; ties, zeros, denormal scales, values that are not finite, at every place. */
+TEST(to_bytes_bits)
+{
+    enum { N = 100 };
+    static const float special[] = {INFINITY, -INFINITY, NAN, 1e30f, -1e30f, 1e-42f, 0, 0.5f};
+    float x[N];
+    random_state = 36;
+    for (size_t round = 0; round < 400; round++) {
+        const size_t n = 1 + round % N;
+        const float largest = round % 7 == 0 ? 0 : round % 7 == 1 ? 3e-43f : round % 7 == 2 ? 127 : 5;
+        for (size_t i = 0; i < n; i++) {
+            x[i] = largest * ((float)(random_bits() % 4097) / 2048.0f - 1);
+            x[i] = round % 7 == 2 ? rintf(2 * x[i]) / 2 : x[i]; /* of scale 1, if 127 is among them: ties */
+        }
+        x[random_bits() % n] = round % 7 == 2 ? 127 : largest;
+        if (round % 3 == 0)
+            x[random_bits() % n] = special[round / 3 % DSV3__COUNT(special)];
+        int8_t expected[N + 1], codes[N + 1];
+        int32_t sum, expected_sum, count = 0;
+        memset(expected, 99, sizeof expected);
+        const float scale = dsv3__k_to_bytes_scalar(expected, x, n, &expected_sum);
+        for (size_t i = 0; i < n; i++) {
+            count += expected[i];
+            if (scale > 1e-30f && scale < INFINITY) /* the nearest, by the definition */
+                CHECK(fabs((double)x[i] / scale - expected[i]) <= 0.5 + 1e-5);
+        }
+        CHECK_EQ_INT(expected_sum, count);
+        FOR_VARIANTS(v) {
+            memset(codes, 99, sizeof codes);
+            const float s = v->to_bytes(codes, x, n, &sum);
+            CHECK(same_bits(&s, &scale, 1) || (s != s && scale != scale));
+            if (!CHECK(memcmp(codes, expected, sizeof codes) == 0 && sum == expected_sum)) {
+                printf("    %s, %u values\n", dsv3_isa_name(v->isa), (unsigned)n);
+                return;
+            }
+        }
+    }
+}
+
 /* bytes: all widths, groups, numbers of rows on both sides; the extremes of codes; rows of w end where memory ends. */
 TEST(bytes_bits)
 {
@@ -677,10 +716,11 @@ TEST(bytes_bits)
     int8_t *w = (int8_t *)malloc(W * K), *codes = (int8_t *)malloc(X * K);
     float *w_scale = (float *)malloc(W * K * sizeof(float)), *x_scale = (float *)malloc(X * K * sizeof(float));
     static float out[X * 16], expected[X * 16];
+    float *x_scales = (float *)malloc(X * 2 * K * sizeof(float)); /* a row of x_scale, then the sums */
     const int8_t *x[X];
     const float *xs[X];
     random_state = 32;
-    REQUIRE(w && codes && w_scale && x_scale);
+    REQUIRE(w && codes && w_scale && x_scale && x_scales);
     for (size_t i = 0; i < W * K; i++)
         w_scale[i] = random_float();
     for (size_t i = 0; i < X * K; i++)
@@ -699,7 +739,15 @@ TEST(bytes_bits)
                     int code = i % 3 ? (int)(random_bits() & 255) - 128 : -127;
                     codes[j * K + c] = (int8_t)(c >= k ? 0 : code == -128 ? -127 : code);
                 }
-                x[j] = codes + j * K, xs[j] = x_scale + j * K;
+                for (size_t b = 0; b < n_groups; b++) {
+                    int32_t sum = 0;
+                    for (size_t c = b * group; c < k && c < (b + 1) * group; c++)
+                        sum += codes[j * K + c];
+                    sum *= 128;
+                    memcpy(x_scales + j * 2 * K + n_groups + b, &sum, sizeof sum);
+                }
+                memcpy(x_scales + j * 2 * K, x_scale + j * K, n_groups * sizeof(float));
+                x[j] = codes + j * K, xs[j] = x_scales + j * 2 * K;
             }
             exact e = exact_copy(w, (W - 1) * stride + k, 1 + i % 3);
             memset(expected, 0x11, sizeof expected);
@@ -737,7 +785,7 @@ TEST(bytes_bits)
                     }
             free(e.block);
         }
-    free(w), free(codes), free(w_scale), free(x_scale);
+    free(w), free(codes), free(w_scale), free(x_scale), free(x_scales);
 }
 
 /* The order of summation itself: these bits must never change, whatever the compiler, the flags and the kernel. */
@@ -907,5 +955,5 @@ TEST(tables)
 }
 
 TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
-          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
+          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
           RUN(tables))
