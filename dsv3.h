@@ -327,8 +327,9 @@ typedef enum dsv3_isa {
    AUTO   INT8 for I8 weights, BF16 for all others
    F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
    BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
-          published recipe, which rounds activations to 4 bits. F32, F16 and I8 weights as in F32. The same bits on all
-          ISAs, but that AVX512_BF16 takes operands, products and sums below 2^-126 as 0, as its instruction does
+          published recipe, which rounds activations to 4 bits; what would round to less than 2^-126 becomes 0. F32, F16
+          and I8 weights as in F32. The same bits on all ISAs, but that AVX512_BF16 takes products and sums below 2^-126,
+          and such weights, as 0, as its instruction does
    FP8    as published (DeepSeek's act_quant): for F8_E4M3 weights every 128 activations of a row share a scale max / 448 (a
           power of two where config.json says ue8m0) and become E4M3 codes; products and sums as in F32. Others as in BF16.
           The same bits on all ISAs
@@ -2223,7 +2224,8 @@ DSV3_API size_t dsv3_dtype_size(dsv3_dtype dtype)
 }
 
 /* What every NaN result of a dot product is, so that results have the same bits everywhere. */
-#define DSV3__NAN_BITS 0x7FC00000u
+#define DSV3__NAN_BITS   0x7FC00000u
+#define DSV3__MIN_NORMAL 1.17549435e-38f /* 2^-126 */
 
 /* f32 of every E4M3 code: sign, exponent (bias 7), mantissa 3; exponent 0 is denormal, 0x7F and 0xFF are NaN. */
 // clang-format off
@@ -2556,12 +2558,13 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    nat_fp8       out [ceil64(k)], the same with position = column, block 64, group ignored.
    dot_..._pairs, row_..._pairs   the same for pairs: x [ceil128(k)], scale64 is not looked at, row_ writes ceil128(k).
                  dot_fp8_pairs wants x times `up`, a power of two, and where one of these is infinite gives infinity or NaN.
-   round_pairs   bf16(x * scale) * up for n positions in pairs of F8_E4M3, n a multiple of 128, read with strides x_block
-                 and x_group, written as row_ writes. scale64 [n / 64], the scales of each 64 columns.
+   round_pairs   bf16(x * scale) * up, 0 instead of a bf16 below 2^-126, for n positions in pairs of F8_E4M3, n a multiple
+                 of 128, read with strides x_block and x_group, written as row_ writes. scale64 [n / 64], the scales of
+                 each 64 columns.
                  With pair_words, x of dot_..._pairs and what row_..._pairs and round_pairs write are words, a block being
                  128 columns of them; round_pairs reads floats always, and up is 1.
-   to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127, NaN
-                 if an x is not finite; where it is not above 0 all codes are 0.
+   to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127,
+                 NaN if an x is not finite; where it is not above 0 all codes are 0.
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
                  and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
                  w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)], and behind it as many int32: 128 times the
@@ -2579,7 +2582,8 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
                  from 0 to n_t - 1, for every h < n_h and c < n_c.
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
-   swiglu        out[i] = silu(gate[i]) * up[i] for i < n; out may be gate or up. silu as dsv3__silu. */
+   swiglu        out[i] = silu(gate[i]) * up[i] for i < n, 0 instead of what is below 2^-126; out may be gate or up. silu as
+                 dsv3__silu. */
 /* In three parts, since variants share tables in such parts. */
 #define DSV3__KERN_COMMON(X)                                                                                        \
     X(float, dot_f32, (const void *w, const float *x, const float *scale64, size_t k))                              \
@@ -2637,9 +2641,9 @@ typedef struct dsv3__kern {
 // ---- exp -------------------------------------------------------------------------------------------------
 
 /* exp(x) = 2^n * e^r, n = round(x / ln 2), |r| <= ln(2) / 2, e^r by a polynomial. Error below 1 ulp (0.91 found over all
-   floats), denormal results included; 0 below -104, infinity above 88.73, NaN of NaN.
+   floats); 0 instead of what is below 2^-126, infinity above 88.73, NaN of NaN.
    All variants do these same operations in this order. */
-#define DSV3__EXP_LOW    -104.0f     /* e^-104 < 2^-150 */
+#define DSV3__EXP_LOW    -87.33654f  /* e^x >= 2^-126 */
 #define DSV3__EXP_HIGH   89.0f       /* e^89 > 2^128 */
 #define DSV3__EXP_MAGIC  12582912.0f /* 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits */
 #define DSV3__EXP_LOG2E  1.44269504f
@@ -2653,8 +2657,9 @@ typedef struct dsv3__kern {
 
 static float dsv3__exp(float x)
 {
+    if (x < DSV3__EXP_LOW)
+        return 0;
     x = x > DSV3__EXP_HIGH ? DSV3__EXP_HIGH : x; /* NaN stays */
-    x = x < DSV3__EXP_LOW ? DSV3__EXP_LOW : x;
     float t = fmaf(x, DSV3__EXP_LOG2E, DSV3__EXP_MAGIC), n = t - DSV3__EXP_MAGIC;
     float r = fmaf(n, -DSV3__EXP_LN2_HI, x);
     r = fmaf(n, -DSV3__EXP_LN2_LO, r);
@@ -2664,7 +2669,7 @@ static float dsv3__exp(float x)
     p = fmaf(p, r, DSV3__EXP_C2);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    /* 2^n in two factors, since n is -150 ... 128: the first product is exact, the second rounds once */
+    /* 2^n in two factors, since n is -126 ... 128 */
     uint32_t biased = dsv3__float_bits(t) - 0x4B400000u + 512, half = biased >> 1;
     return p * dsv3__bits_float((half - 256 + 127) << 23) * dsv3__bits_float((biased - half - 256 + 127) << 23);
 }
@@ -2679,6 +2684,13 @@ static float dsv3__sigmoid(float x)
 static float dsv3__silu(float x)
 {
     return x / (1.0f + dsv3__exp(-x));
+}
+
+/* Of activations nothing denormal is kept: one such operand makes a multiply-add of Intel's cores take 150 cycles, and
+   gates far below 0 would give many. What is lost, 2^-126, is nothing beside any sum. */
+DSV3__INLINE float dsv3__k_flush(float v)
+{
+    return fabsf(v) < DSV3__MIN_NORMAL ? 0 : v;
 }
 
 // ---- scalar ----------------------------------------------------------------------------------------------
@@ -2832,7 +2844,7 @@ static void dsv3__k_round_pairs_scalar(float *out, size_t block, size_t group, c
     for (size_t i = 0; i < n; i++) {
         const size_t b = i / 64, g = i % 64 / 8, l = i % 8;
         float v = x[b * x_block + g * x_group + l] * scale64[b / 2 * 2 + g / 4];
-        out[b * block + g * group + l] = dsv3__bf16_decode(dsv3__bf16_encode(v)) * up;
+        out[b * block + g * group + l] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v))) * up;
     }
 }
 
@@ -2956,7 +2968,7 @@ static float dsv3__k_exp_sum_scalar(float *x, size_t n, float max)
 static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        out[i] = dsv3__silu(gate[i]) * up[i];
+        out[i] = dsv3__k_flush(dsv3__silu(gate[i]) * up[i]);
 }
 
 typedef void (*dsv3__tile_add_fn)(float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next,
@@ -3404,6 +3416,13 @@ DSV3__TARGET_AVX2 static void dsv3__k_row_bf16_pairs_avx2(float *out, size_t blo
     dsv3__k_row_bf16_pairs_lanes_avx2(out, block, group, w, k, 8);
 }
 
+/* dsv3__k_flush, 8 at once. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_flush_avx2(__m256 v)
+{
+    __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+    return _mm256_and_ps(v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(DSV3__MIN_NORMAL), _CMP_NLT_UQ));
+}
+
 /* bf16(v), as f32; no NaN but the quiet ones of the arithmetic. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_bf16_avx2(__m256 v)
 {
@@ -3421,7 +3440,7 @@ DSV3__TARGET_AVX2 static void dsv3__k_round_pairs_avx2(float *out, size_t block,
         for (size_t b = 0; b < n / 64; b++) {
             __m256 v = _mm256_loadu_ps(x + b * x_block + g * x_group);
             v = dsv3__k_bf16_avx2(_mm256_mul_ps(v, _mm256_set1_ps(scale64[b / 2 * 2 + g / 4])));
-            _mm256_storeu_ps(out + b * block + g * group, _mm256_mul_ps(v, ups));
+            _mm256_storeu_ps(out + b * block + g * group, _mm256_mul_ps(dsv3__k_flush_avx2(v), ups));
         }
 }
 
@@ -3809,6 +3828,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_exp8_avx2(__m256 x)
 {
     const __m256 one = _mm256_set1_ps(1.0f), magic = _mm256_set1_ps(DSV3__EXP_MAGIC);
     const __m256i bias = _mm256_set1_epi32(127 - 256);
+    const __m256 keep = _mm256_cmp_ps(x, _mm256_set1_ps(DSV3__EXP_LOW), _CMP_NLT_UQ);
     x = _mm256_min_ps(_mm256_set1_ps(DSV3__EXP_HIGH), x); /* the second operand, if it is NaN */
     x = _mm256_max_ps(_mm256_set1_ps(DSV3__EXP_LOW), x);
     __m256 t = _mm256_fmadd_ps(x, _mm256_set1_ps(DSV3__EXP_LOG2E), magic), n = _mm256_sub_ps(t, magic);
@@ -3823,7 +3843,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_exp8_avx2(__m256 x)
     __m256i biased = _mm256_sub_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(0x4B400000 - 512));
     __m256i half = _mm256_srli_epi32(biased, 1), rest = _mm256_sub_epi32(biased, half);
     p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+    return _mm256_and_ps(p, keep);
 }
 
 DSV3__TARGET_AVX2 static float dsv3__k_exp_sum_avx2(float *x, size_t n, float max)
@@ -3854,7 +3875,8 @@ DSV3__TARGET_AVX2 static void dsv3__k_swiglu_avx2(float *out, const float *gate,
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
         __m256 g = _mm256_loadu_ps(gate + i), e = dsv3__k_exp8_avx2(_mm256_xor_ps(g, minus));
-        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), _mm256_loadu_ps(up + i)));
+        __m256 v = _mm256_mul_ps(_mm256_div_ps(g, _mm256_add_ps(one, e)), _mm256_loadu_ps(up + i));
+        _mm256_storeu_ps(out + i, dsv3__k_flush_avx2(v));
     }
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
@@ -4476,11 +4498,21 @@ DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, 
         dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
+/* dsv3__k_flush, 16 at once. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_flush_avx512(__m512 v)
+{
+    const __m512 magnitude =
+        _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF)));
+    const __mmask16 keep = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(DSV3__MIN_NORMAL), _CMP_NLT_UQ);
+    return _mm512_maskz_mov_ps(keep, v);
+}
+
 /* dsv3__exp, 16 at once. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
 {
     const __m512 one = _mm512_set1_ps(1.0f), magic = _mm512_set1_ps(DSV3__EXP_MAGIC);
     const __m512i bias = _mm512_set1_epi32(127 - 256);
+    const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(DSV3__EXP_LOW), _CMP_NLT_UQ);
     x = _mm512_min_ps(_mm512_set1_ps(DSV3__EXP_HIGH), x); /* the second operand, if it is NaN */
     x = _mm512_max_ps(_mm512_set1_ps(DSV3__EXP_LOW), x);
     __m512 t = _mm512_fmadd_ps(x, _mm512_set1_ps(DSV3__EXP_LOG2E), magic), n = _mm512_sub_ps(t, magic);
@@ -4495,7 +4527,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
     __m512i biased = _mm512_sub_epi32(_mm512_castps_si512(t), _mm512_set1_epi32(0x4B400000 - 512));
     __m512i half = _mm512_srli_epi32(biased, 1), rest = _mm512_sub_epi32(biased, half);
     p = _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(half, bias), 23)));
-    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(rest, bias), 23)));
+    p = _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(rest, bias), 23)));
+    return _mm512_maskz_mov_ps(keep, p);
 }
 
 DSV3__TARGET_AVX512 static float dsv3__k_exp_sum_avx512(float *x, size_t n, float max)
@@ -4525,7 +4558,8 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
         __m512 g = _mm512_loadu_ps(gate + i);
         __m512 e =
             dsv3__k_exp16_avx512(_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(g), minus))); /* e^-g */
-        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), _mm512_loadu_ps(up + i)));
+        __m512 v = _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), _mm512_loadu_ps(up + i));
+        _mm512_storeu_ps(out + i, dsv3__k_flush_avx512(v));
     }
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
@@ -4699,7 +4733,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         for (size_t b = 0; b < n / 64; b++) {
             __m512 v = _mm512_loadu_ps(x + b * x_block + g * x_group);
             v = _mm512_mul_ps(v, _mm512_set1_ps(scale64[b / 2 * 2 + g / 2]));
-            v = dsv3__k_second_avx512(dsv3__k_bf16_avx512(v));
+            v = dsv3__k_flush_avx512(dsv3__k_second_avx512(dsv3__k_bf16_avx512(v)));
             _mm512_storeu_ps(out + b * block + g * group, _mm512_mul_ps(v, ups));
         }
 }
@@ -5455,6 +5489,13 @@ static void dsv3__k_row_bf16_pairs_neon(float *out, size_t block, size_t group, 
     }
 }
 
+/* dsv3__k_flush, 4 at once. */
+DSV3__INLINE float32x4_t dsv3__k_flush_neon(float32x4_t v)
+{
+    uint32x4_t tiny = vcltq_f32(vabsq_f32(v), vdupq_n_f32(DSV3__MIN_NORMAL));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), tiny));
+}
+
 /* bf16(v), as f32; no NaN but the quiet ones of the arithmetic. */
 DSV3__INLINE float32x4_t dsv3__k_bf16_neon(float32x4_t v)
 {
@@ -5469,7 +5510,7 @@ static void dsv3__k_round_pairs_neon(float *out, size_t block, size_t group, con
     for (size_t g = 0; g < 16; g++)
         for (size_t b = 0; b < n / 64; b++) {
             float32x4_t v = vmulq_n_f32(vld1q_f32(x + b * x_block + g * x_group), scale64[b / 2 * 2 + g / 8]);
-            vst1q_f32(out + b * block + g * group, vmulq_n_f32(dsv3__k_bf16_neon(v), up));
+            vst1q_f32(out + b * block + g * group, vmulq_n_f32(dsv3__k_flush_neon(dsv3__k_bf16_neon(v)), up));
         }
 }
 
@@ -5751,6 +5792,7 @@ DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
 {
     const float32x4_t one = vdupq_n_f32(1.0f), magic = vdupq_n_f32(DSV3__EXP_MAGIC);
     const int32x4_t bias = vdupq_n_s32(127 - 256);
+    const uint32x4_t tiny = vcltq_f32(x, vdupq_n_f32(DSV3__EXP_LOW));
     x = vminq_f32(x, vdupq_n_f32(DSV3__EXP_HIGH)); /* NaN stays */
     x = vmaxq_f32(x, vdupq_n_f32(DSV3__EXP_LOW));
     float32x4_t t = vfmaq_f32(magic, x, vdupq_n_f32(DSV3__EXP_LOG2E)), n = vsubq_f32(t, magic);
@@ -5765,7 +5807,8 @@ DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
     int32x4_t biased = vsubq_s32(vreinterpretq_s32_f32(t), vdupq_n_s32(0x4B400000 - 512));
     int32x4_t half = vshrq_n_s32(biased, 1), rest = vsubq_s32(biased, half); /* biased is positive */
     p = vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23)));
-    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23)));
+    p = vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23)));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), tiny));
 }
 
 static float dsv3__k_exp_sum_neon(float *x, size_t n, float max)
@@ -5801,7 +5844,7 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
     size_t i = 0;
     for (; i + 4 <= n; i += 4) {
         float32x4_t g = vld1q_f32(gate + i), e = dsv3__k_exp4_neon(vnegq_f32(g));
-        vst1q_f32(out + i, vmulq_f32(vdivq_f32(g, vaddq_f32(one, e)), vld1q_f32(up + i)));
+        vst1q_f32(out + i, dsv3__k_flush_neon(vmulq_f32(vdivq_f32(g, vaddq_f32(one, e)), vld1q_f32(up + i))));
     }
     dsv3__k_swiglu_scalar(out + i, gate + i, up + i, n - i);
 }
@@ -6050,6 +6093,27 @@ DSV3__INLINE size_t dsv3__mm_offset(const dsv3__kern *k, size_t b, size_t blocks
     return b0 * 64 + (b - b0) * s.block;
 }
 
+/* 128 columns to their positions (>>kern). */
+static void dsv3__mm_place(float *placed, const float *v, dsv3__form form)
+{
+    if (form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8) {
+        for (size_t p = 0; p < 8; p++)
+            for (size_t i = 0; i < 16; i++)
+                placed[16 * p + i] = v[p / 4 * 64 + 4 * i + p % 4];
+    } else if (dsv3__mm_is_pairs(form)) {
+        const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
+        for (size_t r = 0; r < 4; r++) {
+            const size_t first = dsv3__k_pair_column(64 + 16 * r, dtype), next = form == DSV3__FORM_PAIRS ? 2 : 4;
+            for (size_t i = 0; i < 16; i++) {
+                placed[16 * r + i] = v[first + next * i + 1];
+                placed[64 + 16 * r + i] = v[first + next * i];
+            }
+        }
+    } else {
+        memcpy(placed, v, 128 * sizeof(float));
+    }
+}
+
 /* row takes the form of k values. row: room for dsv3__mm_pad(k); values and row do not overlap. */
 static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *values, size_t k, dsv3__form form,
                           bool tiled)
@@ -6081,12 +6145,8 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         for (size_t i = 0; i < 128 && pairs; i++) /* a NaN of any kind becomes the one that rounding keeps */
             v[i] = v[i] == v[i] ? v[i] : dsv3__bits_float(DSV3__NAN_BITS);
         for (size_t i = 0; i < 128 && form == DSV3__FORM_PAIRS; i++)
-            v[i] = dsv3__bf16_decode(dsv3__bf16_encode(v[i]));
-        const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
-        for (size_t i = 0; i < 128; i++)
-            placed[i] = v[pairs                                                ? dsv3__k_pair_column(i, dtype)
-                          : form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8 ? i / 64 * 64 + i % 16 * 4 + i % 64 / 16
-                                                                               : i];
+            v[i] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v[i])));
+        dsv3__mm_place(placed, v, form);
         for (size_t h = 0; h < 2 && c / 64 + h < blocks; h++) {
             size_t group, at = dsv3__mm_offset(mode->k, c / 64 + h, blocks, tiled, &group), lanes = mode->k->lanes;
             for (size_t g = 0; g < 64 / lanes; g++)

@@ -77,6 +77,8 @@ typedef struct emu_si {
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi8_epi16
 #undef _mm512_cmpeq_epi8_mask
+#undef _mm512_cmp_ps_mask
+#undef _mm512_maskz_mov_ps
 #undef _mm512_or_si512
 #undef _mm512_unpacklo_epi32
 #undef _mm512_unpackhi_epi32
@@ -251,6 +253,21 @@ EMU uint64_t emu_cmpeq_epi8_mask(emu_si a, emu_si b)
     return hi << 32 | lo;
 }
 #define _mm512_cmpeq_epi8_mask emu_cmpeq_epi8_mask
+
+#define _mm512_cmp_ps_mask(a, b, how)                                        \
+    ((__mmask16)(_mm256_movemask_ps(_mm256_cmp_ps((a).v[0], (b).v[0], how)) | \
+                 _mm256_movemask_ps(_mm256_cmp_ps((a).v[1], (b).v[1], how)) << 8))
+
+EMU emu_ps emu_maskz_mov_ps(__mmask16 mask, emu_ps a)
+{
+    float v[16];
+    memcpy(v, &a, sizeof v);
+    for (int i = 0; i < 16; i++)
+        v[i] = mask >> i & 1 ? v[i] : 0;
+    memcpy(&a, v, sizeof v);
+    return a;
+}
+#define _mm512_maskz_mov_ps emu_maskz_mov_ps
 
 EMU emu_si emu_cvtepi8_epi32(__m128i a)
 {
