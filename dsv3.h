@@ -32,10 +32,10 @@
        num    scalar formats: E4M3, E8M0, F16, BF16, I8   chat   conversations to ids, replies to their parts
        ten    the quantized tensor                        gram   JSON and JSON Schema to masks over tokens
        kern   inner loops, per instruction set            smp    logits to a token
-       mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
-       json   a bounded pull reader                       api    the public calls
-       st     safetensors, shards, index
-       cfg    config.json, checked once
+       mm     matrix products over quantized tensors      ws     what sessions share: pages, scratch, threads
+       json   a bounded pull reader                       ses    a timeline: tokens, pages, generation
+       st     safetensors, shards, index                  snap   sessions written down and read again
+       cfg    config.json, checked once                   api    the public calls
        wt     names to weights
        nn     norm, rotary positions, linear maps, gated MLPs
 
@@ -235,6 +235,7 @@ typedef enum dsv3_result {
     DSV3_ERROR_TRUNCATED = -22,         /* a file is shorter than its own header says */
     DSV3_ERROR_JSON = -23,              /* not JSON; `offset` is the byte */
     DSV3_ERROR_SAFETENSORS = -24,       /* JSON, but not a safetensors header or index */
+    DSV3_ERROR_SNAPSHOT = -25,          /* no snapshot, a damaged one, or one of another model or cache type */
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
     DSV3_ERROR_BAD_TENSOR = -32, /* wrong shape or dtype, scales missing, values that are not finite */
@@ -963,6 +964,35 @@ DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **lo
    none is, the next one that runs tokens does. */
 DSV3_API void dsv3_session_cancel(dsv3_session *session);
 
+/* Where a snapshot goes to and comes from, front to back. A callback that returns false ends the call: DSV3_ERROR_IO. */
+typedef struct dsv3_sink {
+    bool (*write_fn)(void *user, const void *data, size_t size); /* all of it */
+    void *user;
+} dsv3_sink;
+
+typedef struct dsv3_source {
+    bool (*read_fn)(void *user, void *data, size_t size); /* exactly `size` bytes */
+    void *user;
+    uint64_t size; /* of the snapshot, in bytes; 0: not known, and what lies behind it is not looked at */
+} dsv3_source;
+
+/* Writes sessions of one workspace down: their tokens and the rows of their caches, a page that several share once. The same
+   tokens sampled from with the same options go on the same way: no other state is needed.
+   sessions   [n], none twice
+   sink       NULL: only measures
+   size       out, may be NULL: bytes of the snapshot
+   Errors: INVALID_ARGUMENT, IO. Allocates nothing. */
+DSV3_API dsv3_result dsv3_save(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                               dsv3_error *error);
+
+/* Reads a snapshot of n sessions into these n, in place of what they hold, which they keep until all was read and is right:
+   there must be free pages for it. It must be of the same model (settings, tensors, and samples of weights agree), computed
+   in the same dsv3_compute, with the same types of cache; logits then have the bits they had.
+   sessions   [n] of one workspace, none twice, each with room for its tokens
+   Errors: INVALID_ARGUMENT, IO, TRUNCATED, SNAPSHOT, CONTEXT_FULL, CACHE_FULL, OUT_OF_MEMORY, MEMORY_LIMIT. On failure the
+   sessions are as they were. */
+DSV3_API dsv3_result dsv3_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *error);
+
 // ---- Sampling and generation -----------------------------------------------------------------------------
 
 /* = {0} is greedy. Filters apply in this order: penalties, temperature, top-k, top-p, min-p. A zero switches one off. */
@@ -1424,6 +1454,7 @@ DSV3_API const char *dsv3_result_name(dsv3_result result)
         DSV3__NAME(DSV3_ERROR_TRUNCATED)
         DSV3__NAME(DSV3_ERROR_JSON)
         DSV3__NAME(DSV3_ERROR_SAFETENSORS)
+        DSV3__NAME(DSV3_ERROR_SNAPSHOT)
         DSV3__NAME(DSV3_ERROR_UNSUPPORTED_MODEL)
         DSV3__NAME(DSV3_ERROR_MISSING_TENSOR)
         DSV3__NAME(DSV3_ERROR_BAD_TENSOR)
@@ -18073,18 +18104,22 @@ static void dsv3__ses_take_logits(dsv3_session *s)
     s->logits = s->owned->values;
 }
 
-/* Forgets the pages from number n_pages on. Those that nobody else names are free, and set aside again up to `reserve`. */
-static void dsv3__ses_trim(dsv3_session *s, uint32_t n_pages)
+/* One name less for a page. If it was the last, the page is free, and set aside again up to `reserve`. */
+static void dsv3__ses_give_page(dsv3_session *s, uint32_t page)
 {
     dsv3_workspace *ws = s->ws;
-    while (s->n_pages > n_pages) {
-        uint32_t page = s->pages[--s->n_pages];
-        if (--ws->refs[page])
-            continue;
-        ws->free[ws->n_free++] = page;
-        if (s->drawn)
-            s->drawn--, ws->n_promised++;
-    }
+    if (--ws->refs[page])
+        return;
+    ws->free[ws->n_free++] = page;
+    if (s->drawn)
+        s->drawn--, ws->n_promised++;
+}
+
+/* Forgets the pages from number n_pages on. */
+static void dsv3__ses_trim(dsv3_session *s, uint32_t n_pages)
+{
+    while (s->n_pages > n_pages)
+        dsv3__ses_give_page(s, s->pages[--s->n_pages]);
 }
 
 /* A free page: one that was promised, as long as there are. The caller knows that there is one. */
@@ -18742,6 +18777,609 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     return r;
 }
 // =============================================================================
+// >>snap  Sessions written down and read again. Needs: ses. A snapshot is a file from anywhere: no number in it is used before
+//         it was held against the model and the sessions it goes into, and nothing of a session changes before all was read.
+//         Little-endian, in this order, checksums of all bytes before them:
+//           header      256 bytes: dsv3__snap_header; its checksum is the last 8
+//           sessions    [n_sessions] n_tokens, n_cached: u32 each
+//           for each    tokens [n_tokens], numbers of its pages [ceil(n_cached / 64)]: u32. Pages are counted as they first
+//                       occur, so that one that is shared is there once
+//           pages       [n_pages] how many rows of each are stored: u32; checksum
+//           for each    for each layer, for each piece of it (dsv3__mla_piece): rows
+//           checksum
+// =============================================================================
+
+#define DSV3__SNAP_HEADER  256u
+#define DSV3__SNAP_VERSION 1u
+
+/* A checksum of 64 bits, 32 bytes a step in four lanes. Each step is one-to-one in the lane and in the word, so a change of
+   bytes of one word never goes unseen. */
+typedef struct dsv3__snap_sum {
+    uint64_t lane[4], total;
+    uint8_t part[32];
+} dsv3__snap_sum;
+
+static void dsv3__snap_sum_start(dsv3__snap_sum *sum)
+{
+    memset(sum, 0, sizeof *sum);
+    for (uint32_t i = 0; i < 4; i++)
+        sum->lane[i] = 0x9E3779B97F4A7C15ull * (i + 1);
+}
+
+static void dsv3__snap_sum_add(dsv3__snap_sum *sum, const void *data, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    uint64_t a = sum->lane[0], b = sum->lane[1], c = sum->lane[2], d = sum->lane[3];
+    while (n) {
+        const uint8_t *from = p;
+        size_t at = (size_t)(sum->total % 32), take = dsv3__min(n, 32 - at);
+        if (take < 32) {
+            memcpy(sum->part + at, p, take);
+            from = sum->part;
+        }
+        p += take, n -= take, sum->total += take;
+        if (at + take < 32)
+            break;
+#define DSV3__SNAP_STEP(lane, i)          \
+    lane ^= dsv3__load64(from + 8 * (i)); \
+    lane = (lane << 29 | lane >> 35) * 0xC2B2AE3D27D4EB4Full
+        DSV3__SNAP_STEP(a, 0);
+        DSV3__SNAP_STEP(b, 1);
+        DSV3__SNAP_STEP(c, 2);
+        DSV3__SNAP_STEP(d, 3);
+#undef DSV3__SNAP_STEP
+    }
+    sum->lane[0] = a, sum->lane[1] = b, sum->lane[2] = c, sum->lane[3] = d;
+}
+
+/* Of all so far; more may follow. */
+static uint64_t dsv3__snap_sum_get(const dsv3__snap_sum *sum)
+{
+    dsv3__snap_sum end = *sum;
+    const uint8_t zeros[32] = {0};
+    uint64_t h = sum->total;
+    if (sum->total % 32)
+        dsv3__snap_sum_add(&end, zeros, 32 - (size_t)(sum->total % 32));
+    for (uint32_t i = 0; i < 4; i++) {
+        h = (h ^ end.lane[i]) * 0x9FB21C651E98DF25ull;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+static void dsv3__snap_number(dsv3__snap_sum *sum, uint64_t v)
+{
+    dsv3__snap_sum_add(sum, &v, sizeof v);
+}
+
+static void dsv3__snap_real(dsv3__snap_sum *sum, double v)
+{
+    dsv3__snap_sum_add(sum, &v, sizeof v);
+}
+
+/* 64 bytes from the middle of a weight. */
+static void dsv3__snap_sample(dsv3__snap_sum *sum, const dsv3_tensor *t)
+{
+    if (!t->data)
+        return;
+    const uint64_t bytes =
+        dsv3__ten_n_rows(t) > 1 ? dsv3__ten_n_rows(t) * t->row_stride : dsv3__ten_n_cols(t) * dsv3_dtype_size(t->dtype);
+    const uint64_t n = bytes < 64 ? bytes : 64;
+    dsv3__snap_sum_add(sum, (const uint8_t *)t->data + (bytes - n) / 2, (size_t)n);
+}
+
+/* Two models with the same one give the same rows: what they compute, all tensors by name, dtype and shape, and some bytes of
+   the weights of every layer. Reads a few hundred pages of the files. */
+static uint64_t dsv3__snap_fingerprint(const dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    const uint32_t numbers[] = {c->vocab_size,
+                                c->hidden_size,
+                                c->intermediate_size,
+                                c->moe_intermediate_size,
+                                c->num_hidden_layers,
+                                c->first_k_dense_replace,
+                                c->num_attention_heads,
+                                c->q_lora_rank,
+                                c->kv_lora_rank,
+                                c->qk_nope_head_dim,
+                                c->qk_rope_head_dim,
+                                c->v_head_dim,
+                                c->n_routed_experts,
+                                c->n_shared_experts,
+                                c->num_experts_per_tok,
+                                c->n_group,
+                                c->topk_group,
+                                (uint32_t)c->scoring_func,
+                                (uint32_t)c->topk_method,
+                                c->norm_topk_prob,
+                                c->tie_word_embeddings,
+                                c->rope_interleave,
+                                c->rope_yarn,
+                                c->rope_original_max_position_embeddings,
+                                m->mode.powers};
+    dsv3__snap_sum sum;
+    dsv3__snap_sum_start(&sum);
+    for (uint32_t i = 0; i < DSV3__COUNT(numbers); i++)
+        dsv3__snap_number(&sum, numbers[i]);
+    dsv3__snap_real(&sum, (double)c->routed_scaling_factor), dsv3__snap_real(&sum, (double)c->rms_norm_eps);
+    dsv3__snap_real(&sum, c->rope_theta), dsv3__snap_real(&sum, c->rope_factor);
+    dsv3__snap_real(&sum, c->rope_beta_fast), dsv3__snap_real(&sum, c->rope_beta_slow);
+    dsv3__snap_real(&sum, c->rope_mscale), dsv3__snap_real(&sum, c->rope_mscale_all_dim);
+    dsv3__snap_real(&sum, c->rope_attention_factor);
+    for (uint64_t i = 0; i < m->st.n_tensors; i++) {
+        const dsv3__st_tensor *t = &m->st.tensors[i];
+        dsv3__snap_sum_add(&sum, t->name, strlen(t->name) + 1);
+        dsv3__snap_number(&sum, t->dtype);
+        dsv3__snap_sum_add(&sum, t->shape, t->rank * sizeof *t->shape);
+    }
+    dsv3__snap_sample(&sum, &m->embed), dsv3__snap_sample(&sum, &m->norm), dsv3__snap_sample(&sum, &m->head);
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+        const dsv3__layer *l = &m->layers[i];
+        dsv3__snap_sample(&sum, &l->input_norm), dsv3__snap_sample(&sum, &l->kv_a), dsv3__snap_sample(&sum, &l->kv_b);
+        dsv3__snap_sample(&sum, &l->o), dsv3__snap_sample(&sum, &l->mlp.down), dsv3__snap_sample(&sum, &l->router);
+        dsv3__snap_sample(&sum, &l->router_bias);
+    }
+    return dsv3__snap_sum_get(&sum);
+}
+
+typedef struct dsv3__snap_header {
+    uint64_t total; /* bytes of the snapshot */
+    uint64_t fingerprint;
+    uint32_t compute, latent, rope_key; /* dsv3_compute, dsv3_cache, dsv3_cache */
+    uint32_t n_sessions, n_pages;
+    char model_type[32];
+} dsv3__snap_header;
+
+/* magic, version, total, fingerprint, five numbers, the name, zeros, checksum */
+static void dsv3__snap_pack(uint8_t *bytes, const dsv3__snap_header *h)
+{
+    const uint32_t version = DSV3__SNAP_VERSION, size = DSV3__SNAP_HEADER;
+    const uint32_t numbers[] = {h->compute, h->latent, h->rope_key, h->n_sessions, h->n_pages};
+    dsv3__snap_sum sum;
+    memset(bytes, 0, DSV3__SNAP_HEADER);
+    memcpy(bytes, "DSV3SNAP", 8);
+    memcpy(bytes + 8, &version, 4);
+    memcpy(bytes + 12, &size, 4);
+    memcpy(bytes + 16, &h->total, 8);
+    memcpy(bytes + 24, &h->fingerprint, 8);
+    memcpy(bytes + 32, numbers, sizeof numbers);
+    memcpy(bytes + 64, h->model_type, sizeof h->model_type);
+    dsv3__snap_sum_start(&sum);
+    dsv3__snap_sum_add(&sum, bytes, DSV3__SNAP_HEADER - 8);
+    const uint64_t checksum = dsv3__snap_sum_get(&sum);
+    memcpy(bytes + DSV3__SNAP_HEADER - 8, &checksum, 8);
+}
+
+/* What a snapshot of these sessions has to say of the model and the cache. */
+static void dsv3__snap_describe(dsv3__snap_header *h, const dsv3_workspace *ws)
+{
+    memset(h, 0, sizeof *h);
+    h->fingerprint = dsv3__snap_fingerprint(ws->m);
+    h->compute = (uint32_t)ws->m->mode.compute;
+    h->latent = (uint32_t)ws->cache_latent, h->rope_key = (uint32_t)ws->cache_rope;
+    memcpy(h->model_type, ws->m->config.model_type, sizeof h->model_type);
+}
+
+/* Bytes of a position in the snapshot, all layers. */
+static uint64_t dsv3__snap_row(const dsv3__work *w)
+{
+    uint64_t offset, bytes = 0;
+    for (uint32_t i = 0; i < 4; i++)
+        bytes += dsv3__mla_piece(w, i, &offset);
+    return bytes * (w->page_bytes / w->layer_bytes);
+}
+
+/* Rows of page number i that a session with n_cached of them has. */
+DSV3__INLINE uint32_t dsv3__snap_rows(uint32_t n_cached, uint32_t i)
+{
+    return n_cached - i * DSV3_PAGE_TOKENS < DSV3_PAGE_TOKENS ? n_cached - i * DSV3_PAGE_TOKENS : DSV3_PAGE_TOKENS;
+}
+
+/* Sessions of one workspace, none of them twice, none running: marks them `listed`, up to *listed, which the caller takes
+   back. */
+static dsv3_result dsv3__snap_list(dsv3_session *const *sessions, size_t n, size_t *listed, dsv3_error *err)
+{
+    for (*listed = 0; *listed < n; ++*listed) {
+        dsv3_session *s = sessions[*listed];
+        if (!s)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is NULL", (uint64_t)*listed);
+        if (s->ws->running)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is running: a callback may only cancel it",
+                              (uint64_t)*listed);
+        if (s->ws != sessions[0]->ws)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is of another workspace than the first",
+                              (uint64_t)*listed);
+        if (s->listed)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is in the list already", (uint64_t)*listed);
+        s->listed = true;
+    }
+    return n ? DSV3_OK : DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "no sessions");
+}
+
+static void dsv3__snap_unlist(dsv3_session *const *sessions, size_t listed)
+{
+    while (listed--)
+        sessions[listed]->listed = false;
+}
+
+// ---- Writing ---------------------------------------------------------------------------------------------
+
+typedef struct dsv3__snap_out {
+    const dsv3_sink *sink;
+    dsv3__snap_sum sum;
+} dsv3__snap_out;
+
+static dsv3_result dsv3__snap_write(dsv3__snap_out *o, const void *data, size_t n, dsv3_error *err)
+{
+    if (!n)
+        return DSV3_OK;
+    const uint64_t at = o->sum.total;
+    dsv3__snap_sum_add(&o->sum, data, n);
+    if (!o->sink->write_fn(o->sink->user, data, n))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "snapshot: writing %u bytes at %u failed", (uint64_t)n, at);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_write_sum(dsv3__snap_out *o, dsv3_error *err)
+{
+    const uint64_t sum = dsv3__snap_sum_get(&o->sum);
+    return dsv3__snap_write(o, &sum, sizeof sum, err);
+}
+
+/* The rows stored of a page: as many as the one that has most of them needs. */
+static uint32_t dsv3__snap_stored(dsv3_session *const *sessions, size_t n, uint32_t i, uint32_t page)
+{
+    uint32_t rows = 0;
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        if (i < s->n_pages && s->pages[i] == page && dsv3__snap_rows(s->n_cached, i) > rows)
+            rows = dsv3__snap_rows(s->n_cached, i);
+    }
+    return rows;
+}
+
+static dsv3_result dsv3__snap_write_page(dsv3__snap_out *o, const dsv3__work *w, uint32_t page, uint32_t rows,
+                                         dsv3_error *err)
+{
+    const uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+    for (; layer < end; layer += w->layer_bytes)
+        for (uint32_t i = 0; i < 4; i++) {
+            uint64_t offset;
+            size_t row = dsv3__mla_piece(w, i, &offset);
+            DSV3__TRY(dsv3__snap_write(o, layer + offset, row * rows, err));
+        }
+    return DSV3_OK;
+}
+
+/* marks [page] is its number in the snapshot, counted from 1. */
+static dsv3_result dsv3__snap_save(dsv3_session *const *sessions, size_t n, const dsv3__snap_header *h,
+                                   const dsv3_sink *sink, dsv3_error *err)
+{
+    const dsv3_workspace *ws = sessions[0]->ws;
+    dsv3__snap_out o;
+    uint8_t header[DSV3__SNAP_HEADER];
+    o.sink = sink;
+    dsv3__snap_sum_start(&o.sum);
+    dsv3__snap_pack(header, h);
+    DSV3__TRY(dsv3__snap_write(&o, header, sizeof header, err));
+    for (size_t k = 0; k < n; k++) {
+        const uint32_t counts[2] = {sessions[k]->n_tokens, sessions[k]->n_cached};
+        DSV3__TRY(dsv3__snap_write(&o, counts, sizeof counts, err));
+    }
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        DSV3__TRY(dsv3__snap_write(&o, s->tokens, s->n_tokens * sizeof *s->tokens, err));
+        for (uint32_t i = 0; i < s->n_pages; i++) {
+            const uint32_t number = ws->marks[s->pages[i]] - 1;
+            DSV3__TRY(dsv3__snap_write(&o, &number, sizeof number, err));
+        }
+    }
+    for (int data = 0; data < 2; data++) { /* how many rows of each page; then the rows */
+        uint32_t next = 1;
+        for (size_t k = 0; k < n; k++) {
+            const dsv3_session *s = sessions[k];
+            for (uint32_t i = 0; i < s->n_pages; i++) {
+                if (ws->marks[s->pages[i]] != next)
+                    continue; /* it was there before */
+                const uint32_t rows = dsv3__snap_stored(sessions, n, i, s->pages[i]);
+                next++;
+                DSV3__TRY(data ? dsv3__snap_write_page(&o, &ws->work, s->pages[i], rows, err)
+                               : dsv3__snap_write(&o, &rows, sizeof rows, err));
+            }
+        }
+        DSV3__TRY(dsv3__snap_write_sum(&o, err));
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_save_all(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                                       dsv3_error *err)
+{
+    size_t listed;
+    dsv3_result r = dsv3__snap_list(sessions, n, &listed, err);
+    if (!r) {
+        dsv3_workspace *ws = sessions[0]->ws;
+        dsv3__snap_header h;
+        dsv3__snap_describe(&h, ws);
+        h.n_sessions = (uint32_t)n;
+        h.total = DSV3__SNAP_HEADER + 8 * (uint64_t)n + 16;
+        for (size_t k = 0; k < n; k++) {
+            const dsv3_session *s = sessions[k];
+            h.total += 4 * ((uint64_t)s->n_tokens + s->n_pages);
+            for (uint32_t i = 0; i < s->n_pages; i++)
+                if (!ws->marks[s->pages[i]]) {
+                    ws->marks[s->pages[i]] = ++h.n_pages;
+                    h.total += 4 + dsv3__snap_stored(sessions, n, i, s->pages[i]) * dsv3__snap_row(&ws->work);
+                }
+        }
+        *size = h.total;
+        ws->running = true;
+        if (sink)
+            r = dsv3__snap_save(sessions, n, &h, sink, err);
+        ws->running = false;
+        for (size_t k = 0; k < n; k++)
+            for (uint32_t i = 0; i < sessions[k]->n_pages; i++)
+                ws->marks[sessions[k]->pages[i]] = 0;
+    }
+    dsv3__snap_unlist(sessions, listed);
+    return r;
+}
+
+// ---- Reading ---------------------------------------------------------------------------------------------
+
+typedef struct dsv3__snap_in {
+    const dsv3_source *source;
+    dsv3__snap_sum sum;
+    dsv3__snap_header h;
+} dsv3__snap_in;
+
+static dsv3_result dsv3__snap_read(dsv3__snap_in *in, void *data, size_t n, dsv3_error *err)
+{
+    if (n && !in->source->read_fn(in->source->user, data, n))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "snapshot: reading %u bytes at %u failed", (uint64_t)n, in->sum.total);
+    dsv3__snap_sum_add(&in->sum, data, n);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_read_sum(dsv3__snap_in *in, dsv3_error *err)
+{
+    const uint64_t expected = dsv3__snap_sum_get(&in->sum), at = in->sum.total;
+    uint64_t found;
+    DSV3__TRY(dsv3__snap_read(in, &found, sizeof found, err));
+    if (found != expected)
+        return DSV3__FAIL_AT(err, DSV3_ERROR_SNAPSHOT, at, "snapshot: damaged: the checksum at %u does not fit", at);
+    return DSV3_OK;
+}
+
+static const char *dsv3__snap_cache_name(uint32_t type)
+{
+    return type == DSV3_CACHE_F32 ? "f32" : type == DSV3_CACHE_BF16 ? "bf16" : type == DSV3_CACHE_I8 ? "i8" : "?";
+}
+
+/* The header, held against the model and the list. */
+static dsv3_result dsv3__snap_read_header(dsv3__snap_in *in, const dsv3_workspace *ws, size_t n, dsv3_error *err)
+{
+    uint8_t bytes[DSV3__SNAP_HEADER], again[DSV3__SNAP_HEADER];
+    uint32_t version, numbers[5];
+    dsv3__snap_header want, *h = &in->h;
+    if (in->source->size && in->source->size < DSV3__SNAP_HEADER)
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "snapshot: %u bytes, a header has %u", in->source->size,
+                          (uint64_t)DSV3__SNAP_HEADER);
+    DSV3__TRY(dsv3__snap_read(in, bytes, sizeof bytes, err));
+    if (memcmp(bytes, "DSV3SNAP", 8) != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: it is none: the first bytes are not DSV3SNAP");
+    memcpy(&version, bytes + 8, 4);
+    if (version != DSV3__SNAP_VERSION)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: version %u, expected %u", (uint64_t)version,
+                          (uint64_t)DSV3__SNAP_VERSION);
+    memcpy(&h->total, bytes + 16, 8);
+    memcpy(&h->fingerprint, bytes + 24, 8);
+    memcpy(numbers, bytes + 32, sizeof numbers);
+    memcpy(h->model_type, bytes + 64, sizeof h->model_type);
+    h->compute = numbers[0], h->latent = numbers[1], h->rope_key = numbers[2];
+    h->n_sessions = numbers[3], h->n_pages = numbers[4];
+    dsv3__snap_pack(again, h); /* its size, zeros where nothing is, its checksum */
+    if (memcmp(bytes, again, sizeof bytes) != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: the header is damaged");
+    if (in->source->size && in->source->size != h->total)
+        return DSV3__FAIL(err, in->source->size < h->total ? DSV3_ERROR_TRUNCATED : DSV3_ERROR_SNAPSHOT,
+                          "snapshot: %u bytes, its header says %u", in->source->size, h->total);
+    dsv3__snap_describe(&want, ws);
+    if (h->fingerprint != want.fingerprint || memcmp(h->model_type, want.model_type, sizeof h->model_type) != 0) {
+        char name[33];
+        memcpy(name, h->model_type, 32);
+        name[32] = 0;
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT,
+                          "snapshot: of another model: %s, fingerprint %u; this is %s, fingerprint %u", name,
+                          h->fingerprint, ws->m->config.model_type, want.fingerprint);
+    }
+    if (h->compute != want.compute)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: computed in mode %s, this model is open in %s",
+                          dsv3_compute_name((dsv3_compute)(h->compute & 0xFF)), dsv3_compute_name(ws->m->mode.compute));
+    if (h->latent != want.latent || h->rope_key != want.rope_key)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: cache of %s and %s, here it is of %s and %s",
+                          dsv3__snap_cache_name(h->latent), dsv3__snap_cache_name(h->rope_key),
+                          dsv3__snap_cache_name(want.latent), dsv3__snap_cache_name(want.rope_key));
+    if (h->n_sessions != n)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: %u sessions, %u to be loaded", (uint64_t)h->n_sessions,
+                          (uint64_t)n);
+    if (h->n_pages > ws->n_free)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "snapshot: %u pages, the workspace has %u free",
+                          (uint64_t)h->n_pages, (uint64_t)ws->n_free);
+    return DSV3_OK;
+}
+
+/* What is in memory until all is known to be right. Of each session `keep` is n_tokens, `valid` is n_cached. */
+typedef struct dsv3__snap_tables {
+    int32_t *tokens;   /* of all sessions, one behind the other */
+    uint32_t *numbers; /* of their pages, likewise */
+    uint32_t *rows;    /* [n_pages] stored, */
+    uint32_t *index;   /* [n_pages] and which page of its session it is */
+    uint32_t *pages;   /* [n_pages] the workspace's page for it */
+    uint32_t *owner;   /* [n_pages] the session that took it */
+} dsv3__snap_tables;
+
+/* Tokens, numbers of pages and rows, every one in its range. Then it is known how long the snapshot must be. */
+static dsv3_result dsv3__snap_read_tables(dsv3__snap_in *in, dsv3_session *const *sessions, size_t n,
+                                          const dsv3__snap_tables *t, dsv3_error *err)
+{
+    const dsv3_workspace *ws = sessions[0]->ws;
+    const uint32_t vocab = ws->m->config.vocab_size;
+    int32_t *tokens = t->tokens;
+    uint32_t *numbers = t->numbers, seen = 0;
+    uint64_t lack = 0, total;
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        const uint32_t n_pages = dsv3__ses_pages_of(s->valid), before = seen, promised = s->reserve - s->drawn;
+        DSV3__TRY(dsv3__snap_read(in, tokens, s->keep * sizeof *tokens, err));
+        for (uint32_t i = 0; i < s->keep; i++)
+            if (tokens[i] < 0 || (uint32_t)tokens[i] >= vocab)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT,
+                                  "snapshot: session %u: token %u is %d, the vocabulary has %u", (uint64_t)k,
+                                  (uint64_t)i, (int64_t)tokens[i], (uint64_t)vocab);
+        DSV3__TRY(dsv3__snap_read(in, numbers, n_pages * sizeof *numbers, err));
+        for (uint32_t i = 0; i < n_pages; i++) {
+            if (numbers[i] == seen && seen < in->h.n_pages)
+                t->owner[seen] = (uint32_t)k, t->index[seen++] = i;
+            else if (numbers[i] >= seen || t->index[numbers[i]] != i)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: session %u: page %u has number %u of %u",
+                                  (uint64_t)k, (uint64_t)i, (uint64_t)numbers[i], (uint64_t)in->h.n_pages);
+        }
+        lack += seen - before > promised ? seen - before - promised : 0;
+        tokens += s->keep, numbers += n_pages;
+    }
+    if (seen != in->h.n_pages)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: %u pages, %u are named", (uint64_t)in->h.n_pages,
+                          (uint64_t)seen);
+    DSV3__TRY(dsv3__snap_read(in, t->rows, seen * sizeof *t->rows, err));
+    numbers = t->numbers;
+    for (size_t k = 0; k < n; k++)
+        for (uint32_t i = 0; i < dsv3__ses_pages_of(sessions[k]->valid); i++, numbers++)
+            if (t->rows[*numbers] < dsv3__snap_rows(sessions[k]->valid, i) || t->rows[*numbers] > DSV3_PAGE_TOKENS)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: page %u has %u rows, session %u needs %u",
+                                  (uint64_t)*numbers, (uint64_t)t->rows[*numbers], (uint64_t)k,
+                                  (uint64_t)dsv3__snap_rows(sessions[k]->valid, i));
+    DSV3__TRY(dsv3__snap_read_sum(in, err));
+    total = in->sum.total + 8;
+    for (uint32_t i = 0; i < seen; i++)
+        total += t->rows[i] * dsv3__snap_row(&ws->work);
+    if (total != in->h.total)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: its tables make %u bytes, its header says %u", total,
+                          in->h.total);
+    if (lack > ws->n_free - ws->n_promised)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "snapshot: %u pages more than the workspace has", lack);
+    return DSV3_OK;
+}
+
+/* Rows into free pages that no session names yet; *taken of them. */
+static dsv3_result dsv3__snap_read_pages(dsv3__snap_in *in, dsv3_session *const *sessions, const dsv3__snap_tables *t,
+                                         uint32_t *taken, dsv3_error *err)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    const dsv3__work *w = &ws->work;
+    while (*taken < in->h.n_pages) {
+        const uint32_t number = (*taken)++, page = dsv3__ses_take_page(sessions[t->owner[number]]);
+        uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+        t->pages[number] = page;
+        for (; layer < end; layer += w->layer_bytes)
+            for (uint32_t i = 0; i < 4; i++) {
+                uint64_t offset;
+                size_t row = dsv3__mla_piece(w, i, &offset);
+                DSV3__TRY(dsv3__snap_read(in, layer + offset, row * t->rows[number], err));
+            }
+    }
+    return dsv3__snap_read_sum(in, err);
+}
+
+/* All was read and is right: the sessions take it in place of what they had. */
+static void dsv3__snap_install(dsv3_session *const *sessions, size_t n, const dsv3__snap_tables *t, uint32_t taken)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    const int32_t *tokens = t->tokens;
+    const uint32_t *numbers = t->numbers;
+    for (uint32_t i = 0; i < taken; i++)
+        ws->refs[t->pages[i]] = 0; /* counted anew */
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = sessions[k];
+        dsv3__ses_trim(s, 0);
+        s->n_tokens = s->keep, s->n_cached = s->valid;
+        s->n_pages = dsv3__ses_pages_of(s->n_cached);
+        s->logits_valid = false;
+        if (s->n_tokens)
+            memcpy(s->tokens, tokens, s->n_tokens * sizeof *tokens);
+        for (uint32_t i = 0; i < s->n_pages; i++) {
+            s->pages[i] = t->pages[numbers[i]];
+            ws->refs[s->pages[i]]++;
+        }
+        tokens += s->n_tokens, numbers += s->n_pages;
+    }
+}
+
+static dsv3_result dsv3__snap_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *err)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    dsv3__snap_in in;
+    dsv3__snap_tables t;
+    uint64_t n_tokens = 0, n_numbers = 0, used = 0;
+    uint32_t taken = 0;
+    void *block;
+    in.source = source;
+    dsv3__snap_sum_start(&in.sum);
+    DSV3__TRY(dsv3__snap_read_header(&in, ws, n, err));
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = sessions[k];
+        uint32_t counts[2];
+        DSV3__TRY(dsv3__snap_read(&in, counts, sizeof counts, err));
+        if (counts[0] > s->max_tokens)
+            return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "snapshot: session %u has %u tokens, this one holds %u",
+                              (uint64_t)k, (uint64_t)counts[0], (uint64_t)s->max_tokens);
+        if (counts[1] > counts[0])
+            return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: session %u has %u rows for %u tokens", (uint64_t)k,
+                              (uint64_t)counts[1], (uint64_t)counts[0]);
+        s->keep = counts[0], s->valid = counts[1];
+        n_tokens += counts[0], n_numbers += dsv3__ses_pages_of(counts[1]);
+    }
+    for (uint8_t *base = NULL;; base = (uint8_t *)block) {
+        used = 0;
+        t.tokens = (int32_t *)dsv3__carve(base, &used, n_tokens, sizeof(int32_t));
+        t.numbers = (uint32_t *)dsv3__carve(base, &used, n_numbers, sizeof(uint32_t));
+        t.rows = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.index = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.pages = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.owner = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        if (base)
+            break;
+        DSV3__TRY(dsv3__mem_alloc(&ws->mem, &block, used, "snapshot: its tables", err));
+    }
+    dsv3_result r = dsv3__snap_read_tables(&in, sessions, n, &t, err);
+    if (!r)
+        r = dsv3__snap_read_pages(&in, sessions, &t, &taken, err);
+    if (!r)
+        dsv3__snap_install(sessions, n, &t, taken);
+    else
+        while (taken--)
+            dsv3__ses_give_page(sessions[t.owner[taken]], t.pages[taken]);
+    dsv3__mem_free(&ws->mem, block);
+    return r;
+}
+
+static dsv3_result dsv3__snap_load_all(dsv3_session *const *sessions, size_t n, const dsv3_source *source,
+                                       dsv3_error *err)
+{
+    size_t listed;
+    dsv3_result r = dsv3__snap_list(sessions, n, &listed, err);
+    if (!r) {
+        dsv3_workspace *ws = sessions[0]->ws;
+        ws->running = true;
+        r = dsv3__snap_load(sessions, n, source, err);
+        ws->running = false;
+    }
+    dsv3__snap_unlist(sessions, listed);
+    return r;
+}
+
+// =============================================================================
 // >>api   The public calls: look at the arguments, then one private call each.
 //         (Those on tensors and on the tokenizer stand in >>mm and >>tok.)
 // =============================================================================
@@ -19198,6 +19836,30 @@ DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **lo
 DSV3_API void dsv3_session_cancel(dsv3_session *session)
 {
     dsv3__atomic_store(&session->cancel, 1);
+}
+
+DSV3_API dsv3_result dsv3_save(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                               dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    uint64_t own_size;
+    if (!size)
+        size = &own_size;
+    *size = 0;
+    DSV3__API_NOT_NULL(error, sessions);
+    if (sink && !sink->write_fn)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "save: write_fn is NULL");
+    return dsv3__snap_save_all(sessions, n, sink, size, error);
+}
+
+DSV3_API dsv3_result dsv3_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, sessions);
+    DSV3__API_NOT_NULL(error, source);
+    if (!source->read_fn)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "load: read_fn is NULL");
+    return dsv3__snap_load_all(sessions, n, source, error);
 }
 
 DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts)
