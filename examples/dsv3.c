@@ -43,6 +43,19 @@ static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute comput
     return model;
 }
 
+static const char *cache_latent, *cache_rope; /* --cache and --cache-rope; NULL: not given */
+
+static dsv3_cache cache_type(const char *name, const char *flag)
+{
+    static const char *const names[] = {"auto", "f32", "bf16", "i8"};
+    uint32_t i = 0;
+    while (name && i < COUNT(names) && strcmp(name, names[i]) != 0)
+        i++;
+    if (i == COUNT(names))
+        usage("%s %s: auto, f32, bf16 or i8", flag, name);
+    return (dsv3_cache)i;
+}
+
 static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, uint32_t max_batch, uint32_t n_threads)
 {
     dsv3_session_opts opts;
@@ -52,6 +65,8 @@ static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, 
     opts.max_tokens = max_tokens;
     opts.max_batch = max_batch;
     opts.n_threads = n_threads;
+    opts.cache_latent = cache_type(cache_latent, "--cache");
+    opts.cache_rope = cache_type(cache_rope, "--cache-rope");
     opts.progress = bar("reading the prompt");
     check(dsv3_session_open(&session, model, &opts, &error), &error);
     return session;
@@ -94,6 +109,8 @@ static const char generate_help[] =
     "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
     "                           (the results are the same)\n"
     "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --cache TYPE             f32 (default), bf16, i8: how the latents of the context are kept\n"
+    "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache is smaller)\n"
     "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
 /* What token_fn works on. */
@@ -279,6 +296,8 @@ static int generate(int argc, char **argv)
         {"--presence-penalty", OPTION_REAL, &given.presence_penalty, -100, 100},
         {"--seed", OPTION_SEED, &given.seed, 0, 0},
         {"--session", OPTION_TEXT, &kept, 0, 0},
+        {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},
         {"--parallel", OPTION_COUNT, &n_texts, 0, 0},
         {"--no-bos", OPTION_FLAG, &opts.no_bos, 0, 0},
         {"--parse-special", OPTION_FLAG, &opts.parse_markers, 0, 0},
@@ -526,7 +545,9 @@ static const char logits_help[] =
     "  --threads N      default: as many as cores\n"
     "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
     "                   (the results are the same)\n"
-    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n";
+    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --cache TYPE     f32 (default), bf16, i8: how the latents of the context are kept\n"
+    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache is smaller)\n";
 
 static int logits(int argc, char **argv)
 {
@@ -535,10 +556,11 @@ static int logits(int argc, char **argv)
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
     const option options[] = {
-        {"--ids", OPTION_TEXT, &ids_path, 0, 0},         {"--out", OPTION_TEXT, &out_path, 0, 0},
-        {"--experts", OPTION_TEXT, &experts_path, 0, 0}, {"--rows", OPTION_COUNT, &rows, 0, 0},
-        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0},
-        {"--compute", OPTION_COMPUTE, &compute, 0, 0},
+        {"--ids", OPTION_TEXT, &ids_path, 0, 0},          {"--out", OPTION_TEXT, &out_path, 0, 0},
+        {"--experts", OPTION_TEXT, &experts_path, 0, 0},  {"--rows", OPTION_COUNT, &rows, 0, 0},
+        {"--threads", OPTION_COUNT, &n_threads, 0, 0},    {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--compute", OPTION_COMPUTE, &compute, 0, 0},    {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)
