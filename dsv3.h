@@ -54,8 +54,9 @@
    MEMORY. A model maps its files (no_mmap: reads them) and allocates tables only: about 200 bytes a tensor. Views of
    weights point into the mapping. A session allocates once, when it is opened: the cache (one row of kv_lora_rank +
    qk_rope_head_dim floats, padded to 64, for each layer and position: 2,304 bytes in the whole family), and scratch for
-   max_batch rows. dsv3_session_memory says how much before you open. Nothing is allocated after that, except by
-   dsv3_generate for the ids of a text prompt and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
+   max_batch rows; sessions that share a workspace (SESSIONS below) share both. dsv3_session_memory says how much before you
+   open. Nothing is allocated after that, except by dsv3_generate for the ids of a text prompt, by dsv3_load for the ids of
+   a snapshot and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
    comes from the allocator in the options; every block is returned to it. A failed call leaves models and sessions as
    they were.
    Of a mapped file the system keeps in memory what it has room for. Opening reads the headers; the mappings ask for large
@@ -64,10 +65,37 @@
    less than half the bytes from the disk, but in small pages, which cost the processor about 0.8 ms a megabyte. It pays
    where a slow disk is what decode waits for, not below memory that holds the model.
 
-   THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time;
-   any number of sessions may run on one model at once. dsv3_session_cancel may be called from any thread, also from a
-   signal handler. A session has its own threads (n_threads - 1 of them, asleep between calls), or runs on a host's through
-   dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
+   THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time,
+   and so does a workspace with all its sessions; any number of workspaces may run on one model at once.
+   dsv3_session_cancel may be called from any thread, also from a signal handler. A session has its own threads (n_threads
+   - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
+   the library. Close sessions before their model.
+
+   SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
+   and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of
+   its own. A session opened without one has a workspace to itself.
+
+       dsv3_workspace_opts opts = {0};
+       opts.n_pages = 1024;                                         // 65,536 positions, whoever's they are
+       dsv3_workspace_open(&workspace, model, &opts, &error);
+       session_opts.workspace = workspace;
+       dsv3_session_open(&session, model, &session_opts, &error);   // as many as there is room for
+       dsv3_batch_item items[2] = {{a, prompt, 100, NULL}, {b, &token, 1, NULL}};
+       dsv3_batch(items, 2, &error);                                // one pass over the weights for both
+
+   dsv3_batch advances each session by as many tokens as its item has: pieces of prompts and single tokens in one pass,
+   since decoding waits for the weights and reads them once for all rows. Who is in a pass, and when, is the host's to
+   decide: examples/batch.c is a small scheduler. dsv3_session_fork gives a second session with the same tokens, in
+   microseconds: pages are named by both, and copied one by one when either writes into them. dsv3_session_sync makes a
+   session hold given tokens and runs only what is not there yet; with the ids of dsv3_chat_render that is a conversation's
+   next turn. An append that needs more pages than are free is DSV3_ERROR_CACHE_FULL, and nothing has changed. A session
+   that must not meet it sets pages aside when it is opened (reserve_pages: ceil(max_tokens / 64), and one more for each
+   fork it will have). dsv3_save writes sessions down, pages that they share once, and dsv3_load reads them again: into the
+   same model, compute mode and cache type, with the same bits of logits. A snapshot is checked as any file is; one that
+   does not fit is refused by the name of what differs. It is no defence against a forger: its rows are what they are.
+   Caches may be kept in BF16, or latents in 8 bits with a scale for 64 of them: half, or 29 %, of the bytes of f32 in the
+   V3 family. f32 is the default; README.md has what the others cost in accuracy.
+   dsv3_workspace_experts tells how many rows went through each expert; dsv3 experts (examples/experts.h) draws it.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
    a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16, compute mode
@@ -110,7 +138,7 @@
        dsv3_chat_opts opts = {0};
        opts.add_generation_prompt = true;
        dsv3_chat_render(tokenizer, messages, n, &opts, ids, cap, &count, &error);
-       ... of the session's tokens keep what `ids` begins with (dsv3_session_rewind), append the rest ...
+       dsv3_session_sync(session, ids, count, NULL, &error);
        dsv3_reply_init(&reply, tokenizer, &reply_opts, &error);
        ... dsv3_generate, whose token_fn says: return token->id < 0 || dsv3_reply_put(&reply, token->id); ...
 
@@ -815,8 +843,8 @@ DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t inde
 
 enum { DSV3_PAGE_TOKENS = 64 }; /* positions of a timeline that a page of the cache holds, of all layers */
 
-/* How numbers lie in the cache. A row is stored the same way whoever stores it, so bits of logits still depend on tokens and
-   positions alone; what each costs in accuracy is in README.md. */
+/* How numbers lie in the cache. A row is stored the same way whoever stores it, so bits of logits still depend on tokens
+   and positions alone; what each costs in accuracy is in README.md. */
 typedef enum dsv3_cache {
     DSV3_CACHE_AUTO = 0,
     DSV3_CACHE_F32 = 1,
@@ -825,8 +853,8 @@ typedef enum dsv3_cache {
     DSV3_CACHE_FORCE_32BIT = 0x7fffffff
 } dsv3_cache;
 
-/* What sessions of one model may share: a fixed number of cache pages, the scratch of a pass, threads. See SESSIONS above. A
-   workspace and all its sessions belong to one thread at a time; different workspaces run side by side. */
+/* What sessions of one model may share: a fixed number of cache pages, the scratch of a pass, threads. See SESSIONS above.
+   A workspace and all its sessions belong to one thread at a time; different workspaces run side by side. */
 typedef struct dsv3_workspace dsv3_workspace;
 
 typedef struct dsv3_workspace_opts {
@@ -899,8 +927,9 @@ DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model 
                                        dsv3_error *error);
 DSV3_API void dsv3_session_close(dsv3_session *session); /* NULL is fine */
 
-/* A second session with the same tokens, in the same workspace: it shares all pages of the cache, and the logits, and copies
-   none. A page that is shared is copied by the first that writes into it. The fork has the parent's max_tokens and progress.
+/* A second session with the same tokens, in the same workspace: it shares all pages of the cache, and the logits, and
+   copies none. A page that is shared is copied by the first that writes into it. The fork has the parent's max_tokens and
+   progress.
    child          out; NULL on failure
    reserve_pages  as in dsv3_session_opts, also of a session's own workspace
    Errors: INVALID_ARGUMENT, OUT_OF_MEMORY, MEMORY_LIMIT, CACHE_FULL. Thread: the workspace's. */
@@ -918,9 +947,9 @@ DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_ses
    `outputs` points to may be partly written.
    tokens     [count], each 0 <= id < vocab_size
    outputs    NULL, or what else is wanted
-   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL, CACHE_FULL (a shared workspace, or a forked session's), CANCELLED,
-   BAD_TENSOR (logits not finite; the message names the tensor). Callbacks that a session calls may themselves call only
-   dsv3_session_cancel on it, and nothing on others of its workspace. */
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL, CACHE_FULL (a shared workspace, or a forked session's),
+   CANCELLED, BAD_TENSOR (logits not finite; the message names the tensor). Callbacks that a session calls may themselves
+   call only dsv3_session_cancel on it, and nothing on others of its workspace. */
 DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count,
                                          const dsv3_outputs *outputs, dsv3_error *error);
 
@@ -933,14 +962,14 @@ typedef struct dsv3_batch_item {
 } dsv3_batch_item;
 
 /* Appends to any number of sessions of one workspace, each by any number of tokens: the rows of all go through the weights
-   together (max_batch at a time), and each session gets the bits it would get alone. All of it happens or nothing: on failure
-   every session is as it was; the message names the item. A session whose cancel comes ends the call for all.
+   together (max_batch at a time), and each session gets the bits it would get alone. All of it happens or nothing: on
+   failure every session is as it was; the message names the item. A session whose cancel comes ends the call for all.
    items      [n_items], no session twice; those of a session's own workspace: it and its forks
    Errors: as dsv3_session_append. */
 DSV3_API dsv3_result dsv3_batch(const dsv3_batch_item *items, size_t n_items, dsv3_error *error);
 
-/* Makes the session hold these tokens: keeps what both begin with, drops the rest, appends what is new. On failure the session
-   has the tokens it had, of which those behind the common beginning are run again when they are needed.
+/* Makes the session hold these tokens: keeps what both begin with, drops the rest, appends what is new. On failure the
+   session has the tokens it had, of which those behind the common beginning are run again when they are needed.
    tokens     [count]
    kept       out, may be NULL: the length of the common beginning
    Errors: as dsv3_session_append. */
@@ -976,8 +1005,8 @@ typedef struct dsv3_source {
     uint64_t size; /* of the snapshot, in bytes; 0: not known, and what lies behind it is not looked at */
 } dsv3_source;
 
-/* Writes sessions of one workspace down: their tokens and the rows of their caches, a page that several share once. The same
-   tokens sampled from with the same options go on the same way: no other state is needed.
+/* Writes sessions of one workspace down: their tokens and the rows of their caches, a page that several share once. The
+   same tokens sampled from with the same options go on the same way: no other state is needed.
    sessions   [n], none twice
    sink       NULL: only measures
    size       out, may be NULL: bytes of the snapshot
@@ -1241,7 +1270,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
      dsv3__st_open       files -> names, dtypes, shapes, offsets
      dsv3__wt_bind       names -> views of the weights, shapes checked
      dsv3_tokenize       text -> ids [n]
-     dsv3_session_append ids [n] -> rows of at most max_batch
+     dsv3_batch          ids [n] of each session -> rows of at most max_batch, together
      dsv3__fwd_rows      rows [n] -> hidden state [n, hidden_size]
        dsv3__nn_rmsnorm    x [n, hidden_size] -> the same, normalised
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
@@ -9319,8 +9348,8 @@ static void dsv3__mla_part(dsv3__cache_part *p, dsv3_cache type, uint32_t n, uin
     *used += ((uint64_t)p->scale_row * DSV3_PAGE_TOKENS + 63) & ~(uint64_t)63;
 }
 
-/* How a page is laid out. Of f32 alone a layer is rows [DSV3_PAGE_TOKENS, cache_stride]; else it has the latents' codes, their
-   scales, then the same of k_pe. No type is AUTO. */
+/* How a page is laid out. Of f32 alone a layer is rows [DSV3_PAGE_TOKENS, cache_stride]; else it has the latents' codes,
+   their scales, then the same of k_pe. No type is AUTO. */
 static void dsv3__mla_layout(dsv3__work *w, dsv3_cache latent, dsv3_cache rope_key, uint32_t n_layers)
 {
     const dsv3_config *c = &w->m->config;
@@ -9354,8 +9383,8 @@ DSV3__INLINE uint8_t *dsv3__mla_page(const dsv3__work *w, const dsv3__row *row, 
     return w->cache + row->pages[position / DSV3_PAGE_TOKENS] * w->page_bytes + layer * w->layer_bytes;
 }
 
-/* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: scale = max / 127 over each block, codes nearest
-   even; what is not finite stays not finite. */
+/* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: scale = max / 127 over each block, codes
+   nearest even; what is not finite stays not finite. */
 static void dsv3__mla_store(const dsv3__cache_part *p, uint8_t *page, uint32_t slot, const float *v)
 {
     uint8_t *codes = page + p->codes + slot * p->code_row;
@@ -18008,8 +18037,8 @@ static void dsv3__ws_copy_rows(dsv3_workspace *ws, uint32_t to, uint32_t page, u
 }
 
 // =============================================================================
-// >>ses   One timeline: its tokens, the pages of its cache, the logits of its last token; and a pass for any number of them.
-//         Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
+// >>ses   One timeline: its tokens, the pages of its cache, the logits of its last token; and a pass for any number of
+//         them. Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
 // =============================================================================
 
 struct dsv3_session {
@@ -18246,8 +18275,8 @@ static void dsv3__ses_rewind(dsv3_session *s, uint32_t n_tokens)
     dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
 }
 
-/* Gives each session pages of its own where this pass writes: new ones, and copies of those that are shared. Either all that
-   are wanted or, where the workspace has too few, none. */
+/* Gives each session pages of its own where this pass writes: new ones, and copies of those that are shared. Either all
+   that are wanted or, where the workspace has too few, none. */
 static dsv3_result dsv3__ses_pages(const dsv3_batch_item *items, size_t n, dsv3_error *err)
 {
     dsv3_workspace *ws = items[0].session->ws;
@@ -18314,8 +18343,9 @@ static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__ro
     s->written = row->logits;
 }
 
-/* Runs for each session, listed once, the tokens it keeps (`keep`, set by the caller) and has not run, then those of its item:
-   max_batch rows at a time, whoever's they are. In the end each holds keep + count tokens, and the logits of the last. */
+/* Runs for each session, listed once, the tokens it keeps (`keep`, set by the caller) and has not run, then those of its
+   item: max_batch rows at a time, whoever's they are. In the end each holds keep + count tokens, and the logits of the
+   last. */
 static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_error *err)
 {
     dsv3_workspace *ws = n ? items[0].session->ws : NULL;
@@ -18777,9 +18807,9 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     return r;
 }
 // =============================================================================
-// >>snap  Sessions written down and read again. Needs: ses. A snapshot is a file from anywhere: no number in it is used before
-//         it was held against the model and the sessions it goes into, and nothing of a session changes before all was read.
-//         Little-endian, in this order, checksums of all bytes before them:
+// >>snap  Sessions written down and read again. Needs: ses. A snapshot is a file from anywhere: no number in it is used
+//         before it was held against the model and the sessions it goes into, and nothing of a session changes before all
+//         was read. Little-endian, in this order, checksums of all bytes before them:
 //           header      256 bytes: dsv3__snap_header; its checksum is the last 8
 //           sessions    [n_sessions] n_tokens, n_cached: u32 each
 //           for each    tokens [n_tokens], numbers of its pages [ceil(n_cached / 64)]: u32. Pages are counted as they first
@@ -18868,8 +18898,8 @@ static void dsv3__snap_sample(dsv3__snap_sum *sum, const dsv3_tensor *t)
     dsv3__snap_sum_add(sum, (const uint8_t *)t->data + (bytes - n) / 2, (size_t)n);
 }
 
-/* Two models with the same one give the same rows: what they compute, all tensors by name, dtype and shape, and some bytes of
-   the weights of every layer. Reads a few hundred pages of the files. */
+/* Two models with the same one give the same rows: what they compute, all tensors by name, dtype and shape, and some bytes
+   of the weights of every layer. Reads a few hundred pages of the files. */
 static uint64_t dsv3__snap_fingerprint(const dsv3_model *m)
 {
     const dsv3_config *c = &m->config;

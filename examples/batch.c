@@ -1,12 +1,12 @@
-/* A small scheduler: requests wait in a queue, come into one workspace as it has room, and are advanced together, a pass at a
-   time. Long prompts go in by pieces, so that those who are writing never wait for more than one piece.
+/* A small scheduler: requests wait in a queue, come into one workspace as it has room, and are advanced together, a pass
+   at a time. Long prompts go in by pieces, so that those who are writing never wait for more than one piece.
 
      cc -O2 -I. examples/batch.c -o batch -lm -pthread
      ./batch DIR "Once upon a time" "There was a king" "In the forest" ...     (or: ./batch DIR < lines)
 
    Fairness: each pass has room for PASS tokens. Every request that is writing gets its one token; what room is left goes to
-   prompts, the one that has waited longest first. A request comes in when the pages for its prompt and its whole answer can be
-   set aside (dsv3_session_opts.reserve_pages), in the order of the queue, so none that is in can run out of them. */
+   prompts, the one that has waited longest first. A request comes in when the pages for its prompt and its whole answer
+   can be set aside (dsv3_session_opts.reserve_pages), in the order of the queue, so none that is in can run out of them. */
 
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
