@@ -19003,7 +19003,7 @@ static uint64_t dsv3__snap_row(const dsv3__work *w)
 /* Rows of page number i that a session with n_cached of them has. */
 DSV3__INLINE uint32_t dsv3__snap_rows(uint32_t n_cached, uint32_t i)
 {
-    return n_cached - i * DSV3_PAGE_TOKENS < DSV3_PAGE_TOKENS ? n_cached - i * DSV3_PAGE_TOKENS : DSV3_PAGE_TOKENS;
+    return (uint32_t)dsv3__min(n_cached - i * DSV3_PAGE_TOKENS, DSV3_PAGE_TOKENS);
 }
 
 /* Sessions of one workspace, none of them twice, none running: marks them `listed`, up to *listed, which the caller takes
