@@ -32,10 +32,10 @@
        num    scalar formats: E4M3, E8M0, F16, BF16, I8   chat   conversations to ids, replies to their parts
        ten    the quantized tensor                        gram   JSON and JSON Schema to masks over tokens
        kern   inner loops, per instruction set            smp    logits to a token
-       mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
-       json   a bounded pull reader                       api    the public calls
-       st     safetensors, shards, index
-       cfg    config.json, checked once
+       mm     matrix products over quantized tensors      ws     what sessions share: pages, scratch, threads
+       json   a bounded pull reader                       ses    a timeline: tokens, pages, generation
+       st     safetensors, shards, index                  snap   sessions written down and read again
+       cfg    config.json, checked once                   api    the public calls
        wt     names to weights
        nn     norm, rotary positions, linear maps, gated MLPs
 
@@ -54,8 +54,9 @@
    MEMORY. A model maps its files (no_mmap: reads them) and allocates tables only: about 200 bytes a tensor. Views of
    weights point into the mapping. A session allocates once, when it is opened: the cache (one row of kv_lora_rank +
    qk_rope_head_dim floats, padded to 64, for each layer and position: 2,304 bytes in the whole family), and scratch for
-   max_batch rows. dsv3_session_memory says how much before you open. Nothing is allocated after that, except by
-   dsv3_generate for the ids of a text prompt and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
+   max_batch rows; sessions that share a workspace (SESSIONS below) share both. dsv3_session_memory says how much before you
+   open. Nothing is allocated after that, except by dsv3_generate for the ids of a text prompt, by dsv3_load for the ids of
+   a snapshot and by dsv3_tokenize for pieces longer than a few kilobytes. All memory
    comes from the allocator in the options; every block is returned to it. A failed call leaves models and sessions as
    they were.
    Of a mapped file the system keeps in memory what it has room for. Opening reads the headers; the mappings ask for large
@@ -64,10 +65,37 @@
    less than half the bytes from the disk, but in small pages, which cost the processor about 0.8 ms a megabyte. It pays
    where a slow disk is what decode waits for, not below memory that holds the model.
 
-   THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time;
-   any number of sessions may run on one model at once. dsv3_session_cancel may be called from any thread, also from a
-   signal handler. A session has its own threads (n_threads - 1 of them, asleep between calls), or runs on a host's through
-   dsv3_executor. Callbacks come on the thread that called the library. Close sessions before their model.
+   THREADS. A model and a tokenizer are immutable once open: share them freely. A session belongs to one thread at a time,
+   and so does a workspace with all its sessions; any number of workspaces may run on one model at once.
+   dsv3_session_cancel may be called from any thread, also from a signal handler. A session has its own threads (n_threads
+   - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
+   the library. Close sessions before their model.
+
+   SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
+   and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of
+   its own. A session opened without one has a workspace to itself.
+
+       dsv3_workspace_opts opts = {0};
+       opts.n_pages = 1024;                                         // 65,536 positions, whoever's they are
+       dsv3_workspace_open(&workspace, model, &opts, &error);
+       session_opts.workspace = workspace;
+       dsv3_session_open(&session, model, &session_opts, &error);   // as many as there is room for
+       dsv3_batch_item items[2] = {{a, prompt, 100, NULL}, {b, &token, 1, NULL}};
+       dsv3_batch(items, 2, &error);                                // one pass over the weights for both
+
+   dsv3_batch advances each session by as many tokens as its item has: pieces of prompts and single tokens in one pass,
+   since decoding waits for the weights and reads them once for all rows. Who is in a pass, and when, is the host's to
+   decide: examples/batch.c is a small scheduler. dsv3_session_fork gives a second session with the same tokens, in
+   microseconds: pages are named by both, and copied one by one when either writes into them. dsv3_session_sync makes a
+   session hold given tokens and runs only what is not there yet; with the ids of dsv3_chat_render that is a conversation's
+   next turn. An append that needs more pages than are free is DSV3_ERROR_CACHE_FULL, and nothing has changed. A session
+   that must not meet it sets pages aside when it is opened (reserve_pages: ceil(max_tokens / 64), and one more for each
+   fork it will have). dsv3_save writes sessions down, pages that they share once, and dsv3_load reads them again: into the
+   same model, compute mode and cache type, with the same bits of logits. A snapshot is checked as any file is; one that
+   does not fit is refused by the name of what differs. It is no defence against a forger: its rows are what they are.
+   Caches may be kept in BF16, or latents in 8 bits with a scale for 64 of them: half, or 29 %, of the bytes of f32 in the
+   V3 family. f32 is the default; README.md has what the others cost in accuracy.
+   dsv3_workspace_experts tells how many rows went through each expert; dsv3 experts (examples/experts.h) draws it.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
    a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16, compute mode
@@ -110,7 +138,7 @@
        dsv3_chat_opts opts = {0};
        opts.add_generation_prompt = true;
        dsv3_chat_render(tokenizer, messages, n, &opts, ids, cap, &count, &error);
-       ... of the session's tokens keep what `ids` begins with (dsv3_session_rewind), append the rest ...
+       dsv3_session_sync(session, ids, count, NULL, &error);
        dsv3_reply_init(&reply, tokenizer, &reply_opts, &error);
        ... dsv3_generate, whose token_fn says: return token->id < 0 || dsv3_reply_put(&reply, token->id); ...
 
@@ -229,11 +257,13 @@ typedef enum dsv3_result {
     DSV3_ERROR_BUFFER_TOO_SMALL = -5, /* the needed size is in the count or length returned */
     DSV3_ERROR_CONTEXT_FULL = -6,     /* the session holds max_tokens */
     DSV3_ERROR_CANCELLED = -7,        /* dsv3_session_cancel, or a progress callback said stop */
+    DSV3_ERROR_CACHE_FULL = -8,       /* the workspace has no page left: close or rewind a session */
     DSV3_ERROR_FILE_NOT_FOUND = -20,
     DSV3_ERROR_IO = -21,
     DSV3_ERROR_TRUNCATED = -22,         /* a file is shorter than its own header says */
     DSV3_ERROR_JSON = -23,              /* not JSON; `offset` is the byte */
     DSV3_ERROR_SAFETENSORS = -24,       /* JSON, but not a safetensors header or index */
+    DSV3_ERROR_SNAPSHOT = -25,          /* no snapshot, a damaged one, or one of another model or cache type */
     DSV3_ERROR_UNSUPPORTED_MODEL = -30, /* a configuration this library does not run; the message names the key */
     DSV3_ERROR_MISSING_TENSOR = -31,
     DSV3_ERROR_BAD_TENSOR = -32, /* wrong shape or dtype, scales missing, values that are not finite */
@@ -760,7 +790,7 @@ typedef struct dsv3_model_opts {
 typedef struct dsv3_memory {
     uint64_t file_bytes;  /* tensors in the files: mapped, or, those that are used, read with no_mmap */
     uint64_t model_bytes; /* allocated by the open model, weights read with no_mmap included */
-    uint64_t cache_bytes; /* a session's latent cache */
+    uint64_t cache_bytes; /* a session's latent cache: whole pages */
     uint64_t
         session_bytes; /* all a session allocates when opened, cache included; generate adds the ids of a text prompt */
     uint32_t max_tokens; /* the session length this was counted for */
@@ -812,16 +842,76 @@ DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t inde
 
 // ---- Session ---------------------------------------------------------------------------------------------
 
+enum { DSV3_PAGE_TOKENS = 64 }; /* positions of a timeline that a page of the cache holds, of all layers */
+
+/* How numbers lie in the cache. A row is stored the same way whoever stores it, so bits of logits still depend on tokens
+   and positions alone; what each costs in accuracy is in README.md. */
+typedef enum dsv3_cache {
+    DSV3_CACHE_AUTO = 0,
+    DSV3_CACHE_F32 = 1,
+    DSV3_CACHE_BF16 = 2, /* rounded to nearest even */
+    DSV3_CACHE_I8 = 3,   /* 64 numbers share a scale max / 127; codes rounded to nearest even */
+    DSV3_CACHE_FORCE_32BIT = 0x7fffffff
+} dsv3_cache;
+
+/* What sessions of one model may share: a fixed number of cache pages, the scratch of a pass, threads. See SESSIONS above.
+   A workspace and all its sessions belong to one thread at a time; different workspaces run side by side. */
+typedef struct dsv3_workspace dsv3_workspace;
+
+typedef struct dsv3_workspace_opts {
+    uint32_t struct_size;     /* 0, or the caller's sizeof */
+    uint32_t n_pages;         /* of the cache, DSV3_PAGE_TOKENS positions each, at most 2^26. Default: 64 */
+    uint32_t max_batch;       /* rows run at once; fixes the scratch. Default: 512 */
+    uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
+    dsv3_cache cache_latent;  /* Default: F32 */
+    dsv3_cache cache_rope;    /* the rotated keys. Default: F32, or BF16 where cache_latent is smaller than F32 */
+    uint64_t memory_limit;    /* bytes, its sessions included; 0: none */
+    dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
+    dsv3_allocator allocator; /* Default: the model's */
+} dsv3_workspace_opts;
+
+typedef struct dsv3_workspace_info {
+    uint32_t n_pages;
+    uint32_t n_free;     /* pages that hold nothing, those set aside included */
+    uint32_t n_reserved; /* of those: set aside for sessions */
+    uint32_t n_sessions;
+    uint64_t page_bytes;
+    uint64_t memory; /* bytes allocated, sessions included */
+    dsv3_cache cache_latent, cache_rope;
+} dsv3_workspace_info;
+
+/* workspace  out; NULL on failure
+   opts       NULL: defaults
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, OUT_OF_MEMORY, MEMORY_LIMIT, THREAD. Any thread. */
+DSV3_API dsv3_result dsv3_workspace_open(dsv3_workspace **workspace, const dsv3_model *model,
+                                         const dsv3_workspace_opts *opts, dsv3_error *error);
+DSV3_API void dsv3_workspace_close(dsv3_workspace *workspace); /* NULL is fine; after its sessions */
+DSV3_API void dsv3_workspace_info_get(const dsv3_workspace *workspace, dsv3_workspace_info *info);
+
+/* How many rows went through each expert since the workspace was opened or its counts were last set to 0; a row that is run
+   again, or in a pass that fails, counts too.
+   counts     [n_moe_layers, n_routed_experts] out, cap of them or more (else BUFFER_TOO_SMALL)
+   reset      and set them to 0
+   Errors: INVALID_ARGUMENT, BUFFER_TOO_SMALL. */
+DSV3_API dsv3_result dsv3_workspace_experts(dsv3_workspace *workspace, uint64_t *counts, size_t cap, bool reset,
+                                            dsv3_error *error);
+
 typedef struct dsv3_session_opts {
-    uint32_t struct_size; /* 0, or the caller's sizeof */
-    uint32_t
-        max_tokens; /* length of the timeline, at most 2^30; fixes the cache. Default: min(4096, max_position_embeddings) */
+    uint32_t struct_size;     /* 0, or the caller's sizeof */
+    uint32_t max_tokens;      /* length of the timeline, at most 2^30. Default: min(4096, max_position_embeddings) */
     uint32_t max_batch;       /* rows run at once, prompts are cut into such pieces; fixes the scratch. Default: 512 */
     uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
     uint64_t memory_limit;    /* bytes; 0: none */
     dsv3_executor executor;   /* Default: the session's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
     dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
+    dsv3_cache cache_latent;  /* as in dsv3_workspace_opts */
+    dsv3_cache cache_rope;
+    dsv3_workspace
+        *workspace; /* Optional: one that is shared, of the same model. It has what max_batch to allocator and the
+                                  cache types say, which are ignored then. Default: a workspace of the session's own, with
+                                  pages for max_tokens */
+    uint32_t reserve_pages; /* with a workspace: pages set aside for this session (CACHE_FULL if there are fewer) */
 } dsv3_session_opts;
 
 /* What an append gives back beside the session's own logits; every field optional. */
@@ -833,11 +923,24 @@ typedef struct dsv3_outputs {
     int32_t *experts; /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
 } dsv3_outputs;
 
+/* Errors: INVALID_ARGUMENT, INVALID_OPTIONS, OUT_OF_MEMORY, MEMORY_LIMIT, THREAD, CACHE_FULL. */
 DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,
                                        dsv3_error *error);
 DSV3_API void dsv3_session_close(dsv3_session *session); /* NULL is fine */
 
-/* What dsv3_session_open with these options would take; opts NULL: defaults. Allocates nothing. */
+/* A second session with the same tokens, in the same workspace: it shares all pages of the cache, and the logits, and
+   copies none. A page that is shared is copied by the first that writes into it. The fork has the parent's max_tokens and
+   progress.
+   child          out; NULL on failure
+   reserve_pages  as in dsv3_session_opts, also of a session's own workspace
+   Errors: INVALID_ARGUMENT, OUT_OF_MEMORY, MEMORY_LIMIT, CACHE_FULL. Thread: the workspace's. */
+DSV3_API dsv3_result dsv3_session_fork(dsv3_session **child, dsv3_session *parent, uint32_t reserve_pages,
+                                       dsv3_error *error);
+
+DSV3_API dsv3_workspace *dsv3_session_workspace(const dsv3_session *session); /* its own, or the one it shares */
+
+/* What dsv3_session_open with these options would take; opts NULL: defaults. Allocates nothing. With a workspace: what the
+   session adds to it, cache_bytes 0. */
 DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_session_opts *opts, dsv3_memory *memory,
                                          dsv3_error *error);
 
@@ -845,13 +948,37 @@ DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_ses
    `outputs` points to may be partly written.
    tokens     [count], each 0 <= id < vocab_size
    outputs    NULL, or what else is wanted
-   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL, CANCELLED, BAD_TENSOR (logits not finite; the message names the
-   tensor). Callbacks that a session calls may themselves call only dsv3_session_cancel on it. */
+   Errors: INVALID_ARGUMENT, INVALID_OPTIONS, CONTEXT_FULL, CACHE_FULL (a shared workspace, or a forked session's),
+   CANCELLED, BAD_TENSOR (logits not finite; the message names the tensor). Callbacks that a session calls may themselves
+   call only dsv3_session_cancel on it, and nothing on others of its workspace. */
 DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *tokens, size_t count,
                                          const dsv3_outputs *outputs, dsv3_error *error);
 
+/* What dsv3_batch appends to one session: as dsv3_session_append. A count of 0 only brings its logits up to date. */
+typedef struct dsv3_batch_item {
+    dsv3_session *session;
+    const int32_t *tokens; /* [count] */
+    size_t count;
+    const dsv3_outputs *outputs; /* Optional */
+} dsv3_batch_item;
+
+/* Appends to any number of sessions of one workspace, each by any number of tokens: the rows of all go through the weights
+   together (max_batch at a time), and each session gets the bits it would get alone. All of it happens or nothing: on
+   failure every session is as it was; the message names the item. A session whose cancel comes ends the call for all.
+   items      [n_items], no session twice; those of a session's own workspace: it and its forks
+   Errors: as dsv3_session_append. */
+DSV3_API dsv3_result dsv3_batch(const dsv3_batch_item *items, size_t n_items, dsv3_error *error);
+
+/* Makes the session hold these tokens: keeps what both begin with, drops the rest, appends what is new. On failure the
+   session has the tokens it had, of which those behind the common beginning are run again when they are needed.
+   tokens     [count]
+   kept       out, may be NULL: the length of the common beginning
+   Errors: as dsv3_session_append. */
+DSV3_API dsv3_result dsv3_session_sync(dsv3_session *session, const int32_t *tokens, size_t count, size_t *kept,
+                                       dsv3_error *error);
+
 /* Forgets all behind the first n_tokens. INVALID_ARGUMENT if there are fewer. The last token kept is run again, with
-   the same bits, when logits are next needed. */
+   the same bits, when logits are next needed. Pages that hold nothing any more go back to the workspace. */
 DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error);
 
 DSV3_API size_t dsv3_session_length(const dsv3_session *session);
@@ -866,6 +993,35 @@ DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **lo
 /* From any thread, or a signal handler: the call that is running tokens returns DSV3_ERROR_CANCELLED within one layer. If
    none is, the next one that runs tokens does. */
 DSV3_API void dsv3_session_cancel(dsv3_session *session);
+
+/* Where a snapshot goes to and comes from, front to back. A callback that returns false ends the call: DSV3_ERROR_IO. */
+typedef struct dsv3_sink {
+    bool (*write_fn)(void *user, const void *data, size_t size); /* all of it */
+    void *user;
+} dsv3_sink;
+
+typedef struct dsv3_source {
+    bool (*read_fn)(void *user, void *data, size_t size); /* exactly `size` bytes */
+    void *user;
+    uint64_t size; /* of the snapshot, in bytes; 0: not known, and what lies behind it is not looked at */
+} dsv3_source;
+
+/* Writes sessions of one workspace down: their tokens and the rows of their caches, a page that several share once. The
+   same tokens sampled from with the same options go on the same way: no other state is needed.
+   sessions   [n], none twice
+   sink       NULL: only measures
+   size       out, may be NULL: bytes of the snapshot
+   Errors: INVALID_ARGUMENT, IO. Allocates nothing. */
+DSV3_API dsv3_result dsv3_save(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                               dsv3_error *error);
+
+/* Reads a snapshot of n sessions into these n, in place of what they hold, which they keep until all was read and is right:
+   there must be free pages for it. It must be of the same model (settings, tensors, and samples of weights agree), computed
+   in the same dsv3_compute, with the same types of cache; logits then have the bits they had.
+   sessions   [n] of one workspace, none twice, each with room for its tokens
+   Errors: INVALID_ARGUMENT, IO, TRUNCATED, SNAPSHOT, CONTEXT_FULL, CACHE_FULL, OUT_OF_MEMORY, MEMORY_LIMIT. On failure the
+   sessions are as they were. */
+DSV3_API dsv3_result dsv3_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *error);
 
 // ---- Sampling and generation -----------------------------------------------------------------------------
 
@@ -1115,7 +1271,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
      dsv3__st_open       files -> names, dtypes, shapes, offsets
      dsv3__wt_bind       names -> views of the weights, shapes checked
      dsv3_tokenize       text -> ids [n]
-     dsv3_session_append ids [n] -> rows of at most max_batch
+     dsv3_batch          ids [n] of each session -> rows of at most max_batch, together
      dsv3__fwd_rows      rows [n] -> hidden state [n, hidden_size]
        dsv3__nn_rmsnorm    x [n, hidden_size] -> the same, normalised
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
@@ -1322,11 +1478,13 @@ DSV3_API const char *dsv3_result_name(dsv3_result result)
         DSV3__NAME(DSV3_ERROR_BUFFER_TOO_SMALL)
         DSV3__NAME(DSV3_ERROR_CONTEXT_FULL)
         DSV3__NAME(DSV3_ERROR_CANCELLED)
+        DSV3__NAME(DSV3_ERROR_CACHE_FULL)
         DSV3__NAME(DSV3_ERROR_FILE_NOT_FOUND)
         DSV3__NAME(DSV3_ERROR_IO)
         DSV3__NAME(DSV3_ERROR_TRUNCATED)
         DSV3__NAME(DSV3_ERROR_JSON)
         DSV3__NAME(DSV3_ERROR_SAFETENSORS)
+        DSV3__NAME(DSV3_ERROR_SNAPSHOT)
         DSV3__NAME(DSV3_ERROR_UNSUPPORTED_MODEL)
         DSV3__NAME(DSV3_ERROR_MISSING_TENSOR)
         DSV3__NAME(DSV3_ERROR_BAD_TENSOR)
@@ -8834,7 +8992,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 }
 // =============================================================================
 // >>nn   What a layer is made of: normalisation, rotary positions, linear maps, gated MLPs, over n rows at once.
-//        Needs: mm, thr, wt. Owns: the scratch of a session (dsv3__work).
+//        Needs: mm, thr, wt. Owns: the scratch of a pass (dsv3__work).
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
@@ -8842,7 +9000,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 #define DSV3__HEAD_ROWS  16  /* rows, and */
 #define DSV3__HEAD_GROUP 8   /* heads at most, that one attention task takes */
 #define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
-#define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum */
+#define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum: a page */
 #define DSV3__KEY_SPAN   512 /* positions summed up before they are added to the rest */
 
 /* Rows of one MLP: some rows of the batch go through it, with weights. */
@@ -8868,11 +9026,20 @@ typedef struct dsv3__worker {
     float *row;     /* [widest] */
     float *score;   /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
     float *w_uk;    /* [DSV3__UK_ROWS, kv_lora_rank] */
+    float *keys;    /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
     uint8_t *taken; /* [n_routed_experts] the router's marks */
     float *choice;  /* [2, n_routed_experts] its scores */
 } dsv3__worker;
 
-/* Scratch of a session. Strides are in floats and at least dsv3__mm_pad(width). */
+/* Where one part of a cache row, the latent or k_pe, lies in a layer of a page. Offsets and strides in bytes. */
+typedef struct dsv3__cache_part {
+    dsv3_dtype dtype; /* F32, BF16, I8 */
+    uint32_t n;       /* numbers of a position */
+    uint64_t codes, scales;
+    size_t code_row, scale_row; /* I8: an f32 for each DSV3__CACHE_BLOCK numbers; else 0 */
+} dsv3__cache_part;
+
+/* Scratch of a workspace. Strides are in floats and at least dsv3__mm_pad(width). */
 typedef struct dsv3__work {
     const dsv3_model *m;
     dsv3__pool *pool;
@@ -8880,6 +9047,12 @@ typedef struct dsv3__work {
     bool tiled;          /* this pass: how rows are packed, see >>mm, and */
     uint32_t strip;      /* the outputs of a task */
     size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
+    /* the cache: see dsv3__mla_layout */
+    uint8_t *cache; /* [pages, layers, layer_bytes] */
+    uint64_t layer_bytes, page_bytes;
+    bool plain; /* both parts f32: rows [DSV3_PAGE_TOKENS, cache_stride], read where they lie */
+    dsv3__cache_part latent, rope_key;
+    uint64_t *counts; /* [n_moe_layers, n_routed_experts] rows that went through each */
     size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
     float *x;                /* [n, x_stride] the residual stream */
     float *xn[DSV3__FORMS];  /* [n, x_stride] normalised, in each form that m->forms names */
@@ -8988,6 +9161,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
+        t.keys = (float *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * w->cache_stride, f);
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
         t.choice = (float *)dsv3__carve(base, &used, experts * 2, f);
         if (base)
@@ -9276,18 +9450,22 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
 // >>mla   Multi-head latent attention, absorbed form (DeepSeek-V2 paper, section 2.1). Needs: nn.
 //         In: normalised rows. Out: x += attention. Owns the layout of a cache row: the latent after its norm
 //         [kv_lora_rank], k_pe after its rotation [qk_rope_head_dim], zeros to a multiple of 64. One row serves all heads.
+//         Rows lie in pages of DSV3_PAGE_TOKENS positions, all layers of them together; each part in its own number format.
 //         Absorbed is the only form: W_UK goes to the query's side, W_UV behind the sum over positions, so that keys and
 //         values are never expanded and bits depend on tokens and positions alone.
 // =============================================================================
 
+#define DSV3__CACHE_BLOCK 64 /* numbers that share a scale, in 8 bits */
+
 /* One row of a pass: which timeline, which position, which token. */
 typedef struct dsv3__row {
-    float *cache; /* the timeline: [num_hidden_layers, cache_tokens, cache_stride] */
-    uint32_t cache_tokens;
+    const uint32_t *pages; /* the timeline: page of positions 64 i ... 64 i + 63 */
     uint32_t position;
     int32_t token;
-    float *logits;    /* [vocab_size] out; NULL: not asked for */
-    int32_t *experts; /* [n_moe_layers, top_k] out; NULL */
+    bool cached;            /* its cache rows are there already, and stay untouched */
+    float *logits;          /* [vocab_size] out; NULL: not asked for */
+    int32_t *experts;       /* [n_moe_layers, top_k] out; NULL */
+    const uint32_t *cancel; /* atomic: not 0 stops the pass */
 } dsv3__row;
 
 typedef struct dsv3__mla_task {
@@ -9298,10 +9476,121 @@ typedef struct dsv3__mla_task {
     uint32_t group; /* heads a task takes */
 } dsv3__mla_task;
 
-DSV3__INLINE float *dsv3__mla_cache(const dsv3__work *w, const dsv3__row *row, uint32_t layer, uint32_t position)
+// ---- The cache -------------------------------------------------------------------------------------------
+
+static void dsv3__mla_part(dsv3__cache_part *p, dsv3_cache type, uint32_t n, uint64_t *used)
 {
-    return row->cache + ((size_t)layer * row->cache_tokens + position) * w->cache_stride;
+    p->dtype = type == DSV3_CACHE_I8 ? DSV3_DTYPE_I8 : type == DSV3_CACHE_BF16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32;
+    p->n = n;
+    p->codes = *used;
+    p->code_row = n * dsv3_dtype_size(p->dtype);
+    *used += ((uint64_t)p->code_row * DSV3_PAGE_TOKENS + 63) & ~(uint64_t)63;
+    p->scales = *used;
+    p->scale_row = type == DSV3_CACHE_I8 ? (size_t)dsv3__ceil_div(n, DSV3__CACHE_BLOCK) * sizeof(float) : 0;
+    *used += ((uint64_t)p->scale_row * DSV3_PAGE_TOKENS + 63) & ~(uint64_t)63;
 }
+
+/* How a page is laid out. Of f32 alone a layer is rows [DSV3_PAGE_TOKENS, cache_stride]; else it has the latents' codes,
+   their scales, then the same of k_pe. No type is AUTO. */
+static void dsv3__mla_layout(dsv3__work *w, dsv3_cache latent, dsv3_cache rope_key, uint32_t n_layers)
+{
+    const dsv3_config *c = &w->m->config;
+    w->plain = latent == DSV3_CACHE_F32 && rope_key == DSV3_CACHE_F32;
+    w->layer_bytes = 0;
+    dsv3__mla_part(&w->latent, latent, c->kv_lora_rank, &w->layer_bytes);
+    dsv3__mla_part(&w->rope_key, rope_key, c->qk_rope_head_dim, &w->layer_bytes);
+    if (w->plain) {
+        w->latent.code_row = w->rope_key.code_row = w->cache_stride * sizeof(float);
+        w->rope_key.codes = c->kv_lora_rank * sizeof(float);
+        w->rope_key.n = (uint32_t)w->cache_stride - c->kv_lora_rank; /* with the zeros behind it */
+        w->layer_bytes = (uint64_t)w->latent.code_row * DSV3_PAGE_TOKENS;
+    }
+    w->page_bytes = w->layer_bytes * n_layers;
+}
+
+/* Piece i of the four that hold rows in a layer (codes and scales of the latent, of k_pe): where its row 0 is; returns the
+   bytes of a row, 0 where there is no such piece. */
+static size_t dsv3__mla_piece(const dsv3__work *w, uint32_t i, uint64_t *offset)
+{
+    const dsv3__cache_part *p = i < 2 ? &w->latent : &w->rope_key;
+    *offset = i % 2 ? p->scales : p->codes;
+    if (w->plain && i > 0) /* one piece: the rows */
+        return 0;
+    return i % 2 ? p->scale_row : p->code_row;
+}
+
+/* The layer's part of the page that holds a position. */
+DSV3__INLINE uint8_t *dsv3__mla_page(const dsv3__work *w, const dsv3__row *row, uint32_t layer, uint32_t position)
+{
+    return w->cache + row->pages[position / DSV3_PAGE_TOKENS] * w->page_bytes + layer * w->layer_bytes;
+}
+
+/* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: scale = max / 127 over each block, codes
+   nearest even; what is not finite stays not finite. */
+static void dsv3__mla_store(const dsv3__cache_part *p, uint8_t *page, uint32_t slot, const float *v)
+{
+    uint8_t *codes = page + p->codes + slot * p->code_row;
+    float *scales = (float *)(void *)(page + p->scales + slot * p->scale_row);
+    if (p->dtype == DSV3_DTYPE_F32) {
+        memcpy(codes, v, p->n * sizeof(float));
+        return;
+    }
+    if (p->dtype == DSV3_DTYPE_BF16) {
+        uint16_t *halves = (uint16_t *)(void *)codes;
+        for (uint32_t i = 0; i < p->n; i++)
+            halves[i] = dsv3__bf16_encode(v[i]);
+        return;
+    }
+    for (uint32_t i = 0; i < p->n; i += DSV3__CACHE_BLOCK) {
+        uint32_t end = p->n - i < DSV3__CACHE_BLOCK ? p->n : i + DSV3__CACHE_BLOCK;
+        float max = 0, poison = 0; /* 0, or NaN */
+        for (uint32_t j = i; j < end; j++) {
+            max = fabsf(v[j]) > max ? fabsf(v[j]) : max;
+            poison += v[j] * 0;
+        }
+        float scale = max / 127;
+        scale = scale > 0 ? scale : 1;
+        for (uint32_t j = i; j < end; j++)
+            codes[j] = (uint8_t)dsv3__i8_encode(v[j] / scale);
+        scales[i / DSV3__CACHE_BLOCK] = scale + poison;
+    }
+}
+
+/* out [count rows, stride] = rows 0 ... count - 1 of the part. */
+static void dsv3__mla_fetch(const dsv3__kern *k, const dsv3__cache_part *p, const uint8_t *page, uint32_t count,
+                            float *out, size_t stride)
+{
+    dsv3_tensor t;
+    memset(&t, 0, sizeof t);
+    t.data = page + p->codes;
+    t.dtype = p->dtype;
+    t.rank = 2;
+    t.shape[0] = count, t.shape[1] = p->n;
+    t.row_stride = p->code_row;
+    if (p->scale_row) {
+        t.scale = page + p->scales;
+        t.scale_dtype = DSV3_DTYPE_F32;
+        t.block_rows = 1, t.block_cols = DSV3__CACHE_BLOCK;
+        t.scale_stride = p->scale_row / sizeof(float);
+    }
+    for (uint32_t i = 0; i < count; i++)
+        dsv3__ten_row_values(k, out + i * stride, &t, i);
+}
+
+/* Rows 0 ... count - 1 of a page as f32 [count, cache_stride]: where they lie, or decoded into the worker's `keys`. */
+static const float *dsv3__mla_keys(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page, uint32_t count)
+{
+    const size_t used = (size_t)w->latent.n + w->rope_key.n;
+    if (w->plain)
+        return (const float *)(const void *)page;
+    dsv3__mla_fetch(w->m->k, &w->latent, page, count, mine->keys, w->cache_stride);
+    dsv3__mla_fetch(w->m->k, &w->rope_key, page, count, mine->keys + w->latent.n, w->cache_stride);
+    for (uint32_t i = 0; i < count; i++)
+        memset(mine->keys + i * w->cache_stride + used, 0, (w->cache_stride - used) * sizeof(float));
+    return mine->keys;
+}
+
+// ---- Attention -------------------------------------------------------------------------------------------
 
 /* Of one row: the query latent is normalised (in place); the cache row is written: the latent normalised, k_pe rotated. */
 static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
@@ -9311,16 +9600,22 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     const dsv3_config *c = &w->m->config;
     const float latent_eps = 1e-6f; /* whatever rms_norm_eps says: as transformers and the shipped code have it */
     const float *kv = w->kv + i * w->kv_stride;
-    float *cache = dsv3__mla_cache(w, &t->rows[i], t->layer, t->rows[i].position);
+    const dsv3__row *row = &t->rows[i];
+    float *key = w->workers[worker].keys;
     if (c->q_lora_rank) {
         float *q_a = w->q_a + i * w->q_a_stride;
         dsv3__nn_rmsnorm_row(w->m->k, q_a, q_a, w->norm, c->q_lora_rank, latent_eps);
         dsv3__nn_pack(w, worker, q_a, &w->m->mode, &t->l->q_b, w->tiled);
     }
-    dsv3__nn_rmsnorm_row(w->m->k, cache, kv, w->norm2, c->kv_lora_rank, latent_eps);
-    dsv3__nn_rope(w->m, cache + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
+    if (row->cached)
+        return;
+    dsv3__nn_rmsnorm_row(w->m->k, key, kv, w->norm2, c->kv_lora_rank, latent_eps);
+    dsv3__nn_rope(w->m, key + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
     for (size_t j = (size_t)c->kv_lora_rank + c->qk_rope_head_dim; j < w->cache_stride; j++)
-        cache[j] = 0;
+        key[j] = 0;
+    uint8_t *page = dsv3__mla_page(w, row, t->layer, row->position);
+    dsv3__mla_store(&w->latent, page, row->position % DSV3_PAGE_TOKENS, key);
+    dsv3__mla_store(&w->rope_key, page, row->position % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
 /* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
@@ -9378,7 +9673,8 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
     const uint32_t latent = w->m->config.kv_lora_rank;
-    const float *cache = dsv3__mla_cache(w, row, t->layer, t0); /* [count, cache_stride] */
+    const float *cache =
+        dsv3__mla_keys(w, mine, dsv3__mla_page(w, row, t->layer, t0), count); /* [count, cache_stride] */
     k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
             w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
@@ -9652,6 +9948,7 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
             g->inter = c->moe_intermediate_size;
             g->h = h + (size_t)first * stride;
             g->h_stride = stride;
+            w->counts[(size_t)moe_layer * experts + e] += g->n;
             n_groups++;
         }
         if (w->m->read_ahead)
@@ -9698,8 +9995,7 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
 }
 
 /* x -> logits of the rows that ask. `asked` is scratch [n]. */
-static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
-                                    const uint32_t *cancel, dsv3_error *err)
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
 {
     const uint32_t vocab = w->m->config.vocab_size;
     dsv3__head_task t;
@@ -9717,15 +10013,14 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32
         for (uint32_t v = 0; v < vocab; v++)
             not_finite += logits[v] - logits[v];
         if (not_finite != 0)
-            return dsv3__wt_blame(w->m, cancel, err);
+            return dsv3__wt_blame(w->m, rows[asked[i]].cancel, err);
     }
     return DSV3_OK;
 }
 
-/* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. cancel: looked at before
-   every layer. */
-static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
-                                  const uint32_t *cancel, dsv3_error *err)
+/* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. Whether one is cancelled is
+   looked at before every layer. */
+static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
 {
     const dsv3_model *m = w->m;
     const float eps = m->config.rms_norm_eps;
@@ -9738,15 +10033,16 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
     }
     for (uint32_t i = 0; i < m->config.num_hidden_layers; i++) {
         const dsv3__layer *l = &m->layers[i];
-        if (dsv3__atomic_load(cancel))
-            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
+        for (uint32_t j = 0; j < n; j++) /* rows of a timeline stand together */
+            if ((j == 0 || rows[j].cancel != rows[j - 1].cancel) && dsv3__atomic_load(rows[j].cancel))
+                return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
         dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
         dsv3__mla_forward(w, l, i, rows, n);
         dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
         dsv3__moe_forward(w, l, moe_layer, rows, n);
         moe_layer += l->moe;
     }
-    return dsv3__fwd_logits(w, rows, n, asked, cancel, err);
+    return dsv3__fwd_logits(w, rows, n, asked, err);
 }
 
 #ifndef DSV3_NO_TOKENIZER
@@ -17678,70 +17974,261 @@ static void dsv3__smp_top(dsv3_sample *best, size_t k, const float *logits, uint
 }
 
 // =============================================================================
-// >>ses   One timeline: the cache, its tokens, the scratch to go on. Owns: the KV cache, threads, logits.
-//         Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
+// >>ws    What sessions share: the cache in pages, the scratch of a pass, threads. Needs: fwd.
+//         A page is DSV3_PAGE_TOKENS positions of all layers. Sessions name pages by number, each page counts who names
+//         it, and only a page with one name is written. All of it is allocated when a workspace is opened.
 // =============================================================================
 
-#define DSV3__SES_BATCH_MAX 65536u
-#define DSV3__SES_STOP_MAX  255u /* bytes of a stop string */
+#define DSV3__WS_BATCH_MAX 65536u
+#define DSV3__WS_STOP_MAX  255u /* bytes of a stop string */
 
-struct dsv3_session {
+/* Logits that sessions name, as they do pages. There is one for each session, so that one that must not write into those it
+   names (a fork names them too) finds others that nobody does. */
+typedef struct dsv3__ws_logits {
+    struct dsv3__ws_logits *next; /* among those that nobody names */
+    uint32_t refs;
+    float *values; /* [vocab_size] */
+} dsv3__ws_logits;
+
+#define DSV3__WS_LOGITS_HEADER 64 /* bytes from the struct to its values */
+
+struct dsv3_workspace {
     const dsv3_model *m;
     dsv3__mem mem;
     dsv3__pool pool;
     dsv3__work work;
+    dsv3_cache cache_latent, cache_rope; /* not AUTO */
+    bool own;                            /* of one session and its forks: goes with the last */
+    bool running;                        /* inside a call: callbacks must not come back */
+    uint32_t n_sessions;
+    uint32_t n_pages, n_free;
+    uint32_t n_promised;    /* of the free: set aside for sessions */
+    dsv3__ws_logits *spare; /* logits that nobody names */
+    void *block;            /* all below, and the scratch */
+    uint32_t *refs;         /* [n_pages] how many sessions name it */
+    uint32_t *free;         /* [n_pages] the first n_free of them are the free pages */
+    uint32_t *marks;        /* [n_pages] 0 between calls */
+    float *sampling;        /* [vocab_size] the sampler's copy of logits */
+    uint8_t *seen;          /* [vocab_size / 8] */
+    uint32_t *masks;        /* [2, vocab_size / 32] what a grammar allows, and a host */
+    dsv3__row *rows;        /* [max_batch] */
+    uint32_t *asked;        /* [max_batch] */
+    char *piece;            /* [3 * (max_token_bytes + 3)] text of a token */
+    char *held;             /* [DSV3__WS_STOP_MAX + the same] text that may still become a stop string */
+};
+
+/* Layers that have cache rows. */
+static int dsv3__ses_layers(const dsv3_model *m)
+{
+    return (int)m->config.num_hidden_layers;
+}
+
+/* Counters of experts: [n_moe_layers, n_routed_experts] */
+static uint64_t dsv3__ws_counts(const dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    return (uint64_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->n_routed_experts;
+}
+
+/* Lays all of a workspace's memory out; returns its bytes. base NULL only measures. */
+static uint64_t dsv3__ws_plan(dsv3_workspace *ws, uint32_t max_batch, uint8_t *base)
+{
+    const dsv3_config *c = &ws->m->config;
+    uint64_t used = 0, piece = 3 * ((uint64_t)ws->m->max_token_bytes + 3);
+    uint64_t scratch = dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, NULL);
+    if (base) {
+        memset(base, 0, (size_t)scratch); /* rows are padded with zeros that nobody writes again */
+        dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, base);
+        base += scratch;
+    }
+    ws->work.pool = &ws->pool;
+    dsv3__mla_layout(&ws->work, ws->cache_latent, ws->cache_rope, (uint32_t)dsv3__ses_layers(ws->m));
+    ws->work.cache = (uint8_t *)dsv3__carve(base, &used, ws->n_pages, ws->work.page_bytes);
+    ws->work.counts = (uint64_t *)dsv3__carve(base, &used, dsv3__ws_counts(ws->m), sizeof(uint64_t));
+    ws->refs = (uint32_t *)dsv3__carve(base, &used, ws->n_pages, sizeof(uint32_t));
+    ws->free = (uint32_t *)dsv3__carve(base, &used, ws->n_pages, sizeof(uint32_t));
+    ws->marks = (uint32_t *)dsv3__carve(base, &used, ws->n_pages, sizeof(uint32_t));
+    ws->sampling = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
+    ws->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
+    ws->masks = (uint32_t *)dsv3__carve(base, &used, 2 * (((uint64_t)c->vocab_size + 31) / 32), sizeof(uint32_t));
+    ws->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));
+    ws->asked = (uint32_t *)dsv3__carve(base, &used, max_batch, sizeof(uint32_t));
+    ws->piece = (char *)dsv3__carve(base, &used, piece, 1);
+    ws->held = (char *)dsv3__carve(base, &used, piece + DSV3__WS_STOP_MAX, 1);
+    return used + scratch;
+}
+
+/* Options with their defaults in place. `whose` they are is said in messages. */
+static dsv3_result dsv3__ws_opts(dsv3_workspace_opts *o, const dsv3_model *m, const dsv3_workspace_opts *opts,
+                                 const char *whose, dsv3_error *err)
+{
+    memset(o, 0, sizeof *o);
+    if (opts) {
+        if (opts->struct_size && opts->struct_size != sizeof *o)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: struct_size is %u, expected 0 or %u", whose,
+                              (uint64_t)opts->struct_size, (uint64_t)sizeof *o);
+        *o = *opts;
+    }
+    if (!o->n_pages)
+        o->n_pages = 64;
+    if (!o->max_batch)
+        o->max_batch = 512;
+    if (o->cache_latent == DSV3_CACHE_AUTO)
+        o->cache_latent = DSV3_CACHE_F32;
+    if (o->cache_rope == DSV3_CACHE_AUTO)
+        o->cache_rope = o->cache_latent == DSV3_CACHE_F32 ? DSV3_CACHE_F32 : DSV3_CACHE_BF16;
+    if ((uint32_t)o->cache_latent > DSV3_CACHE_I8 || (uint32_t)o->cache_rope > DSV3_CACHE_I8)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: cache types %d and %d are not known", whose,
+                          (int64_t)o->cache_latent, (int64_t)o->cache_rope);
+    if (o->max_batch > DSV3__WS_BATCH_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: max_batch is %u, at most %u", whose,
+                          (uint64_t)o->max_batch, (uint64_t)DSV3__WS_BATCH_MAX);
+    if (o->n_pages > 1u << 26)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: n_pages is %u, at most 2^26", whose,
+                          (uint64_t)o->n_pages);
+    if (o->n_threads > 4096 || o->executor.n_threads > 4096)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: n_threads is %u, at most 4096", whose,
+                          (uint64_t)(o->n_threads > 4096 ? o->n_threads : o->executor.n_threads));
+    if (!o->allocator.alloc_fn != !o->allocator.free_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "%s opts: allocator needs alloc_fn and free_fn, or neither",
+                          whose);
+    if (!o->allocator.alloc_fn)
+        o->allocator = m->mem.allocator;
+    return DSV3_OK;
+}
+
+static void dsv3__ws_close(dsv3_workspace *ws)
+{
+    dsv3__mem mem;
+    DSV3_ASSERT(ws->n_sessions == 0);
+    dsv3__pool_close(&ws->pool, &ws->mem);
+    dsv3__mem_free(&ws->mem, ws->block);
+    mem = ws->mem;
+    dsv3__mem_free(&mem, ws);
+}
+
+/* Options as dsv3__ws_opts leaves them. */
+static dsv3_result dsv3__ws_open(dsv3_workspace **workspace, const dsv3_model *m, const dsv3_workspace_opts *o,
+                                 dsv3_error *err)
+{
+    dsv3__mem mem;
+    void *p;
+    dsv3__mem_init(&mem, &o->allocator, o->memory_limit);
+    DSV3__TRY(dsv3__mem_alloc(&mem, &p, sizeof(dsv3_workspace), "workspace", err));
+    dsv3_workspace *ws = (dsv3_workspace *)p;
+    memset(ws, 0, sizeof *ws);
+    ws->m = m;
+    ws->mem = mem;
+    ws->cache_latent = o->cache_latent, ws->cache_rope = o->cache_rope;
+    ws->n_pages = ws->n_free = o->n_pages;
+    dsv3_result r = dsv3__pool_open(&ws->pool, &ws->mem, o->n_threads, &o->executor, err);
+    if (!r)
+        r = dsv3__mem_alloc(&ws->mem, &ws->block, dsv3__ws_plan(ws, o->max_batch, NULL), "workspace: cache and scratch",
+                            err);
+    if (r) {
+        dsv3__ws_close(ws);
+        return r;
+    }
+    dsv3__ws_plan(ws, o->max_batch, (uint8_t *)ws->block);
+    memset(ws->work.counts, 0, (size_t)dsv3__ws_counts(m) * sizeof(uint64_t));
+    memset(ws->refs, 0, ws->n_pages * sizeof(uint32_t));
+    memset(ws->marks, 0, ws->n_pages * sizeof(uint32_t));
+    for (uint32_t i = 0; i < ws->n_pages; i++)
+        ws->free[i] = ws->n_pages - 1 - i; /* page 0 is taken first */
+    *workspace = ws;
+    return DSV3_OK;
+}
+
+/* Bytes that dsv3__ws_open takes. */
+static uint64_t dsv3__ws_memory(const dsv3_model *m, const dsv3_workspace_opts *o, uint64_t *cache_bytes)
+{
+    dsv3_workspace ws;
+    uint64_t threads = 0;
+    memset(&ws, 0, sizeof ws);
+    ws.m = m;
+    ws.cache_latent = o->cache_latent, ws.cache_rope = o->cache_rope;
+    ws.n_pages = o->n_pages;
+    ws.pool.n_threads = 1;
+    if (o->executor.run_fn) {
+        ws.pool.n_threads = o->executor.n_threads ? o->executor.n_threads : 1;
+    } else {
+#ifndef DSV3_NO_THREADS
+        ws.pool.n_threads = o->n_threads ? o->n_threads : dsv3__os_cores();
+        threads = ws.pool.n_threads > 1 ? (ws.pool.n_threads - 1) * sizeof(dsv3__thread) + DSV3__MEM_HEADER : 0;
+#endif
+    }
+    uint64_t block = dsv3__ws_plan(&ws, o->max_batch, NULL);
+    *cache_bytes = 0;
+    dsv3__carve(NULL, cache_bytes, ws.n_pages, ws.work.page_bytes);
+    return block + DSV3__MEM_HEADER + sizeof(dsv3_workspace) + DSV3__MEM_HEADER + threads;
+}
+
+/* The rows that `page` has at positions below n go to `to`. */
+static void dsv3__ws_copy_rows(dsv3_workspace *ws, uint32_t to, uint32_t page, uint32_t n)
+{
+    const dsv3__work *w = &ws->work;
+    for (uint64_t layer = 0; layer < w->page_bytes; layer += w->layer_bytes) {
+        const uint8_t *src = w->cache + page * w->page_bytes + layer;
+        uint8_t *dst = w->cache + to * w->page_bytes + layer;
+        for (uint32_t i = 0; i < 4; i++) {
+            uint64_t offset;
+            size_t row = dsv3__mla_piece(w, i, &offset);
+            memcpy(dst + offset, src + offset, row * n);
+        }
+    }
+}
+
+// =============================================================================
+// >>ses   One timeline: its tokens, the pages of its cache, the logits of its last token; and a pass for any number of
+//         them. Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
+// =============================================================================
+
+struct dsv3_session {
+    const dsv3_model *m;
+    dsv3_workspace *ws;
     dsv3_progress progress;
     uint32_t max_tokens;
     uint32_t n_tokens; /* what the caller sees */
     uint32_t n_cached; /* cache rows 0 ... n_cached - 1 are right; behind them run again */
     uint32_t cancel;   /* atomic; set from any thread */
     bool logits_valid;
-    bool running;    /* inside a call: callbacks must not come back */
-    void *block;     /* all below, and the scratch */
-    float *cache;    /* [num_hidden_layers, max_tokens, cache_stride] */
-    int32_t *tokens; /* [max_tokens] */
-    float *logits;   /* [vocab_size] of the last token */
-    float *sampling; /* [vocab_size] the sampler's copy */
-    uint8_t *seen;   /* [vocab_size / 8] */
-    uint32_t *masks; /* [2, vocab_size / 32] what a grammar allows, and a host */
-    dsv3__row *rows; /* [max_batch] */
-    uint32_t *asked; /* [max_batch] */
-    char *piece;     /* [3 * (max_token_bytes + 3)] text of a token */
-    char *held;      /* [DSV3__SES_STOP_MAX + the same] text that may still become a stop string */
+    uint32_t n_pages;        /* that it names: ceil(n_cached / DSV3_PAGE_TOKENS) between calls */
+    uint32_t reserve, drawn; /* pages promised, and how many of them it has */
+    dsv3__ws_logits *owned;  /* whose values `logits` are */
+    float *logits;           /* [vocab_size] of the last token */
+    int32_t *tokens;         /* [max_tokens] */
+    uint32_t *pages;         /* [ceil(max_tokens / DSV3_PAGE_TOKENS)] */
+    /* of the pass at hand, see dsv3__ses_run */
+    bool listed;
+    uint32_t keep;        /* tokens that stay; set by the caller */
+    uint32_t valid;       /* cache rows that are right, of those */
+    uint32_t at, end;     /* the next position to run, and how many tokens there will be */
+    size_t next_row;      /* of outputs->logit_rows */
+    const float *written; /* logits of the last row */
 };
 
-/* Lays all of a session's memory out; returns its bytes. base NULL only measures. */
-static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *base, uint64_t *cache_bytes)
+DSV3__INLINE uint32_t dsv3__ses_pages_of(uint32_t n_tokens)
 {
-    const dsv3_config *c = &s->m->config;
-    uint64_t used = 0, piece = 3 * ((uint64_t)s->m->max_token_bytes + 3);
-    uint64_t scratch = dsv3__work_plan(&s->work, s->m, max_batch, s->pool.n_threads, NULL);
-    if (base) {
-        memset(base, 0, (size_t)scratch); /* rows are padded with zeros that nobody writes again */
-        dsv3__work_plan(&s->work, s->m, max_batch, s->pool.n_threads, base);
-        base += scratch;
-    }
-    s->work.pool = &s->pool;
-    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)c->num_hidden_layers * s->max_tokens,
-                                    s->work.cache_stride * sizeof(float));
-    *cache_bytes = used;
-    s->tokens = (int32_t *)dsv3__carve(base, &used, s->max_tokens, sizeof(int32_t));
-    s->logits = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
-    s->sampling = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
-    s->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
-    s->masks = (uint32_t *)dsv3__carve(base, &used, 2 * (((uint64_t)c->vocab_size + 31) / 32), sizeof(uint32_t));
-    s->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));
-    s->asked = (uint32_t *)dsv3__carve(base, &used, max_batch, sizeof(uint32_t));
-    s->piece = (char *)dsv3__carve(base, &used, piece, 1);
-    s->held = (char *)dsv3__carve(base, &used, piece + DSV3__SES_STOP_MAX, 1);
-    return used + scratch;
+    return (n_tokens + DSV3_PAGE_TOKENS - 1) / DSV3_PAGE_TOKENS;
 }
 
-/* Options with their defaults in place. */
-static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, const dsv3_session_opts *opts,
-                                  dsv3_error *err)
+/* Lays a session out, itself in front; returns its bytes. */
+static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_tokens, uint8_t *base)
 {
+    uint64_t used = 0;
+    dsv3__carve(base, &used, 1, sizeof(dsv3_session));
+    s->tokens = (int32_t *)dsv3__carve(base, &used, max_tokens, sizeof(int32_t));
+    s->pages = (uint32_t *)dsv3__carve(base, &used, dsv3__ses_pages_of(max_tokens), sizeof(uint32_t));
+    return used;
+}
+
+/* Options with their defaults in place; those of its workspace, where it has one of its own. */
+static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, dsv3_workspace_opts *w, const dsv3_model *m,
+                                  const dsv3_session_opts *opts, dsv3_error *err)
+{
+    dsv3_workspace_opts given;
     memset(o, 0, sizeof *o);
+    memset(w, 0, sizeof *w);
     if (opts) {
         if (opts->struct_size && opts->struct_size != sizeof *o)
             return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: struct_size is %u, expected 0 or %u",
@@ -17750,154 +18237,335 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, con
     }
     if (!o->max_tokens)
         o->max_tokens = m->config.max_position_embeddings < 4096 ? m->config.max_position_embeddings : 4096;
-    if (!o->max_batch)
-        o->max_batch = 512;
-    if (o->max_batch > DSV3__SES_BATCH_MAX)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_batch is %u, at most %u",
-                          (uint64_t)o->max_batch, (uint64_t)DSV3__SES_BATCH_MAX);
-    if (o->max_batch > o->max_tokens)
-        o->max_batch = o->max_tokens;
     if (o->max_tokens > 1u << 30)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_tokens is %u, at most 2^30",
                           (uint64_t)o->max_tokens);
-    if (o->n_threads > 4096 || o->executor.n_threads > 4096)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_threads is %u, at most 4096",
-                          (uint64_t)(o->n_threads > 4096 ? o->n_threads : o->executor.n_threads));
-    if (!o->allocator.alloc_fn != !o->allocator.free_fn)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
-                          "session opts: allocator needs alloc_fn and free_fn, or neither");
-    if (!o->allocator.alloc_fn)
-        o->allocator = m->mem.allocator;
+    if (o->workspace && o->workspace->m != m)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: the workspace is of another model");
+    if (o->workspace)
+        return DSV3_OK;
+    memset(&given, 0, sizeof given);
+    given.n_pages = dsv3__ses_pages_of(o->max_tokens);
+    given.max_batch = o->max_batch, given.n_threads = o->n_threads;
+    given.cache_latent = o->cache_latent, given.cache_rope = o->cache_rope;
+    given.memory_limit = o->memory_limit;
+    given.executor = o->executor, given.allocator = o->allocator;
+    o->reserve_pages = 0;
+    DSV3__TRY(dsv3__ws_opts(w, m, &given, "session", err));
+    w->max_batch = w->max_batch < o->max_tokens ? w->max_batch : o->max_tokens;
     return DSV3_OK;
+}
+
+/* Gives the logits that it names back; they are spare when nobody else does. */
+static void dsv3__ses_drop_logits(dsv3_session *s)
+{
+    if (--s->owned->refs == 0) {
+        s->owned->next = s->ws->spare;
+        s->ws->spare = s->owned;
+    }
+    s->owned = NULL;
+}
+
+/* Takes spare ones. There are as many as sessions, this one names none: so there is one. */
+static void dsv3__ses_take_logits(dsv3_session *s)
+{
+    s->owned = s->ws->spare;
+    s->ws->spare = s->owned->next;
+    s->owned->refs = 1;
+    s->logits = s->owned->values;
+}
+
+/* One name less for a page. If it was the last, the page is free, and set aside again up to `reserve`. */
+static void dsv3__ses_give_page(dsv3_session *s, uint32_t page)
+{
+    dsv3_workspace *ws = s->ws;
+    if (--ws->refs[page])
+        return;
+    ws->free[ws->n_free++] = page;
+    if (s->drawn)
+        s->drawn--, ws->n_promised++;
+}
+
+/* Forgets the pages from number n_pages on. */
+static void dsv3__ses_trim(dsv3_session *s, uint32_t n_pages)
+{
+    while (s->n_pages > n_pages)
+        dsv3__ses_give_page(s, s->pages[--s->n_pages]);
+}
+
+/* A free page: one that was promised, as long as there are. The caller knows that there is one. */
+static uint32_t dsv3__ses_take_page(dsv3_session *s)
+{
+    dsv3_workspace *ws = s->ws;
+    uint32_t page = ws->free[--ws->n_free];
+    if (s->drawn < s->reserve)
+        s->drawn++, ws->n_promised--;
+    ws->refs[page] = 1;
+    return page;
 }
 
 static void dsv3__ses_close(dsv3_session *s)
 {
-    dsv3__mem mem;
-    dsv3__pool_close(&s->pool, &s->mem);
-    dsv3__mem_free(&s->mem, s->block);
-    mem = s->mem;
-    dsv3__mem_free(&mem, s);
+    dsv3_workspace *ws = s->ws;
+    dsv3__ses_trim(s, 0);
+    ws->n_promised -= s->reserve - s->drawn;
+    dsv3__ses_drop_logits(s);
+    dsv3__ws_logits *spare = ws->spare; /* one less for one session less */
+    ws->spare = spare->next;
+    dsv3__mem_free(&ws->mem, spare);
+    dsv3__mem_free(&ws->mem, s);
+    ws->n_sessions--;
+    if (ws->own && !ws->n_sessions)
+        dsv3__ws_close(ws);
+}
+
+/* A session without tokens in this workspace, with logits that are spare. */
+static dsv3_result dsv3__ses_new(dsv3_session **session, dsv3_workspace *ws, uint32_t max_tokens, uint32_t reserve,
+                                 const dsv3_progress *progress, dsv3_error *err)
+{
+    const uint64_t vocab = ws->m->config.vocab_size;
+    dsv3_session plan;
+    void *block, *logits;
+    if (reserve > ws->n_free - ws->n_promised)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "session: %u pages to be reserved, the workspace has %u",
+                          (uint64_t)reserve, (uint64_t)(ws->n_free - ws->n_promised));
+    DSV3__TRY(dsv3__mem_alloc(&ws->mem, &block, dsv3__ses_plan(&plan, max_tokens, NULL), "session", err));
+    dsv3_result r = dsv3__mem_alloc(&ws->mem, &logits, DSV3__WS_LOGITS_HEADER + vocab * sizeof(float), "logits", err);
+    if (r) {
+        dsv3__mem_free(&ws->mem, block);
+        return r;
+    }
+    dsv3_session *s = (dsv3_session *)block;
+    memset(s, 0, sizeof *s);
+    dsv3__ses_plan(s, max_tokens, (uint8_t *)block);
+    s->m = ws->m;
+    s->ws = ws;
+    s->progress = *progress;
+    s->max_tokens = max_tokens;
+    s->reserve = reserve;
+    ws->n_promised += reserve;
+    ws->n_sessions++;
+    dsv3__ws_logits *l = (dsv3__ws_logits *)logits;
+    l->values = (float *)(void *)((uint8_t *)logits + DSV3__WS_LOGITS_HEADER);
+    l->next = ws->spare;
+    ws->spare = l;
+    dsv3__ses_take_logits(s);
+    *session = s;
+    return DSV3_OK;
 }
 
 static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, const dsv3_session_opts *opts,
                                   dsv3_error *err)
 {
     dsv3_session_opts o;
-    dsv3__mem mem;
-    void *p;
-    uint64_t cache_bytes;
-    DSV3__TRY(dsv3__ses_opts(&o, m, opts, err));
-    dsv3__mem_init(&mem, &o.allocator, o.memory_limit);
-    DSV3__TRY(dsv3__mem_alloc(&mem, &p, sizeof(dsv3_session), "session", err));
-    dsv3_session *s = (dsv3_session *)p;
-    memset(s, 0, sizeof *s);
-    s->m = m;
-    s->mem = mem;
-    s->progress = o.progress;
-    s->max_tokens = o.max_tokens;
-    dsv3_result r = dsv3__pool_open(&s->pool, &s->mem, o.n_threads, &o.executor, err);
-    if (!r)
-        r = dsv3__mem_alloc(&s->mem, &s->block, dsv3__ses_plan(s, o.max_batch, NULL, &cache_bytes),
-                            "session: cache and scratch", err);
-    if (r) {
-        dsv3__ses_close(s);
-        return r;
-    }
-    dsv3__ses_plan(s, o.max_batch, (uint8_t *)s->block, &cache_bytes);
-    *session = s;
-    return DSV3_OK;
+    dsv3_workspace_opts w;
+    DSV3__TRY(dsv3__ses_opts(&o, &w, m, opts, err));
+    dsv3_workspace *ws = o.workspace;
+    if (ws && ws->running)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the workspace is running: no session can be opened");
+    if (!ws)
+        DSV3__TRY(dsv3__ws_open(&ws, m, &w, err));
+    dsv3_result r = dsv3__ses_new(session, ws, o.max_tokens, o.reserve_pages, &o.progress, err);
+    if (!o.workspace && r)
+        dsv3__ws_close(ws);
+    else if (!o.workspace)
+        ws->own = true;
+    return r;
 }
 
 static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts *opts, dsv3_memory *memory,
                                     dsv3_error *err)
 {
     dsv3_session_opts o;
+    dsv3_workspace_opts w;
     dsv3_session s;
-    DSV3__TRY(dsv3__ses_opts(&o, m, opts, err));
-    memset(&s, 0, sizeof s);
-    s.m = m;
-    s.max_tokens = o.max_tokens;
-    s.pool.n_threads = 1;
-    uint64_t threads = 0;
-    if (o.executor.run_fn) {
-        s.pool.n_threads = o.executor.n_threads ? o.executor.n_threads : 1;
-    } else {
-#ifndef DSV3_NO_THREADS
-        s.pool.n_threads = o.n_threads ? o.n_threads : dsv3__os_cores();
-        threads = s.pool.n_threads > 1 ? (s.pool.n_threads - 1) * sizeof(dsv3__thread) + DSV3__MEM_HEADER : 0;
-#endif
-    }
+    DSV3__TRY(dsv3__ses_opts(&o, &w, m, opts, err));
     memory->file_bytes = m->st.data_bytes;
     memory->model_bytes = m->mem.used + (m->tokenizer ? m->tokenizer->mem.used : 0);
-    memory->session_bytes = dsv3__ses_plan(&s, o.max_batch, NULL, &memory->cache_bytes) + DSV3__MEM_HEADER;
-    memory->session_bytes += sizeof(dsv3_session) + DSV3__MEM_HEADER + threads;
+    memory->session_bytes = o.workspace ? 0 : dsv3__ws_memory(m, &w, &memory->cache_bytes);
+    memory->session_bytes += dsv3__ses_plan(&s, o.max_tokens, NULL) + DSV3__MEM_HEADER;
+    memory->session_bytes += DSV3__WS_LOGITS_HEADER + (uint64_t)m->config.vocab_size * sizeof(float) + DSV3__MEM_HEADER;
     memory->max_tokens = o.max_tokens;
     return DSV3_OK;
 }
 
-/* Runs positions n_cached ... n_tokens - 1 of `s->tokens`, in batches. outputs (NULL: none) speaks of the last `count` of
-   them. The logits of the very last land in s->logits. */
-static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs,
-                                 dsv3_error *err)
+/* Only counts are raised: nothing of the cache is copied. */
+static dsv3_result dsv3__ses_fork(dsv3_session **child, dsv3_session *s, uint32_t reserve, dsv3_error *err)
 {
-    const dsv3_config *c = &s->m->config;
-    const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached; /* `first`: the first new one */
-    const size_t vocab = c->vocab_size;
-    const uint32_t cached = s->n_cached;
-    const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
-    size_t next_row = 0; /* of outputs->logit_rows */
-    dsv3_result r = DSV3_OK;
-    s->running = true;
-    for (uint32_t done = 0; done < total && !r;) {
-        uint32_t n = (uint32_t)dsv3__min(s->work.max_batch, total - done);
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t position = cached + done + i;
-            dsv3__row *row = &s->rows[i];
-            row->cache = s->cache;
-            row->cache_tokens = s->max_tokens;
-            row->position = position;
-            row->token = s->tokens[position];
-            row->logits = position + 1 == n_tokens ? s->logits : NULL;
-            row->experts = NULL;
-            if (!outputs || position < first)
-                continue;
-            if (outputs->experts)
-                row->experts = outputs->experts + (position - first) * experts;
-            if (!outputs->logits)
-                continue;
-            if (!outputs->logit_rows)
-                row->logits = outputs->logits + (position - first) * vocab;
-            else if (next_row < outputs->n_logit_rows && outputs->logit_rows[next_row] == position - first)
-                row->logits = outputs->logits + next_row++ * vocab;
-        }
-        uint32_t saved = dsv3__fp_enter();
-        r = dsv3__fwd_rows(&s->work, s->rows, n, s->asked, &s->cancel, err);
-        dsv3__fp_leave(saved);
-        done += n;
-        if (!r && done == total && s->rows[n - 1].logits != s->logits)
-            memcpy(s->logits, s->rows[n - 1].logits, vocab * sizeof(float));
-        if (!r && count && cached + done > first && s->progress.fn &&
-            !s->progress.fn(s->progress.user, cached + done - first, count))
-            r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
-                           (uint64_t)(cached + done - first), (uint64_t)count);
+    dsv3_session *f;
+    DSV3__TRY(dsv3__ses_new(&f, s->ws, s->max_tokens, reserve, &s->progress, err));
+    memcpy(f->tokens, s->tokens, s->n_tokens * sizeof *s->tokens);
+    memcpy(f->pages, s->pages, s->n_pages * sizeof *s->pages);
+    for (uint32_t i = 0; i < s->n_pages; i++)
+        s->ws->refs[s->pages[i]]++;
+    f->n_pages = s->n_pages, f->n_tokens = s->n_tokens, f->n_cached = s->n_cached;
+    f->logits_valid = s->logits_valid;
+    if (s->logits_valid) {
+        dsv3__ses_drop_logits(f);
+        f->owned = s->owned, f->logits = s->logits;
+        s->owned->refs++;
     }
-    s->running = false;
-    if (r == DSV3_ERROR_CANCELLED)
-        dsv3__atomic_store(&s->cancel, 0);
-    if (r) {
-        s->logits_valid = false; /* run again when asked for */
-        return r;
-    }
-    s->n_tokens = s->n_cached = n_tokens;
-    s->logits_valid = true;
+    *child = f;
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size_t count, const dsv3_outputs *outputs,
-                                    dsv3_error *err)
+static void dsv3__ses_rewind(dsv3_session *s, uint32_t n_tokens)
 {
-    if (count && !tokens)
+    s->n_tokens = n_tokens;
+    s->n_cached = s->n_cached < n_tokens ? s->n_cached : n_tokens;
+    s->logits_valid = false;
+    dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
+}
+
+/* Gives each session pages of its own where this pass writes: new ones, and copies of those that are shared. Either all
+   that are wanted or, where the workspace has too few, none. */
+static dsv3_result dsv3__ses_pages(const dsv3_batch_item *items, size_t n, dsv3_error *err)
+{
+    dsv3_workspace *ws = items[0].session->ws;
+    uint64_t lack = 0; /* pages beyond those that are promised */
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = items[k].session;
+        uint32_t need = 0, promised = s->reserve - s->drawn;
+        for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; s->valid < s->end && i < dsv3__ses_pages_of(s->end); i++)
+            if (i >= s->n_pages || ws->refs[s->pages[i]] - ws->marks[s->pages[i]] > 1) {
+                need++;
+                if (i < s->n_pages)
+                    ws->marks[s->pages[i]]++; /* one name less: the last one need not copy */
+            }
+        lack += need > promised ? need - promised : 0;
+    }
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = items[k].session;
+        for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; i < s->n_pages; i++)
+            ws->marks[s->pages[i]] = 0;
+    }
+    if (lack > ws->n_free - ws->n_promised)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "append: %u pages more than the workspace has: %u of %u are free",
+                          lack - (ws->n_free - ws->n_promised), (uint64_t)(ws->n_free - ws->n_promised),
+                          (uint64_t)ws->n_pages);
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = items[k].session;
+        for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; s->valid < s->end && i < dsv3__ses_pages_of(s->end); i++) {
+            if (i >= s->n_pages) {
+                s->pages[s->n_pages++] = dsv3__ses_take_page(s);
+            } else if (ws->refs[s->pages[i]] > 1) {
+                uint32_t shared = s->pages[i], first = i * DSV3_PAGE_TOKENS;
+                s->pages[i] = dsv3__ses_take_page(s);
+                dsv3__ws_copy_rows(ws, s->pages[i], shared, s->valid > first ? s->valid - first : 0);
+                ws->refs[shared]--;
+            }
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Row of the next position of this session. */
+static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__row *row)
+{
+    const dsv3_config *c = &s->m->config;
+    const dsv3_outputs *out = item->outputs;
+    const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
+    const uint32_t position = s->at++;
+    row->pages = s->pages;
+    row->position = position;
+    row->token = position < s->keep ? s->tokens[position] : item->tokens[position - s->keep];
+    row->cached = position < s->valid;
+    row->logits = s->at == s->end ? s->logits : NULL;
+    row->experts = NULL;
+    row->cancel = &s->cancel;
+    if (out && position >= s->keep) {
+        const uint32_t i = position - s->keep;
+        if (out->experts)
+            row->experts = out->experts + i * experts;
+        if (out->logits && !out->logit_rows)
+            row->logits = out->logits + (size_t)i * c->vocab_size;
+        else if (out->logits && s->next_row < out->n_logit_rows && out->logit_rows[s->next_row] == i)
+            row->logits = out->logits + s->next_row++ * c->vocab_size;
+    }
+    s->written = row->logits;
+}
+
+/* Runs for each session, listed once, the tokens it keeps (`keep`, set by the caller) and has not run, then those of its
+   item: max_batch rows at a time, whoever's they are. In the end each holds keep + count tokens, and the logits of the
+   last. */
+static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_error *err)
+{
+    dsv3_workspace *ws = n ? items[0].session->ws : NULL;
+    bool any = false;
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = items[k].session;
+        s->end = s->keep + (uint32_t)items[k].count;
+        s->valid = s->n_cached < s->keep ? s->n_cached : s->keep;
+        s->at = s->valid;
+        if (s->at == s->end && s->end && !(s->logits_valid && s->n_tokens == s->end))
+            s->at--; /* its last row is run again, for the logits */
+        s->next_row = 0;
+        s->written = NULL;
+        any = any || s->at < s->end;
+    }
+    if (!any)
+        return DSV3_OK;
+    DSV3__TRY(dsv3__ses_pages(items, n, err));
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = items[k].session;
+        if (s->at < s->end && s->owned->refs > 1) {
+            dsv3__ses_drop_logits(s);
+            dsv3__ses_take_logits(s);
+        }
+    }
+    dsv3_result r = DSV3_OK;
+    ws->running = true;
+    for (size_t k = 0; k < n && !r;) {
+        uint32_t rows = 0;
+        size_t first = k, last = k; /* items of this piece: first ... last - 1 */
+        while (k < n && rows < ws->work.max_batch) {
+            dsv3_session *s = items[k].session;
+            if (s->at < s->end) {
+                dsv3__ses_row(s, &items[k], &ws->rows[rows++]);
+                last = k + 1;
+            }
+            if (s->at == s->end)
+                k++;
+        }
+        uint32_t saved = dsv3__fp_enter();
+        if (rows)
+            r = dsv3__fwd_rows(&ws->work, ws->rows, rows, ws->asked, err);
+        dsv3__fp_leave(saved);
+        for (size_t j = first; j < last && !r; j++) {
+            dsv3_session *s = items[j].session;
+            const uint32_t done = s->at > s->keep ? s->at - s->keep : 0;
+            if (s->at == s->end && s->written && s->written != s->logits)
+                memcpy(s->logits, s->written, s->m->config.vocab_size * sizeof(float));
+            if (done && s->progress.fn && !s->progress.fn(s->progress.user, done, items[j].count))
+                r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
+                               (uint64_t)done, (uint64_t)items[j].count);
+        }
+    }
+    ws->running = false;
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = items[k].session;
+        if (r == DSV3_ERROR_CANCELLED)
+            dsv3__atomic_store(&s->cancel, 0);
+        if (r) {
+            s->n_cached = s->valid;
+            s->logits_valid = false; /* run again when asked for */
+        } else {
+            if (items[k].count)
+                memmove(s->tokens + s->keep, items[k].tokens, items[k].count * sizeof *s->tokens);
+            s->n_tokens = s->n_cached = s->end;
+            s->logits_valid = s->end > 0;
+        }
+        dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
+    }
+    return r;
+}
+
+/* Can this be run behind the first `keep` tokens? */
+static dsv3_result dsv3__ses_check(const dsv3_session *s, uint32_t keep, const dsv3_batch_item *item, dsv3_error *err)
+{
+    const dsv3_outputs *outputs = item->outputs;
+    const size_t count = item->count;
+    if (count && !item->tokens)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: tokens is NULL");
     if (outputs && outputs->struct_size && outputs->struct_size != sizeof *outputs)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "append: outputs.struct_size is %u, expected 0 or %u",
@@ -17911,18 +18579,85 @@ static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size
                                   "append: outputs.logit_rows[%u] is %u: expected ascending, below %u", (uint64_t)i,
                                   (uint64_t)outputs->logit_rows[i], (uint64_t)count);
     }
-    if (count > s->max_tokens - s->n_tokens)
+    if (count > s->max_tokens - keep)
         return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "append: %u tokens behind %u, the session holds %u",
-                          (uint64_t)count, (uint64_t)s->n_tokens, (uint64_t)s->max_tokens);
+                          (uint64_t)count, (uint64_t)keep, (uint64_t)s->max_tokens);
     for (size_t i = 0; i < count; i++)
-        if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->m->config.vocab_size)
+        if (item->tokens[i] < 0 || (uint32_t)item->tokens[i] >= s->m->config.vocab_size)
             return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: token %u is %d, the vocabulary has %u",
-                              (uint64_t)i, (int64_t)tokens[i], (uint64_t)s->m->config.vocab_size);
+                              (uint64_t)i, (int64_t)item->tokens[i], (uint64_t)s->m->config.vocab_size);
+    return DSV3_OK;
+}
+
+/* Which item it was, in front of the message. */
+static dsv3_result dsv3__ses_blame(size_t item, dsv3_error *err)
+{
+    dsv3_error plain = *err;
+    dsv3__format(err->message, sizeof err->message, "item %u: %s", (uint64_t)item, plain.message);
+    return err->code;
+}
+
+static dsv3_result dsv3__ses_batch(const dsv3_batch_item *items, size_t n, dsv3_error *err)
+{
+    dsv3_result r = DSV3_OK;
+    size_t listed = 0;
+    for (; listed < n && !r; listed++) {
+        dsv3_session *s = items[listed].session;
+        if (!s)
+            r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session is NULL");
+        else if (s->ws->running)
+            r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is running: a callback may only cancel it");
+        else if (s->ws != items[0].session->ws)
+            r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is of another workspace than item 0's");
+        else if (s->listed)
+            r = DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is in the batch already");
+        else
+            r = dsv3__ses_check(s, s->n_tokens, &items[listed], err);
+        if (r)
+            break;
+        s->keep = s->n_tokens;
+        s->listed = true;
+    }
+    if (r)
+        dsv3__ses_blame(listed, err);
+    else
+        r = dsv3__ses_run(items, n, err);
+    while (listed--)
+        items[listed].session->listed = false;
+    return r;
+}
+
+/* The one-item case of a batch. */
+static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size_t count, const dsv3_outputs *outputs,
+                                    dsv3_error *err)
+{
+    dsv3_batch_item item;
+    item.session = s, item.tokens = tokens, item.count = count, item.outputs = outputs;
+    DSV3__TRY(dsv3__ses_check(s, s->n_tokens, &item, err));
     if (!count)
         return DSV3_OK;
-    memcpy(s->tokens + s->n_tokens, tokens,
-           count * sizeof *tokens); /* behind n_tokens: unseen until the run succeeds */
-    return dsv3__ses_run(s, s->n_tokens + (uint32_t)count, (uint32_t)count, outputs, err);
+    s->keep = s->n_tokens;
+    return dsv3__ses_run(&item, 1, err);
+}
+
+static dsv3_result dsv3__ses_sync(dsv3_session *s, const int32_t *tokens, size_t count, size_t *kept, dsv3_error *err)
+{
+    dsv3_batch_item item;
+    uint32_t keep = 0;
+    if (count && !tokens)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sync: tokens is NULL");
+    while (keep < count && keep < s->n_tokens && tokens[keep] == s->tokens[keep])
+        keep++;
+    item.session = s, item.tokens = count ? tokens + keep : NULL, item.count = count - keep, item.outputs = NULL;
+    DSV3__TRY(dsv3__ses_check(s, keep, &item, err));
+    if (item.count) {
+        s->keep = keep;
+        DSV3__TRY(dsv3__ses_run(&item, 1, err));
+    } else if (keep < s->n_tokens) {
+        dsv3__ses_rewind(s, keep);
+    }
+    *kept = keep;
+    return DSV3_OK;
 }
 
 /* A token at the end that is only run when something behind it is needed. */
@@ -17935,13 +18670,13 @@ static void dsv3__ses_push(dsv3_session *s, int32_t token)
 /* Makes s->logits those of the last token. */
 static dsv3_result dsv3__ses_logits(dsv3_session *s, dsv3_error *err)
 {
+    dsv3_batch_item item;
     if (!s->n_tokens)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is empty: there are no logits yet");
-    if (s->logits_valid)
-        return DSV3_OK;
-    if (s->n_cached == s->n_tokens)
-        s->n_cached--; /* its row is written again, with the same bits */
-    return dsv3__ses_run(s, s->n_tokens, 0, NULL, err);
+    memset(&item, 0, sizeof item);
+    item.session = s;
+    s->keep = s->n_tokens;
+    return dsv3__ses_run(&item, 1, err);
 }
 
 /* Ids that may be picked: the tokenizer's, if it knows fewer than the vocabulary has rows. */
@@ -17971,12 +18706,12 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
             (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
     DSV3__TRY(dsv3__ses_logits(s, err));
     uint32_t vocab = s->m->config.vocab_size, pickable = dsv3__ses_pickable(s);
-    memcpy(s->sampling, s->logits, vocab * sizeof(float));
-    if (opts->mask && !dsv3__smp_mask(s->sampling, pickable, opts->mask))
+    memcpy(s->ws->sampling, s->logits, vocab * sizeof(float));
+    if (opts->mask && !dsv3__smp_mask(s->ws->sampling, pickable, opts->mask))
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
     uint32_t saved = dsv3__fp_enter();
-    dsv3__smp_penalties(s->sampling, vocab, s->tokens, s->n_tokens, opts, s->seen);
-    sample->token = dsv3__smp_pick(s->sampling, pickable, opts, s->n_tokens);
+    dsv3__smp_penalties(s->ws->sampling, vocab, s->tokens, s->n_tokens, opts, s->ws->seen);
+    sample->token = dsv3__smp_pick(s->ws->sampling, pickable, opts, s->n_tokens);
     sample->logprob = (float)((double)s->logits[sample->token] - dsv3__smp_log_sum(s->logits, vocab));
     dsv3__fp_leave(saved);
     return DSV3_OK;
@@ -17989,7 +18724,7 @@ typedef struct dsv3__gen {
     dsv3_session *s;
     const dsv3_generate_opts *o;
     dsv3__tok_stream stream; /* bytes of an incomplete character */
-    size_t n_held;           /* bytes in s->held */
+    size_t n_held;           /* bytes in s->ws->held */
     dsv3_grammar_state text; /* with a grammar: what it has seen */
 } dsv3__gen;
 
@@ -18006,10 +18741,10 @@ static dsv3_result dsv3__gen_check(const dsv3_session *s, const dsv3_generate_op
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "generate opts: a count of stops without the stops");
     for (size_t i = 0; i < o->n_stop_strings; i++) {
         size_t n = o->stop_strings[i] ? strlen(o->stop_strings[i]) : 0;
-        if (n < 1 || n > DSV3__SES_STOP_MAX)
+        if (n < 1 || n > DSV3__WS_STOP_MAX)
             return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
                               "generate opts: stop string %u has %u bytes, expected 1 to %u", (uint64_t)i, (uint64_t)n,
-                              (uint64_t)DSV3__SES_STOP_MAX);
+                              (uint64_t)DSV3__WS_STOP_MAX);
         const char *at = o->stop_strings[i], *end = at + n;
         for (size_t step; at < end; at += step) /* half a character as a stop would hand the other half out */
             if (!(step = dsv3__utf8_length(at, end)))
@@ -18031,14 +18766,14 @@ static dsv3_stop dsv3__gen_stop_token(const dsv3__gen *g, int32_t token)
     return DSV3_STOP_NONE;
 }
 
-/* The tokens that may come next, into s->masks. *stop: GRAMMAR where there is none because the text is complete. */
+/* The tokens that may come next, into s->ws->masks. *stop: GRAMMAR where there is none because the text is complete. */
 static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err)
 {
     dsv3_session *s = g->s;
     const dsv3_generate_opts *o = g->o;
     const dsv3_config *c = &s->m->config;
     const uint32_t words = (c->vocab_size + 31) / 32;
-    uint32_t *mask = s->masks, *host = s->masks + words, any = 0;
+    uint32_t *mask = s->ws->masks, *host = s->ws->masks + words, any = 0;
     memset(mask, o->grammar ? 0 : 0xFF, words * sizeof *mask);
     memset(host, o->mask_fn ? 0 : 0xFF, words * sizeof *host);
     if (o->grammar) {
@@ -18056,9 +18791,9 @@ static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err
             return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
     }
     if (o->mask_fn) {
-        s->running = true;
+        s->ws->running = true;
         bool go_on = o->mask_fn(o->user, s->tokens, s->n_tokens, host);
-        s->running = false;
+        s->ws->running = false;
         if (!go_on)
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by mask_fn");
     }
@@ -18071,7 +18806,7 @@ static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err
    longest end that could begin one. */
 static size_t dsv3__gen_release(dsv3__gen *g, const char *text, size_t n, dsv3_stop *stop)
 {
-    char *held = g->s->held;
+    char *held = g->s->ws->held;
     size_t certain;
     memcpy(held + g->n_held, text, n);
     g->n_held += n;
@@ -18099,24 +18834,24 @@ static void dsv3__gen_emit(dsv3__gen *g, int32_t id, float logprob, size_t n, ds
     dsv3_token token;
     token.id = id;
     token.logprob = logprob;
-    token.text = g->s->held;
+    token.text = g->s->ws->held;
     token.len = n;
-    g->s->running = true;
+    g->s->ws->running = true;
     if (g->o->token_fn && !g->o->token_fn(g->o->user, &token) && *stop == DSV3_STOP_NONE)
         *stop = DSV3_STOP_CALLBACK;
-    g->s->running = false;
+    g->s->ws->running = false;
     g->n_held -= n;
-    memmove(g->s->held, g->s->held + n, g->n_held);
+    memmove(g->s->ws->held, g->s->ws->held + n, g->n_held);
 }
 
 /* The end: what was held back is text after all. */
 static void dsv3__gen_flush(dsv3__gen *g, dsv3_stop stop)
 {
-    size_t n = dsv3__tok_stream_flush(&g->stream, g->s->piece);
+    size_t n = dsv3__tok_stream_flush(&g->stream, g->s->ws->piece);
     dsv3_stop found = DSV3_STOP_NONE;
     if (stop == DSV3_STOP_STRING || stop == DSV3_STOP_CALLBACK)
         return;
-    dsv3__gen_release(g, g->s->piece, n, &found);
+    dsv3__gen_release(g, g->s->ws->piece, n, &found);
     if (g->n_held)
         dsv3__gen_emit(g, -1, 0, g->n_held, &found);
 }
@@ -18144,7 +18879,7 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
             DSV3__TRY(dsv3__gen_mask(g, &stats->stop, err));
             if (stats->stop != DSV3_STOP_NONE)
                 break;
-            how.mask = s->masks;
+            how.mask = s->ws->masks;
         }
         DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
         dsv3__ses_push(s, sample.token);
@@ -18155,8 +18890,8 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
         if (s->m->tokenizer && stats->stop == DSV3_STOP_NONE) {
             const char *bytes = dsv3_token_bytes(s->m->tokenizer, sample.token, &n);
             if (bytes)
-                n = dsv3__tok_stream_put(&g->stream, bytes, n, s->piece);
-            certain = dsv3__gen_release(g, s->piece, n, &stats->stop);
+                n = dsv3__tok_stream_put(&g->stream, bytes, n, s->ws->piece);
+            certain = dsv3__gen_release(g, s->ws->piece, n, &stats->stop);
         }
         dsv3__gen_emit(g, sample.token, sample.logprob, certain, &stats->stop);
     }
@@ -18176,11 +18911,11 @@ static dsv3_result dsv3__gen_prompt(dsv3_session *s, const char *prompt, size_t 
     dsv3_result r = dsv3_tokenize(s->m->tokenizer, prompt, len, flags, NULL, 0, &count, err);
     if (r && r != DSV3_ERROR_BUFFER_TOO_SMALL)
         return r;
-    DSV3__TRY(dsv3__mem_alloc(&s->mem, &tokens, count * sizeof(int32_t), "prompt", err));
+    DSV3__TRY(dsv3__mem_alloc(&s->ws->mem, &tokens, count * sizeof(int32_t), "prompt", err));
     r = dsv3_tokenize(s->m->tokenizer, prompt, len, flags, (int32_t *)tokens, count, &count, err);
     if (!r)
         r = dsv3__ses_append(s, (const int32_t *)tokens, count, NULL, err);
-    dsv3__mem_free(&s->mem, tokens);
+    dsv3__mem_free(&s->ws->mem, tokens);
     if (!r)
         stats->n_prompt = count;
     return r;
@@ -18214,6 +18949,609 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
     return r;
 }
 // =============================================================================
+// >>snap  Sessions written down and read again. Needs: ses. A snapshot is a file from anywhere: no number in it is used
+//         before it was held against the model and the sessions it goes into, and nothing of a session changes before all
+//         was read. Little-endian, in this order, checksums of all bytes before them:
+//           header      256 bytes: dsv3__snap_header; its checksum is the last 8
+//           sessions    [n_sessions] n_tokens, n_cached: u32 each
+//           for each    tokens [n_tokens], numbers of its pages [ceil(n_cached / 64)]: u32. Pages are counted as they first
+//                       occur, so that one that is shared is there once
+//           pages       [n_pages] how many rows of each are stored: u32; checksum
+//           for each    for each layer, for each piece of it (dsv3__mla_piece): rows
+//           checksum
+// =============================================================================
+
+#define DSV3__SNAP_HEADER  256u
+#define DSV3__SNAP_VERSION 1u
+
+/* A checksum of 64 bits, 32 bytes a step in four lanes. Each step is one-to-one in the lane and in the word, so a change of
+   bytes of one word never goes unseen. */
+typedef struct dsv3__snap_sum {
+    uint64_t lane[4], total;
+    uint8_t part[32];
+} dsv3__snap_sum;
+
+static void dsv3__snap_sum_start(dsv3__snap_sum *sum)
+{
+    memset(sum, 0, sizeof *sum);
+    for (uint32_t i = 0; i < 4; i++)
+        sum->lane[i] = 0x9E3779B97F4A7C15ull * (i + 1);
+}
+
+static void dsv3__snap_sum_add(dsv3__snap_sum *sum, const void *data, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    uint64_t a = sum->lane[0], b = sum->lane[1], c = sum->lane[2], d = sum->lane[3];
+    while (n) {
+        const uint8_t *from = p;
+        size_t at = (size_t)(sum->total % 32), take = dsv3__min(n, 32 - at);
+        if (take < 32) {
+            memcpy(sum->part + at, p, take);
+            from = sum->part;
+        }
+        p += take, n -= take, sum->total += take;
+        if (at + take < 32)
+            break;
+#define DSV3__SNAP_STEP(lane, i)          \
+    lane ^= dsv3__load64(from + 8 * (i)); \
+    lane = (lane << 29 | lane >> 35) * 0xC2B2AE3D27D4EB4Full
+        DSV3__SNAP_STEP(a, 0);
+        DSV3__SNAP_STEP(b, 1);
+        DSV3__SNAP_STEP(c, 2);
+        DSV3__SNAP_STEP(d, 3);
+#undef DSV3__SNAP_STEP
+    }
+    sum->lane[0] = a, sum->lane[1] = b, sum->lane[2] = c, sum->lane[3] = d;
+}
+
+/* Of all so far; more may follow. */
+static uint64_t dsv3__snap_sum_get(const dsv3__snap_sum *sum)
+{
+    dsv3__snap_sum end = *sum;
+    const uint8_t zeros[32] = {0};
+    uint64_t h = sum->total;
+    if (sum->total % 32)
+        dsv3__snap_sum_add(&end, zeros, 32 - (size_t)(sum->total % 32));
+    for (uint32_t i = 0; i < 4; i++) {
+        h = (h ^ end.lane[i]) * 0x9FB21C651E98DF25ull;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+static void dsv3__snap_number(dsv3__snap_sum *sum, uint64_t v)
+{
+    dsv3__snap_sum_add(sum, &v, sizeof v);
+}
+
+static void dsv3__snap_real(dsv3__snap_sum *sum, double v)
+{
+    dsv3__snap_sum_add(sum, &v, sizeof v);
+}
+
+/* 64 bytes from the middle of a weight. */
+static void dsv3__snap_sample(dsv3__snap_sum *sum, const dsv3_tensor *t)
+{
+    if (!t->data)
+        return;
+    const uint64_t bytes =
+        dsv3__ten_n_rows(t) > 1 ? dsv3__ten_n_rows(t) * t->row_stride : dsv3__ten_n_cols(t) * dsv3_dtype_size(t->dtype);
+    const uint64_t n = bytes < 64 ? bytes : 64;
+    dsv3__snap_sum_add(sum, (const uint8_t *)t->data + (bytes - n) / 2, (size_t)n);
+}
+
+/* Two models with the same one give the same rows: what they compute, all tensors by name, dtype and shape, and some bytes
+   of the weights of every layer. Reads a few hundred pages of the files. */
+static uint64_t dsv3__snap_fingerprint(const dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    const uint32_t numbers[] = {c->vocab_size,
+                                c->hidden_size,
+                                c->intermediate_size,
+                                c->moe_intermediate_size,
+                                c->num_hidden_layers,
+                                c->first_k_dense_replace,
+                                c->num_attention_heads,
+                                c->q_lora_rank,
+                                c->kv_lora_rank,
+                                c->qk_nope_head_dim,
+                                c->qk_rope_head_dim,
+                                c->v_head_dim,
+                                c->n_routed_experts,
+                                c->n_shared_experts,
+                                c->num_experts_per_tok,
+                                c->n_group,
+                                c->topk_group,
+                                (uint32_t)c->scoring_func,
+                                (uint32_t)c->topk_method,
+                                c->norm_topk_prob,
+                                c->tie_word_embeddings,
+                                c->rope_interleave,
+                                c->rope_yarn,
+                                c->rope_original_max_position_embeddings,
+                                m->mode.powers};
+    dsv3__snap_sum sum;
+    dsv3__snap_sum_start(&sum);
+    for (uint32_t i = 0; i < DSV3__COUNT(numbers); i++)
+        dsv3__snap_number(&sum, numbers[i]);
+    dsv3__snap_real(&sum, (double)c->routed_scaling_factor), dsv3__snap_real(&sum, (double)c->rms_norm_eps);
+    dsv3__snap_real(&sum, c->rope_theta), dsv3__snap_real(&sum, c->rope_factor);
+    dsv3__snap_real(&sum, c->rope_beta_fast), dsv3__snap_real(&sum, c->rope_beta_slow);
+    dsv3__snap_real(&sum, c->rope_mscale), dsv3__snap_real(&sum, c->rope_mscale_all_dim);
+    dsv3__snap_real(&sum, c->rope_attention_factor);
+    for (uint64_t i = 0; i < m->st.n_tensors; i++) {
+        const dsv3__st_tensor *t = &m->st.tensors[i];
+        dsv3__snap_sum_add(&sum, t->name, strlen(t->name) + 1);
+        dsv3__snap_number(&sum, t->dtype);
+        dsv3__snap_sum_add(&sum, t->shape, t->rank * sizeof *t->shape);
+    }
+    dsv3__snap_sample(&sum, &m->embed), dsv3__snap_sample(&sum, &m->norm), dsv3__snap_sample(&sum, &m->head);
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+        const dsv3__layer *l = &m->layers[i];
+        dsv3__snap_sample(&sum, &l->input_norm), dsv3__snap_sample(&sum, &l->kv_a), dsv3__snap_sample(&sum, &l->kv_b);
+        dsv3__snap_sample(&sum, &l->o), dsv3__snap_sample(&sum, &l->mlp.down), dsv3__snap_sample(&sum, &l->router);
+        dsv3__snap_sample(&sum, &l->router_bias);
+    }
+    return dsv3__snap_sum_get(&sum);
+}
+
+typedef struct dsv3__snap_header {
+    uint64_t total; /* bytes of the snapshot */
+    uint64_t fingerprint;
+    uint32_t compute, latent, rope_key; /* dsv3_compute, dsv3_cache, dsv3_cache */
+    uint32_t n_sessions, n_pages;
+    char model_type[32];
+} dsv3__snap_header;
+
+/* magic, version, total, fingerprint, five numbers, the name, zeros, checksum */
+static void dsv3__snap_pack(uint8_t *bytes, const dsv3__snap_header *h)
+{
+    const uint32_t version = DSV3__SNAP_VERSION, size = DSV3__SNAP_HEADER;
+    const uint32_t numbers[] = {h->compute, h->latent, h->rope_key, h->n_sessions, h->n_pages};
+    dsv3__snap_sum sum;
+    memset(bytes, 0, DSV3__SNAP_HEADER);
+    memcpy(bytes, "DSV3SNAP", 8);
+    memcpy(bytes + 8, &version, 4);
+    memcpy(bytes + 12, &size, 4);
+    memcpy(bytes + 16, &h->total, 8);
+    memcpy(bytes + 24, &h->fingerprint, 8);
+    memcpy(bytes + 32, numbers, sizeof numbers);
+    memcpy(bytes + 64, h->model_type, sizeof h->model_type);
+    dsv3__snap_sum_start(&sum);
+    dsv3__snap_sum_add(&sum, bytes, DSV3__SNAP_HEADER - 8);
+    const uint64_t checksum = dsv3__snap_sum_get(&sum);
+    memcpy(bytes + DSV3__SNAP_HEADER - 8, &checksum, 8);
+}
+
+/* What a snapshot of these sessions has to say of the model and the cache. */
+static void dsv3__snap_describe(dsv3__snap_header *h, const dsv3_workspace *ws)
+{
+    memset(h, 0, sizeof *h);
+    h->fingerprint = dsv3__snap_fingerprint(ws->m);
+    h->compute = (uint32_t)ws->m->mode.compute;
+    h->latent = (uint32_t)ws->cache_latent, h->rope_key = (uint32_t)ws->cache_rope;
+    memcpy(h->model_type, ws->m->config.model_type, sizeof h->model_type);
+}
+
+/* Bytes of a position in the snapshot, all layers. */
+static uint64_t dsv3__snap_row(const dsv3__work *w)
+{
+    uint64_t offset, bytes = 0;
+    for (uint32_t i = 0; i < 4; i++)
+        bytes += dsv3__mla_piece(w, i, &offset);
+    return bytes * (w->page_bytes / w->layer_bytes);
+}
+
+/* Rows of page number i that a session with n_cached of them has. */
+DSV3__INLINE uint32_t dsv3__snap_rows(uint32_t n_cached, uint32_t i)
+{
+    return (uint32_t)dsv3__min(n_cached - i * DSV3_PAGE_TOKENS, DSV3_PAGE_TOKENS);
+}
+
+/* Sessions of one workspace, none of them twice, none running: marks them `listed`, up to *listed, which the caller takes
+   back. */
+static dsv3_result dsv3__snap_list(dsv3_session *const *sessions, size_t n, size_t *listed, dsv3_error *err)
+{
+    for (*listed = 0; *listed < n; ++*listed) {
+        dsv3_session *s = sessions[*listed];
+        if (!s)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is NULL", (uint64_t)*listed);
+        if (s->ws->running)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is running: a callback may only cancel it",
+                              (uint64_t)*listed);
+        if (s->ws != sessions[0]->ws)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is of another workspace than the first",
+                              (uint64_t)*listed);
+        if (s->listed)
+            return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "session %u is in the list already", (uint64_t)*listed);
+        s->listed = true;
+    }
+    return n ? DSV3_OK : DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "no sessions");
+}
+
+static void dsv3__snap_unlist(dsv3_session *const *sessions, size_t listed)
+{
+    while (listed--)
+        sessions[listed]->listed = false;
+}
+
+// ---- Writing ---------------------------------------------------------------------------------------------
+
+typedef struct dsv3__snap_out {
+    const dsv3_sink *sink;
+    dsv3__snap_sum sum;
+} dsv3__snap_out;
+
+static dsv3_result dsv3__snap_write(dsv3__snap_out *o, const void *data, size_t n, dsv3_error *err)
+{
+    if (!n)
+        return DSV3_OK;
+    const uint64_t at = o->sum.total;
+    dsv3__snap_sum_add(&o->sum, data, n);
+    if (!o->sink->write_fn(o->sink->user, data, n))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "snapshot: writing %u bytes at %u failed", (uint64_t)n, at);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_write_sum(dsv3__snap_out *o, dsv3_error *err)
+{
+    const uint64_t sum = dsv3__snap_sum_get(&o->sum);
+    return dsv3__snap_write(o, &sum, sizeof sum, err);
+}
+
+/* The rows stored of a page: as many as the one that has most of them needs. */
+static uint32_t dsv3__snap_stored(dsv3_session *const *sessions, size_t n, uint32_t i, uint32_t page)
+{
+    uint32_t rows = 0;
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        if (i < s->n_pages && s->pages[i] == page && dsv3__snap_rows(s->n_cached, i) > rows)
+            rows = dsv3__snap_rows(s->n_cached, i);
+    }
+    return rows;
+}
+
+static dsv3_result dsv3__snap_write_page(dsv3__snap_out *o, const dsv3__work *w, uint32_t page, uint32_t rows,
+                                         dsv3_error *err)
+{
+    const uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+    for (; layer < end; layer += w->layer_bytes)
+        for (uint32_t i = 0; i < 4; i++) {
+            uint64_t offset;
+            size_t row = dsv3__mla_piece(w, i, &offset);
+            DSV3__TRY(dsv3__snap_write(o, layer + offset, row * rows, err));
+        }
+    return DSV3_OK;
+}
+
+/* marks [page] is its number in the snapshot, counted from 1. */
+static dsv3_result dsv3__snap_save(dsv3_session *const *sessions, size_t n, const dsv3__snap_header *h,
+                                   const dsv3_sink *sink, dsv3_error *err)
+{
+    const dsv3_workspace *ws = sessions[0]->ws;
+    dsv3__snap_out o;
+    uint8_t header[DSV3__SNAP_HEADER];
+    o.sink = sink;
+    dsv3__snap_sum_start(&o.sum);
+    dsv3__snap_pack(header, h);
+    DSV3__TRY(dsv3__snap_write(&o, header, sizeof header, err));
+    for (size_t k = 0; k < n; k++) {
+        const uint32_t counts[2] = {sessions[k]->n_tokens, sessions[k]->n_cached};
+        DSV3__TRY(dsv3__snap_write(&o, counts, sizeof counts, err));
+    }
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        DSV3__TRY(dsv3__snap_write(&o, s->tokens, s->n_tokens * sizeof *s->tokens, err));
+        for (uint32_t i = 0; i < s->n_pages; i++) {
+            const uint32_t number = ws->marks[s->pages[i]] - 1;
+            DSV3__TRY(dsv3__snap_write(&o, &number, sizeof number, err));
+        }
+    }
+    for (int data = 0; data < 2; data++) { /* how many rows of each page; then the rows */
+        uint32_t next = 1;
+        for (size_t k = 0; k < n; k++) {
+            const dsv3_session *s = sessions[k];
+            for (uint32_t i = 0; i < s->n_pages; i++) {
+                if (ws->marks[s->pages[i]] != next)
+                    continue; /* it was there before */
+                const uint32_t rows = dsv3__snap_stored(sessions, n, i, s->pages[i]);
+                next++;
+                DSV3__TRY(data ? dsv3__snap_write_page(&o, &ws->work, s->pages[i], rows, err)
+                               : dsv3__snap_write(&o, &rows, sizeof rows, err));
+            }
+        }
+        DSV3__TRY(dsv3__snap_write_sum(&o, err));
+    }
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_save_all(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                                       dsv3_error *err)
+{
+    size_t listed;
+    dsv3_result r = dsv3__snap_list(sessions, n, &listed, err);
+    if (!r) {
+        dsv3_workspace *ws = sessions[0]->ws;
+        dsv3__snap_header h;
+        dsv3__snap_describe(&h, ws);
+        h.n_sessions = (uint32_t)n;
+        h.total = DSV3__SNAP_HEADER + 8 * (uint64_t)n + 16;
+        for (size_t k = 0; k < n; k++) {
+            const dsv3_session *s = sessions[k];
+            h.total += 4 * ((uint64_t)s->n_tokens + s->n_pages);
+            for (uint32_t i = 0; i < s->n_pages; i++)
+                if (!ws->marks[s->pages[i]]) {
+                    ws->marks[s->pages[i]] = ++h.n_pages;
+                    h.total += 4 + dsv3__snap_stored(sessions, n, i, s->pages[i]) * dsv3__snap_row(&ws->work);
+                }
+        }
+        *size = h.total;
+        ws->running = true;
+        if (sink)
+            r = dsv3__snap_save(sessions, n, &h, sink, err);
+        ws->running = false;
+        for (size_t k = 0; k < n; k++)
+            for (uint32_t i = 0; i < sessions[k]->n_pages; i++)
+                ws->marks[sessions[k]->pages[i]] = 0;
+    }
+    dsv3__snap_unlist(sessions, listed);
+    return r;
+}
+
+// ---- Reading ---------------------------------------------------------------------------------------------
+
+typedef struct dsv3__snap_in {
+    const dsv3_source *source;
+    dsv3__snap_sum sum;
+    dsv3__snap_header h;
+} dsv3__snap_in;
+
+static dsv3_result dsv3__snap_read(dsv3__snap_in *in, void *data, size_t n, dsv3_error *err)
+{
+    if (n && !in->source->read_fn(in->source->user, data, n))
+        return DSV3__FAIL(err, DSV3_ERROR_IO, "snapshot: reading %u bytes at %u failed", (uint64_t)n, in->sum.total);
+    dsv3__snap_sum_add(&in->sum, data, n);
+    return DSV3_OK;
+}
+
+static dsv3_result dsv3__snap_read_sum(dsv3__snap_in *in, dsv3_error *err)
+{
+    const uint64_t expected = dsv3__snap_sum_get(&in->sum), at = in->sum.total;
+    uint64_t found;
+    DSV3__TRY(dsv3__snap_read(in, &found, sizeof found, err));
+    if (found != expected)
+        return DSV3__FAIL_AT(err, DSV3_ERROR_SNAPSHOT, at, "snapshot: damaged: the checksum at %u does not fit", at);
+    return DSV3_OK;
+}
+
+static const char *dsv3__snap_cache_name(uint32_t type)
+{
+    return type == DSV3_CACHE_F32 ? "f32" : type == DSV3_CACHE_BF16 ? "bf16" : type == DSV3_CACHE_I8 ? "i8" : "?";
+}
+
+/* The header, held against the model and the list. */
+static dsv3_result dsv3__snap_read_header(dsv3__snap_in *in, const dsv3_workspace *ws, size_t n, dsv3_error *err)
+{
+    uint8_t bytes[DSV3__SNAP_HEADER], again[DSV3__SNAP_HEADER];
+    uint32_t version, numbers[5];
+    dsv3__snap_header want, *h = &in->h;
+    if (in->source->size && in->source->size < DSV3__SNAP_HEADER)
+        return DSV3__FAIL(err, DSV3_ERROR_TRUNCATED, "snapshot: %u bytes, a header has %u", in->source->size,
+                          (uint64_t)DSV3__SNAP_HEADER);
+    DSV3__TRY(dsv3__snap_read(in, bytes, sizeof bytes, err));
+    if (memcmp(bytes, "DSV3SNAP", 8) != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: it is none: the first bytes are not DSV3SNAP");
+    memcpy(&version, bytes + 8, 4);
+    if (version != DSV3__SNAP_VERSION)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: version %u, expected %u", (uint64_t)version,
+                          (uint64_t)DSV3__SNAP_VERSION);
+    memcpy(&h->total, bytes + 16, 8);
+    memcpy(&h->fingerprint, bytes + 24, 8);
+    memcpy(numbers, bytes + 32, sizeof numbers);
+    memcpy(h->model_type, bytes + 64, sizeof h->model_type);
+    h->compute = numbers[0], h->latent = numbers[1], h->rope_key = numbers[2];
+    h->n_sessions = numbers[3], h->n_pages = numbers[4];
+    dsv3__snap_pack(again, h); /* its size, zeros where nothing is, its checksum */
+    if (memcmp(bytes, again, sizeof bytes) != 0)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: the header is damaged");
+    if (in->source->size && in->source->size != h->total)
+        return DSV3__FAIL(err, in->source->size < h->total ? DSV3_ERROR_TRUNCATED : DSV3_ERROR_SNAPSHOT,
+                          "snapshot: %u bytes, its header says %u", in->source->size, h->total);
+    dsv3__snap_describe(&want, ws);
+    if (h->fingerprint != want.fingerprint || memcmp(h->model_type, want.model_type, sizeof h->model_type) != 0) {
+        char name[33];
+        memcpy(name, h->model_type, 32);
+        name[32] = 0;
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT,
+                          "snapshot: of another model: %s, fingerprint %u; this is %s, fingerprint %u", name,
+                          h->fingerprint, ws->m->config.model_type, want.fingerprint);
+    }
+    if (h->compute != want.compute)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: computed in mode %s, this model is open in %s",
+                          dsv3_compute_name((dsv3_compute)(h->compute & 0xFF)), dsv3_compute_name(ws->m->mode.compute));
+    if (h->latent != want.latent || h->rope_key != want.rope_key)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: cache of %s and %s, here it is of %s and %s",
+                          dsv3__snap_cache_name(h->latent), dsv3__snap_cache_name(h->rope_key),
+                          dsv3__snap_cache_name(want.latent), dsv3__snap_cache_name(want.rope_key));
+    if (h->n_sessions != n)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: %u sessions, %u to be loaded", (uint64_t)h->n_sessions,
+                          (uint64_t)n);
+    if (h->n_pages > ws->n_free)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "snapshot: %u pages, the workspace has %u free",
+                          (uint64_t)h->n_pages, (uint64_t)ws->n_free);
+    return DSV3_OK;
+}
+
+/* What is in memory until all is known to be right. Of each session `keep` is n_tokens, `valid` is n_cached. */
+typedef struct dsv3__snap_tables {
+    int32_t *tokens;   /* of all sessions, one behind the other */
+    uint32_t *numbers; /* of their pages, likewise */
+    uint32_t *rows;    /* [n_pages] stored, */
+    uint32_t *index;   /* [n_pages] and which page of its session it is */
+    uint32_t *pages;   /* [n_pages] the workspace's page for it */
+    uint32_t *owner;   /* [n_pages] the session that took it */
+} dsv3__snap_tables;
+
+/* Tokens, numbers of pages and rows, every one in its range. Then it is known how long the snapshot must be. */
+static dsv3_result dsv3__snap_read_tables(dsv3__snap_in *in, dsv3_session *const *sessions, size_t n,
+                                          const dsv3__snap_tables *t, dsv3_error *err)
+{
+    const dsv3_workspace *ws = sessions[0]->ws;
+    const uint32_t vocab = ws->m->config.vocab_size;
+    int32_t *tokens = t->tokens;
+    uint32_t *numbers = t->numbers, seen = 0;
+    uint64_t lack = 0, total;
+    for (size_t k = 0; k < n; k++) {
+        const dsv3_session *s = sessions[k];
+        const uint32_t n_pages = dsv3__ses_pages_of(s->valid), before = seen, promised = s->reserve - s->drawn;
+        DSV3__TRY(dsv3__snap_read(in, tokens, s->keep * sizeof *tokens, err));
+        for (uint32_t i = 0; i < s->keep; i++)
+            if (tokens[i] < 0 || (uint32_t)tokens[i] >= vocab)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT,
+                                  "snapshot: session %u: token %u is %d, the vocabulary has %u", (uint64_t)k,
+                                  (uint64_t)i, (int64_t)tokens[i], (uint64_t)vocab);
+        DSV3__TRY(dsv3__snap_read(in, numbers, n_pages * sizeof *numbers, err));
+        for (uint32_t i = 0; i < n_pages; i++) {
+            if (numbers[i] == seen && seen < in->h.n_pages)
+                t->owner[seen] = (uint32_t)k, t->index[seen++] = i;
+            else if (numbers[i] >= seen || t->index[numbers[i]] != i)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: session %u: page %u has number %u of %u",
+                                  (uint64_t)k, (uint64_t)i, (uint64_t)numbers[i], (uint64_t)in->h.n_pages);
+        }
+        lack += seen - before > promised ? seen - before - promised : 0;
+        tokens += s->keep, numbers += n_pages;
+    }
+    if (seen != in->h.n_pages)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: %u pages, %u are named", (uint64_t)in->h.n_pages,
+                          (uint64_t)seen);
+    DSV3__TRY(dsv3__snap_read(in, t->rows, seen * sizeof *t->rows, err));
+    numbers = t->numbers;
+    for (size_t k = 0; k < n; k++)
+        for (uint32_t i = 0; i < dsv3__ses_pages_of(sessions[k]->valid); i++, numbers++)
+            if (t->rows[*numbers] < dsv3__snap_rows(sessions[k]->valid, i) || t->rows[*numbers] > DSV3_PAGE_TOKENS)
+                return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: page %u has %u rows, session %u needs %u",
+                                  (uint64_t)*numbers, (uint64_t)t->rows[*numbers], (uint64_t)k,
+                                  (uint64_t)dsv3__snap_rows(sessions[k]->valid, i));
+    DSV3__TRY(dsv3__snap_read_sum(in, err));
+    total = in->sum.total + 8;
+    for (uint32_t i = 0; i < seen; i++)
+        total += t->rows[i] * dsv3__snap_row(&ws->work);
+    if (total != in->h.total)
+        return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: its tables make %u bytes, its header says %u", total,
+                          in->h.total);
+    if (lack > ws->n_free - ws->n_promised)
+        return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "snapshot: %u pages more than the workspace has", lack);
+    return DSV3_OK;
+}
+
+/* Rows into free pages that no session names yet; *taken of them. */
+static dsv3_result dsv3__snap_read_pages(dsv3__snap_in *in, dsv3_session *const *sessions, const dsv3__snap_tables *t,
+                                         uint32_t *taken, dsv3_error *err)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    const dsv3__work *w = &ws->work;
+    while (*taken < in->h.n_pages) {
+        const uint32_t number = (*taken)++, page = dsv3__ses_take_page(sessions[t->owner[number]]);
+        uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+        t->pages[number] = page;
+        for (; layer < end; layer += w->layer_bytes)
+            for (uint32_t i = 0; i < 4; i++) {
+                uint64_t offset;
+                size_t row = dsv3__mla_piece(w, i, &offset);
+                DSV3__TRY(dsv3__snap_read(in, layer + offset, row * t->rows[number], err));
+            }
+    }
+    return dsv3__snap_read_sum(in, err);
+}
+
+/* All was read and is right: the sessions take it in place of what they had. */
+static void dsv3__snap_install(dsv3_session *const *sessions, size_t n, const dsv3__snap_tables *t, uint32_t taken)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    const int32_t *tokens = t->tokens;
+    const uint32_t *numbers = t->numbers;
+    for (uint32_t i = 0; i < taken; i++)
+        ws->refs[t->pages[i]] = 0; /* counted anew */
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = sessions[k];
+        dsv3__ses_trim(s, 0);
+        s->n_tokens = s->keep, s->n_cached = s->valid;
+        s->n_pages = dsv3__ses_pages_of(s->n_cached);
+        s->logits_valid = false;
+        if (s->n_tokens)
+            memcpy(s->tokens, tokens, s->n_tokens * sizeof *tokens);
+        for (uint32_t i = 0; i < s->n_pages; i++) {
+            s->pages[i] = t->pages[numbers[i]];
+            ws->refs[s->pages[i]]++;
+        }
+        tokens += s->n_tokens, numbers += s->n_pages;
+    }
+}
+
+static dsv3_result dsv3__snap_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *err)
+{
+    dsv3_workspace *ws = sessions[0]->ws;
+    dsv3__snap_in in;
+    dsv3__snap_tables t;
+    uint64_t n_tokens = 0, n_numbers = 0, used = 0;
+    uint32_t taken = 0;
+    void *block;
+    in.source = source;
+    dsv3__snap_sum_start(&in.sum);
+    DSV3__TRY(dsv3__snap_read_header(&in, ws, n, err));
+    for (size_t k = 0; k < n; k++) {
+        dsv3_session *s = sessions[k];
+        uint32_t counts[2];
+        DSV3__TRY(dsv3__snap_read(&in, counts, sizeof counts, err));
+        if (counts[0] > s->max_tokens)
+            return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "snapshot: session %u has %u tokens, this one holds %u",
+                              (uint64_t)k, (uint64_t)counts[0], (uint64_t)s->max_tokens);
+        if (counts[1] > counts[0])
+            return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: session %u has %u rows for %u tokens", (uint64_t)k,
+                              (uint64_t)counts[1], (uint64_t)counts[0]);
+        s->keep = counts[0], s->valid = counts[1];
+        n_tokens += counts[0], n_numbers += dsv3__ses_pages_of(counts[1]);
+    }
+    for (uint8_t *base = NULL;; base = (uint8_t *)block) {
+        used = 0;
+        t.tokens = (int32_t *)dsv3__carve(base, &used, n_tokens, sizeof(int32_t));
+        t.numbers = (uint32_t *)dsv3__carve(base, &used, n_numbers, sizeof(uint32_t));
+        t.rows = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.index = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.pages = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        t.owner = (uint32_t *)dsv3__carve(base, &used, in.h.n_pages, sizeof(uint32_t));
+        if (base)
+            break;
+        DSV3__TRY(dsv3__mem_alloc(&ws->mem, &block, used, "snapshot: its tables", err));
+    }
+    dsv3_result r = dsv3__snap_read_tables(&in, sessions, n, &t, err);
+    if (!r)
+        r = dsv3__snap_read_pages(&in, sessions, &t, &taken, err);
+    if (!r)
+        dsv3__snap_install(sessions, n, &t, taken);
+    else
+        while (taken--)
+            dsv3__ses_give_page(sessions[t.owner[taken]], t.pages[taken]);
+    dsv3__mem_free(&ws->mem, block);
+    return r;
+}
+
+static dsv3_result dsv3__snap_load_all(dsv3_session *const *sessions, size_t n, const dsv3_source *source,
+                                       dsv3_error *err)
+{
+    size_t listed;
+    dsv3_result r = dsv3__snap_list(sessions, n, &listed, err);
+    if (!r) {
+        dsv3_workspace *ws = sessions[0]->ws;
+        ws->running = true;
+        r = dsv3__snap_load(sessions, n, source, err);
+        ws->running = false;
+    }
+    dsv3__snap_unlist(sessions, listed);
+    return r;
+}
+
+// =============================================================================
 // >>api   The public calls: look at the arguments, then one private call each.
 //         (Those on tensors and on the tokenizer stand in >>mm and >>tok.)
 // =============================================================================
@@ -18228,7 +19566,7 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
 /* A session that is free to be used: there is one, and this is not one of its own callbacks. */
 #define DSV3__API_SESSION(error, session) \
     DSV3__API_NOT_NULL(error, session);   \
-    if ((session)->running)               \
+    if ((session)->ws->running)           \
     return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "the session is running: a callback may only cancel it")
 
 #define DSV3__API_NOT_NULL(error, pointer) \
@@ -18528,10 +19866,71 @@ DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model 
     return dsv3__ses_open(session, model, opts, error);
 }
 
+DSV3_API dsv3_result dsv3_workspace_open(dsv3_workspace **workspace, const dsv3_model *model,
+                                         const dsv3_workspace_opts *opts, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, workspace);
+    *workspace = NULL;
+    DSV3__API_NOT_NULL(error, model);
+    dsv3_workspace_opts o;
+    DSV3__TRY(dsv3__ws_opts(&o, model, opts, "workspace", error));
+    return dsv3__ws_open(workspace, model, &o, error);
+}
+
+DSV3_API void dsv3_workspace_close(dsv3_workspace *workspace)
+{
+    if (workspace)
+        dsv3__ws_close(workspace);
+}
+
+DSV3_API void dsv3_workspace_info_get(const dsv3_workspace *workspace, dsv3_workspace_info *info)
+{
+    info->n_pages = workspace->n_pages;
+    info->n_free = workspace->n_free;
+    info->n_reserved = workspace->n_promised;
+    info->n_sessions = workspace->n_sessions;
+    info->page_bytes = workspace->work.page_bytes;
+    info->memory = workspace->mem.used;
+    info->cache_latent = workspace->cache_latent;
+    info->cache_rope = workspace->cache_rope;
+}
+
+DSV3_API dsv3_result dsv3_workspace_experts(dsv3_workspace *workspace, uint64_t *counts, size_t cap, bool reset,
+                                            dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, workspace);
+    DSV3__API_NOT_NULL(error, counts);
+    const size_t need = (size_t)dsv3__ws_counts(workspace->m);
+    if (cap < need)
+        return DSV3__FAIL(error, DSV3_ERROR_BUFFER_TOO_SMALL, "workspace experts: cap is %u, needed %u", (uint64_t)cap,
+                          (uint64_t)need);
+    memcpy(counts, workspace->work.counts, need * sizeof *counts);
+    if (reset)
+        memset(workspace->work.counts, 0, need * sizeof *counts);
+    return DSV3_OK;
+}
+
 DSV3_API void dsv3_session_close(dsv3_session *session)
 {
     if (session)
         dsv3__ses_close(session);
+}
+
+DSV3_API dsv3_result dsv3_session_fork(dsv3_session **child, dsv3_session *parent, uint32_t reserve_pages,
+                                       dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, child);
+    *child = NULL;
+    DSV3__API_SESSION(error, parent);
+    return dsv3__ses_fork(child, parent, reserve_pages, error);
+}
+
+DSV3_API dsv3_workspace *dsv3_session_workspace(const dsv3_session *session)
+{
+    return session->ws;
 }
 
 DSV3_API dsv3_result dsv3_session_memory(const dsv3_model *model, const dsv3_session_opts *opts, dsv3_memory *memory,
@@ -18552,6 +19951,26 @@ DSV3_API dsv3_result dsv3_session_append(dsv3_session *session, const int32_t *t
     return dsv3__ses_append(session, tokens, count, outputs, error);
 }
 
+DSV3_API dsv3_result dsv3_batch(const dsv3_batch_item *items, size_t n_items, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    if (n_items)
+        DSV3__API_NOT_NULL(error, items);
+    return dsv3__ses_batch(items, n_items, error);
+}
+
+DSV3_API dsv3_result dsv3_session_sync(dsv3_session *session, const int32_t *tokens, size_t count, size_t *kept,
+                                       dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    size_t own_kept;
+    if (!kept)
+        kept = &own_kept;
+    *kept = 0;
+    DSV3__API_SESSION(error, session);
+    return dsv3__ses_sync(session, tokens, count, kept, error);
+}
+
 DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens, dsv3_error *error)
 {
     DSV3__API_ERROR(error);
@@ -18561,9 +19980,7 @@ DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens,
                           (uint64_t)n_tokens, (uint64_t)session->n_tokens);
     if (n_tokens == session->n_tokens)
         return DSV3_OK;
-    session->n_tokens = (uint32_t)n_tokens;
-    session->n_cached = session->n_cached < n_tokens ? session->n_cached : (uint32_t)n_tokens;
-    session->logits_valid = false;
+    dsv3__ses_rewind(session, (uint32_t)n_tokens);
     return DSV3_OK;
 }
 
@@ -18591,6 +20008,30 @@ DSV3_API dsv3_result dsv3_session_logits(dsv3_session *session, const float **lo
 DSV3_API void dsv3_session_cancel(dsv3_session *session)
 {
     dsv3__atomic_store(&session->cancel, 1);
+}
+
+DSV3_API dsv3_result dsv3_save(dsv3_session *const *sessions, size_t n, const dsv3_sink *sink, uint64_t *size,
+                               dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    uint64_t own_size;
+    if (!size)
+        size = &own_size;
+    *size = 0;
+    DSV3__API_NOT_NULL(error, sessions);
+    if (sink && !sink->write_fn)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "save: write_fn is NULL");
+    return dsv3__snap_save_all(sessions, n, sink, size, error);
+}
+
+DSV3_API dsv3_result dsv3_load(dsv3_session *const *sessions, size_t n, const dsv3_source *source, dsv3_error *error)
+{
+    DSV3__API_ERROR(error);
+    DSV3__API_NOT_NULL(error, sessions);
+    DSV3__API_NOT_NULL(error, source);
+    if (!source->read_fn)
+        return DSV3__FAIL(error, DSV3_ERROR_INVALID_ARGUMENT, "load: read_fn is NULL");
+    return dsv3__snap_load_all(sessions, n, source, error);
 }
 
 DSV3_API void dsv3_model_sampling(const dsv3_model *model, dsv3_sample_opts *opts)

@@ -120,14 +120,16 @@ enum {
     WHAT_ROWS = 32,
     WHAT_ALL = 63,
     WHAT_TOKENIZER = 64,
-    WHAT_MASK = 128
+    WHAT_MASK = 128,
+    WHAT_BATCH = 256
 };
 
 /* The command line; one of each group between --then. */
 static struct {
     const char *shape, *dtype, *head, *dir, *commit, *svg, *peer, *peer_model;
-    list isas, computes, threads, contexts, prompts, rows, n_decode, reps; /* computes: indices into COMPUTES */
-    uint32_t what;                                                         /* WHAT_... */
+    list isas, computes, threads, contexts, prompts, rows, sessions, n_decode,
+        reps;      /* computes: indices into COMPUTES */
+    uint32_t what; /* WHAT_... */
     bool json;
     const char *args[64]; /* for the tokenizer: DIR FILE... */
     uint32_t n_args;
@@ -425,6 +427,7 @@ typedef struct scene {
         cpu[MAX_REPS];                     /* tokens a second, the bound's, their ratio */
     double read[MAX_REPS], peak[MAX_REPS]; /* bytes, multiply-adds a second */
     double peers[MAX_SETTINGS][MAX_REPS];  /* tokens a second */
+    dsv3_session **group;                  /* [rows] one for each row; NULL: one session takes all rows */
 } scene;
 
 /* The roofs at one moment. */
@@ -453,15 +456,68 @@ static void scene_context(dsv3_session *s, const int32_t *ids, uint32_t context)
         must(dsv3_session_append(s, ids + have, context - have, NULL, &error), &error);
 }
 
+/* One token for each session of the group, a token picked in each. */
+static void group_step(const scene *c, const int32_t *ids, uint32_t call, dsv3_outputs *outputs)
+{
+    dsv3_batch_item items[64];
+    dsv3_error error;
+    dsv3_sample sample;
+    memset(items, 0, sizeof items);
+    for (uint32_t k = 0; k < c->rows; k++) {
+        items[k].session = c->group[k], items[k].tokens = ids + call * c->rows + k, items[k].count = 1;
+        items[k].outputs = outputs ? &outputs[k] : NULL;
+    }
+    must(dsv3_batch(items, c->rows, &error), &error);
+    for (uint32_t k = 0; k < c->rows && !outputs; k++)
+        must(dsv3_session_sample(c->group[k], NULL, &sample, &error), &error);
+}
+
+static void group_context(const scene *c)
+{
+    dsv3_error error;
+    for (uint32_t k = 0; k < c->rows; k++)
+        must(dsv3_session_rewind(c->group[k], c->context, &error), &error);
+}
+
+/* The part of the routed experts that a step reads, in the mean over all steps. */
+static double group_touched(const model *b, const scene *c, const int32_t *ids)
+{
+    const uint32_t n_layers = b->c.num_hidden_layers - b->c.first_k_dense_replace, top = b->c.num_experts_per_tok;
+    const size_t n = (size_t)n_layers * b->c.n_routed_experts;
+    int32_t *experts = (int32_t *)need((size_t)c->rows * n_layers * top * sizeof *experts);
+    uint8_t *seen = (uint8_t *)need(n + 1);
+    dsv3_outputs outputs[64];
+    size_t touched = 0;
+    memset(outputs, 0, sizeof outputs);
+    for (uint32_t k = 0; k < c->rows; k++)
+        outputs[k].experts = experts + (size_t)k * n_layers * top;
+    group_context(c);
+    for (uint32_t call = 0; call < c->calls; call++) {
+        group_step(c, ids, call, outputs);
+        memset(seen, 0, n);
+        for (size_t i = 0; i < (size_t)c->rows * n_layers * top; i++)
+            seen[i / top % n_layers * b->c.n_routed_experts + (uint32_t)experts[i]] = 1;
+        for (size_t i = 0; i < n; i++)
+            touched += seen[i];
+    }
+    free(experts), free(seen);
+    return n ? (double)touched / (double)(n * c->calls) : 0;
+}
+
 /* One repetition; before: the roofs measured before it, replaced by those behind it. */
 static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_t threads, scene *c, roofs *before)
 {
     dsv3_error error;
     dsv3_sample sample;
     uint32_t r = c->reps, n = c->rows * c->calls;
-    scene_context(s, ids, c->context);
+    if (c->group)
+        group_context(c);
+    else
+        scene_context(s, ids, c->context);
     double start = now(), cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID);
-    for (uint32_t i = 0; i < c->calls; i++) {
+    for (uint32_t i = 0; i < c->calls && c->group; i++)
+        group_step(c, ids + c->context, i, NULL);
+    for (uint32_t i = 0; i < c->calls && !c->group; i++) {
         must(dsv3_session_append(s, ids + c->context + i * c->rows, c->rows, NULL, &error), &error);
         must(dsv3_session_sample(s, NULL, &sample, &error), &error);
     }
@@ -613,6 +669,120 @@ static void run_curve(model *b, dsv3_session *s, const int32_t *ids, uint32_t th
     free(c);
 }
 
+/* Sessions advanced together, a token each, all behind forks of one context: the batch's rate beside the bound by the bytes
+   of the experts that are read. Then what a fork takes, and a snapshot. */
+static bool snapshot_write(void *user, const void *data, size_t size)
+{
+    return fwrite(data, 1, size, (FILE *)user) == size;
+}
+
+/* Seconds to write the session, or (NULL) as many bytes, to a file and on to the disk. */
+static double snapshot_seconds(dsv3_session *s, uint64_t size)
+{
+    char path[PATH_SIZE];
+    dsv3_error error;
+    path_join(path, opt.dir, "/", "snapshot");
+    FILE *f = fopen(path, "wb");
+    if (!f)
+        die("%s cannot be written", path);
+    static char block[1 << 18];
+    double start = now();
+    dsv3_sink to;
+    to.write_fn = snapshot_write, to.user = f;
+    if (s)
+        must(dsv3_save(&s, 1, &to, NULL, &error), &error);
+    for (uint64_t at = 0; !s && at < size; at += sizeof block)
+        fwrite(block, 1, size - at < sizeof block ? (size_t)(size - at) : sizeof block, f);
+    fflush(f);
+    fsync(fileno(f));
+    double took = now() - start;
+    fclose(f);
+    remove(path);
+    return took;
+}
+
+static void run_batch(model *b, uint32_t threads)
+{
+    enum { CALLS = 8, FORKS = 64 };
+    const uint32_t context = opt.contexts.v[0], n = opt.sessions.n;
+    uint32_t most = 0;
+    dsv3_error error;
+    dsv3_workspace_opts wo;
+    dsv3_session_opts so;
+    dsv3_workspace *ws;
+    dsv3_session *first, *group[FORKS];
+    for (uint32_t i = 0; i < n; i++)
+        most = opt.sessions.v[i] > most ? opt.sessions.v[i] : most;
+    memset(&wo, 0, sizeof wo);
+    memset(&so, 0, sizeof so);
+    wo.n_pages = context / 64 + 1 + most * 2, wo.n_threads = threads;
+    must(dsv3_workspace_open(&ws, b->m, &wo, &error), &error);
+    so.workspace = ws, so.max_tokens = context + CALLS + 1;
+    must(dsv3_session_open(&first, b->m, &so, &error), &error);
+    int32_t *ids = (int32_t *)need((context + CALLS * FORKS) * sizeof *ids);
+    token_ids(ids, context + CALLS * FORKS, b->c.vocab_size);
+    progress("batch, %u threads: a context of %u", threads, context);
+    must(dsv3_session_append(first, ids, context, NULL, &error), &error);
+    double fork_us[MAX_REPS], write[MAX_REPS], plain[MAX_REPS];
+    dsv3_workspace_info before, after;
+    uint64_t size = 0;
+    must(dsv3_save(&first, 1, NULL, &size, &error), &error);
+    dsv3_workspace_info_get(ws, &before);
+    for (uint32_t r = 0; r < opt.reps.v[0]; r++) {
+        double start = now();
+        for (uint32_t k = 0; k < FORKS; k++)
+            must(dsv3_session_fork(&group[k], first, 0, &error), &error);
+        fork_us[r] = 1e6 * (now() - start) / FORKS;
+        dsv3_workspace_info_get(ws, &after);
+        for (uint32_t k = 0; k < FORKS; k++)
+            dsv3_session_close(group[k]);
+        write[r] = 1e-9 * (double)size / snapshot_seconds(first, size);
+        plain[r] = 1e-9 * (double)size / snapshot_seconds(NULL, size);
+    }
+    out_begin("fork", "what", b, threads);
+    out_number("context", "context", 0, context);
+    out_number("fork_us", "us a fork", 1, stats_of(fork_us, opt.reps.v[0]).mid);
+    out_number("pages", "pages", 0, before.n_pages - before.n_free);
+    out_number("pages_64", "with 64 forks", 0, after.n_pages - after.n_free);
+    out_number("snapshot_mb", "snapshot, MB", 1, 1e-6 * (double)size);
+    out_number("save_gb_s", "saved, GB/s", 2, stats_of(write, opt.reps.v[0]).mid);
+    out_number("write_gb_s", "plain write, GB/s", 2, stats_of(plain, opt.reps.v[0]).mid);
+    out_end();
+    out_table();
+    for (uint32_t k = 0; k < most; k++)
+        must(dsv3_session_fork(&group[k], first, 0, &error), &error);
+    scene *c = (scene *)need(n * sizeof *c);
+    for (uint32_t i = 0; i < n; i++) {
+        memset(&c[i], 0, sizeof c[i]);
+        c[i].what = "batch", c[i].context = context, c[i].rows = opt.sessions.v[i], c[i].calls = CALLS;
+        c[i].group = group;
+        c[i].touched = group_touched(b, &c[i], ids + context);
+        work_of(b, c[i].rows, context + CALLS / 2.0, c[i].touched, &c[i].w);
+        c[i].w.bytes += b->cache_bytes * context * (c[i].rows - 1); /* each reads it: it is in no cache */
+    }
+    roofs r = roofs_now(b, threads);
+    for (uint32_t rep = 0; rep < opt.reps.v[0]; rep++)
+        for (uint32_t i = 0; i < n; i++) {
+            progress("batch, %u threads, %u sessions: %u of %u", threads, c[i].rows, rep + 1, opt.reps.v[0]);
+            scene_measure(b, NULL, ids, threads, &c[i], &r);
+        }
+    for (uint32_t i = 0; i < n; i++) {
+        double single[MAX_REPS];
+        for (uint32_t rep = 0; rep < c[i].reps; rep++)
+            single[rep] = c[i].rate[rep] / c[0].rate[rep];
+        scene_fields(b, threads, &c[i]);
+        out_number("touched", "experts read", 3, c[i].touched);
+        out_number("of_first", "to the first", 2, stats_of(single, c[i].reps).mid);
+        out_end();
+    }
+    out_table();
+    for (uint32_t k = 0; k < most; k++)
+        dsv3_session_close(group[k]);
+    dsv3_session_close(first);
+    dsv3_workspace_close(ws);
+    free(c), free(ids);
+}
+
 /* The weights into the page cache, read in order; or out of it (pages that are mapped somewhere stay). */
 static void page_cache(const char *dir, bool keep)
 {
@@ -718,6 +888,9 @@ static void run_shape(const char *dir, dsv3_isa isa, uint32_t compute, bool firs
     }
     if (opt.what & WHAT_BANDWIDTH && first)
         run_bandwidth(&b);
+    if (opt.what & WHAT_BATCH)
+        for (uint32_t k = 0; k < opt.threads.n; k++)
+            run_batch(&b, opt.threads.v[k]);
     if (!(opt.what & (WHAT_DECODE | WHAT_PROMPT | WHAT_ROWS))) {
         model_close(&b);
         return;
@@ -940,12 +1113,14 @@ static const char HELP[] =
     "  --dtype NAME       what a named shape and the kernels' weights are: fp8 (default), int8, bf16\n"
     "  --head bf16|8bit   the head of a named shape; 8bit: as the other weights (bf16)\n"
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
-    "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask\n"
+    "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask; "
+    "batch\n"
     "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
     "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
     "  --context LIST     tokens before the first decoded one (8,4096,16384); before the rows: the first of them\n"
     "  --prompt LIST      lengths of prompts (128,512,4096)\n"
+    "  --sessions LIST    sessions advanced together by a token each, behind the first context (1,2,4,8,16)\n"
     "  --rows LIST        rows at once, at most 512 (1-8,12,13,16,17,24,25,32,33,48,49,64)\n"
     "  --tokens N         tokens decoded in a repetition (32)\n"
     "  --reps N           repetitions (5); a case over a minute stops at two, one whose first took 30 s at one\n"
@@ -995,7 +1170,7 @@ static uint32_t parse_word(const char *flag, const char **text, const char *cons
 static void parse(int argc, char **argv, bool first)
 {
     static const char *const WHAT[] = {"bandwidth", "open",      "kernels", "decode", "prompt",
-                                       "rows",      "tokenizer", "mask",    "all"};
+                                       "rows",      "tokenizer", "mask",    "batch",  "all"};
     enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 32 };
     static const struct {
         const char *flag, *initial; /* initial: of a list */
@@ -1015,6 +1190,7 @@ static void parse(int argc, char **argv, bool first)
         {"--context", "8,4096,16384", NULL, &opt.contexts, 1000000},
         {"--prompt", "128,512,4096", NULL, &opt.prompts, 1000000},
         {"--rows", "1-8,12,13,16,17,24,25,32,33,48,49,64", NULL, &opt.rows, MAX_BATCH},
+        {"--sessions", "1,2,4,8,16", NULL, &opt.sessions, 64},
         {"--tokens", "32", NULL, &opt.n_decode, 100000},
         {"--reps", "5", NULL, &opt.reps, MAX_REPS},
     };
@@ -1161,7 +1337,7 @@ static void run_group(void)
                 isa = dsv3__cpu_best();
             run_kernels(f.dtype, opt.dtype, isa, compute_resolve(opt.computes.v[j], opt.dtype));
         }
-    if (!(opt.what & (WHAT_ALL & ~(uint32_t)WHAT_KERNELS)))
+    if (!(opt.what & ((WHAT_ALL & ~(uint32_t)WHAT_KERNELS) | WHAT_BATCH)))
         return;
     if (p)
         shape_ensure(dir, p, f, opt.dir);

@@ -8,6 +8,7 @@
      dsv3 logits DIR --ids FILE --out FILE    the numbers behind the next token, for every token of FILE
      dsv3 inspect DIR                         what is in a checkpoint, and what it needs
      dsv3 quantize DIR OUT --to int8          the checkpoint again, in 8 bits (quantize.h)
+     dsv3 experts DIR -f TEXT                 which experts a text goes through (experts.h)
 
    Stdout carries the result and nothing else, so that it can be piped. The progress bar and the speed go to stderr,
    and only to a terminal. Exit status: 0, 1 where the library or a file failed, 2 for wrong use, 130 after Ctrl-C.
@@ -42,6 +43,19 @@ static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute comput
     return model;
 }
 
+static const char *cache_latent, *cache_rope; /* --cache and --cache-rope; NULL: not given */
+
+static dsv3_cache cache_type(const char *name, const char *flag)
+{
+    static const char *const names[] = {"auto", "f32", "bf16", "i8"};
+    uint32_t i = 0;
+    while (name && i < COUNT(names) && strcmp(name, names[i]) != 0)
+        i++;
+    if (i == COUNT(names))
+        usage("%s %s: auto, f32, bf16 or i8", flag, name);
+    return (dsv3_cache)i;
+}
+
 static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, uint32_t max_batch, uint32_t n_threads)
 {
     dsv3_session_opts opts;
@@ -51,6 +65,8 @@ static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, 
     opts.max_tokens = max_tokens;
     opts.max_batch = max_batch;
     opts.n_threads = n_threads;
+    opts.cache_latent = cache_type(cache_latent, "--cache");
+    opts.cache_rope = cache_type(cache_rope, "--cache-rope");
     opts.progress = bar("reading the prompt");
     check(dsv3_session_open(&session, model, &opts, &error), &error);
     return session;
@@ -82,6 +98,9 @@ static const char generate_help[] =
     "  --presence-penalty R     the same, by subtraction\n"
     "  --seed N                 the same seed, the same text (default: drawn from the clock)\n"
     "\n"
+    "  --session FILE           goes on from the session in FILE, if it is there, and leaves it there at the end\n"
+    "  --parallel N             N texts behind one prompt, with the seeds from --seed on, written together\n"
+    "\n"
     "  --no-bos                 no begin-of-text token in front\n"
     "  --parse-special          markers written in the prompt are tokens, not text\n"
     "  --ids                    the prompt is token ids, separated by white space; nothing is put in front\n"
@@ -90,6 +109,8 @@ static const char generate_help[] =
     "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
     "                           (the results are the same)\n"
     "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --cache TYPE             f32 (default), bf16, i8: how the latents of the context are kept\n"
+    "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache is smaller)\n"
     "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
 /* What token_fn works on. */
@@ -240,10 +261,12 @@ static dsv3_grammar *grammar_open(const dsv3_tokenizer *tokenizer, const char *s
     return grammar;
 }
 
+#include "sessions.h"
+
 static int generate(int argc, char **argv)
 {
-    const char *file = NULL, *schema = NULL, *spacing = NULL, *words[2] = {NULL, NULL};
-    uint32_t context = 0, n_threads = 0;
+    const char *file = NULL, *schema = NULL, *spacing = NULL, *kept = NULL, *words[2] = {NULL, NULL};
+    uint32_t context = 0, n_threads = 0, n_texts = 0;
     bool by_ids = false, read_ahead = false, json_output = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
@@ -272,6 +295,10 @@ static int generate(int argc, char **argv)
         {"--repetition-penalty", OPTION_REAL, &given.repetition_penalty, 0, 100},
         {"--presence-penalty", OPTION_REAL, &given.presence_penalty, -100, 100},
         {"--seed", OPTION_SEED, &given.seed, 0, 0},
+        {"--session", OPTION_TEXT, &kept, 0, 0},
+        {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},
+        {"--parallel", OPTION_COUNT, &n_texts, 0, 0},
         {"--no-bos", OPTION_FLAG, &opts.no_bos, 0, 0},
         {"--parse-special", OPTION_FLAG, &opts.parse_markers, 0, 0},
         {"--ids", OPTION_FLAG, &by_ids, 0, 0},
@@ -284,6 +311,8 @@ static int generate(int argc, char **argv)
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
         usage("generate: a prompt and -f FILE: give one of them");
+    if (n_texts && (kept || stops.n || schema || json_output))
+        usage("generate: --parallel goes without --session, --stop, --json-output and --json-schema");
     if (words[1] && strcmp(words[1], "-") == 0)
         file = "-";
     bytes prompt = {NULL, 0, 0};
@@ -308,8 +337,30 @@ static int generate(int argc, char **argv)
     opts.grammar = grammar;
     opts.stop_strings = stops.p, opts.n_stop_strings = stops.n;
     opts.token_fn = write_token, opts.user = &w;
+    if (n_texts) {
+        if (!w.text)
+            fail("--parallel needs a tokenizer: %s", error.message);
+        if (!by_ids) {
+            uint32_t flags = 0;
+            flags |= opts.no_bos ? 0u : (uint32_t)DSV3_TOKENIZE_BOS;
+            flags |= opts.parse_markers ? (uint32_t)DSV3_TOKENIZE_MARKERS : 0u;
+            ids_room(&prompt_ids, prompt.n + 8);
+            check(dsv3_tokenize(tokenizer, prompt.n ? prompt.p : "", prompt.n, flags, prompt_ids.p, prompt_ids.cap,
+                                &prompt_ids.n, &error),
+                  &error);
+        }
+        if (!prompt_ids.n)
+            fail("the prompt is empty: there is nothing to go on from");
+        signal(SIGINT, interrupt);
+        parallel(model, tokenizer, &prompt_ids, n_texts, context, n_threads, &opts, w.json);
+        dsv3_model_close(model);
+        free(prompt.p), free(prompt_ids.p);
+        return finish();
+    }
 
     dsv3_session *session = running = session_open(model, context, 0, n_threads);
+    if (kept)
+        session_load(session, kept);
     dsv3_stats stats;
     memset(&stats, 0, sizeof stats);
     signal(SIGINT, interrupt);
@@ -335,6 +386,8 @@ static int generate(int argc, char **argv)
     fflush(stdout);
     if (!cancelled)
         check(result, &error);
+    if (kept)
+        session_save(session, kept);
     if (on_terminal)
         show_speed(&stats, &opts.sample);
     dsv3_session_close(session);
@@ -492,7 +545,9 @@ static const char logits_help[] =
     "  --threads N      default: as many as cores\n"
     "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
     "                   (the results are the same)\n"
-    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n";
+    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --cache TYPE     f32 (default), bf16, i8: how the latents of the context are kept\n"
+    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache is smaller)\n";
 
 static int logits(int argc, char **argv)
 {
@@ -501,10 +556,11 @@ static int logits(int argc, char **argv)
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
     const option options[] = {
-        {"--ids", OPTION_TEXT, &ids_path, 0, 0},         {"--out", OPTION_TEXT, &out_path, 0, 0},
-        {"--experts", OPTION_TEXT, &experts_path, 0, 0}, {"--rows", OPTION_COUNT, &rows, 0, 0},
-        {"--threads", OPTION_COUNT, &n_threads, 0, 0},   {"--isa", OPTION_ISA, &isa, 0, 0},
-        {"--compute", OPTION_COMPUTE, &compute, 0, 0},
+        {"--ids", OPTION_TEXT, &ids_path, 0, 0},          {"--out", OPTION_TEXT, &out_path, 0, 0},
+        {"--experts", OPTION_TEXT, &experts_path, 0, 0},  {"--rows", OPTION_COUNT, &rows, 0, 0},
+        {"--threads", OPTION_COUNT, &n_threads, 0, 0},    {"--isa", OPTION_ISA, &isa, 0, 0},
+        {"--compute", OPTION_COMPUTE, &compute, 0, 0},    {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)
@@ -989,6 +1045,10 @@ static int inspect(int argc, char **argv)
 
 #include "quantize.h"
 
+// ---- experts ---------------------------------------------------------------------------------------------
+
+#include "experts.h"
+
 // ---- main ------------------------------------------------------------------------------------------------
 
 static const char main_help[] =
@@ -1002,6 +1062,7 @@ static const char main_help[] =
     "  dsv3 logits DIR --ids FILE --out FILE        the numbers behind the next token, for every token\n"
     "  dsv3 inspect DIR                             what a checkpoint is and what it needs\n"
     "  dsv3 quantize DIR OUT --to int8|fp8|bf16     writes a checkpoint again, in 8 bits or in BF16\n"
+    "  dsv3 experts DIR -f TEXT                     which experts a text goes through, and how evenly\n"
     "\n"
     "'dsv3 COMMAND -h' tells more. DIR holds config.json and the rest, unconverted.\n";
 
@@ -1013,7 +1074,7 @@ int main(int argc, char **argv)
     } commands[] = {
         {"generate", generate}, {"tokenize", tokens}, {"detokenize", tokens},
         {"logits", logits},     {"inspect", inspect}, {"render", render},
-        {"quantize", quantize}, {"chat", chat_run},
+        {"quantize", quantize}, {"chat", chat_run},   {"experts", experts_run},
     };
 #ifdef _WIN32
     _setmode(_fileno(stdin), _O_BINARY);
@@ -1030,7 +1091,8 @@ int main(int argc, char **argv)
         return finish();
     }
     if (strcmp(argv[1], "-h") != 0 && strcmp(argv[1], "--help") != 0)
-        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect or quantize; 'dsv3 -h' "
+        usage("no command '%s': chat, generate, tokenize, detokenize, render, logits, inspect, quantize or experts; "
+              "'dsv3 -h' "
               "tells more",
               argv[1]);
     fputs(main_help, stdout);

@@ -47,7 +47,7 @@ size() { wc -c < "$1" | tr -d ' '; }
 wrong_use() {
     call 2 && one_line "dsv3 -h"
     call 2 frobnicate && one_line frobnicate
-    for command in chat generate tokenize detokenize render logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize experts; do
         call 2 $command && one_line $command DIR
         call 2 $command $model --frobnicate && one_line --frobnicate "dsv3 $command -h"
     done
@@ -79,10 +79,10 @@ wrong_use() {
 
 help() {
     call 0 -h && quiet
-    for command in chat generate tokenize detokenize render logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize experts; do
         grep -q "dsv3 $command DIR" "$work/out" || echo "-h does not name $command"
     done
-    for command in chat generate tokenize detokenize render logits inspect quantize; do
+    for command in chat generate tokenize detokenize render logits inspect quantize experts; do
         "$dsv3" $command -h > "$work/help" || echo "$command -h: status $?"
         grep -q "dsv3 $command DIR" "$work/help" || echo "$command -h says: $(cat "$work/help")"
         "$dsv3" $command $model --help | cmp - "$work/help"
@@ -129,6 +129,34 @@ json_output() {
     printf '{"type":"array","unique":true}' > "$work/schema"
     call 1 generate $model "Once" --json-schema "$work/schema" && one_line "/unique"
     call 2 generate $model "Once" --json-schema "$work/schema" --json-output && one_line "one of them"
+}
+
+# A text in two runs is the text in one; the second continuation of two is the text of its seed.
+sessions() {
+    call 0 generate $model "Once upon a time" -n 20 --seed 7 && head -c -1 "$work/out" > "$work/whole"
+    call 0 generate $model "Once upon a time" -n 9 --seed 7 --session "$work/s" && head -c -1 "$work/out" > "$work/parts"
+    call 0 generate $model -n 11 --seed 7 --session "$work/s" && head -c -1 "$work/out" >> "$work/parts"
+    cmp "$work/parts" "$work/whole"
+    [ -e "$work/s.part" ] && echo "$work/s.part was left behind"
+    call 1 generate $model -n 1 --session "$work/s" --context 20 && one_line "$work/s" "holds 20"
+    head -c 1000 "$work/s" > "$work/cut"
+    call 1 generate $model -n 1 --session "$work/cut" && one_line "$work/cut" "snapshot"
+    call 0 generate $model "Once upon a time" -n 20 --seed 6 --parallel 2
+    sed '1,/--- seed 7/d' "$work/out" | head -c -1 | cmp - "$work/whole"
+    same "texts" "$(grep -c '^--- seed' "$work/out")" 2
+    call 0 generate $model "Once upon a time" -n 5 --seed 6 --parallel 3 --json
+    same "lines" "$(grep -c '"seed":[678].*"ids":\[.*"stop":"max_tokens"' "$work/out")" 3
+    call 2 generate $model "Once" --parallel 2 --session "$work/s" && one_line "--parallel"
+}
+
+experts() {
+    printf 'Once upon a time there was a king who had a daughter, and she was very beautiful.' > "$work/prompt"
+    call 0 experts $model -f "$work/prompt" --svg "$work/svg" && grep -q '^mean' "$work/out" || echo "no mean"
+    grep -q '</svg>' "$work/svg" || echo "no picture"
+    call 0 experts $model --json < "$work/prompt" && cp "$work/out" "$work/biased"
+    grep -q '"bias":true.*"layer":3.*"reuse_by_chance":0.25' "$work/out" || echo "no figures: $(head -c 200 "$work/out")"
+    call 0 experts $model --json --no-bias -f "$work/prompt" && grep -q '"bias":false' "$work/out" || echo "no figures"
+    cmp -s "$work/out" "$work/biased" && echo "the bias changes nothing"
 }
 
 seeds() {
@@ -444,7 +472,7 @@ if [ ! -e $model/config.json ]; then
     echo "0 passed, 0 failed, 1 skipped"
     exit 0
 fi
-for test in wrong_use help not_there generates json_output seeds stops json_tokens interrupted tokens json_lines renders chats logits inspects quantizes quantizes_again quantize_fails; do
+for test in wrong_use help not_there generates json_output sessions experts seeds stops json_tokens interrupted tokens json_lines renders chats logits inspects quantizes quantizes_again quantize_fails; do
     run $test
 done
 if [ -w /dev/full ]; then

@@ -291,6 +291,136 @@ TEST(matmul)
 }
 
 /* A limit in bytes: one byte less than enough is refused, enough is enough, and what is reported is what was counted. */
+static bool put(void *user, const void *data, size_t size)
+{
+    tiny_text *text = (tiny_text *)user;
+    tiny_put_bytes(text, data, size);
+    return true;
+}
+
+static size_t taken;
+
+static bool get(void *user, void *data, size_t size)
+{
+    tiny_text *text = (tiny_text *)user;
+    if (size > text->n - taken)
+        return false;
+    memcpy(data, text->p + taken, size);
+    taken += size;
+    return true;
+}
+
+/* A workspace, sessions in it, forks, a batch, a snapshot saved and loaded. */
+TEST(workspace)
+{
+    dsv3_model *model = NULL;
+    int32_t ids[80];
+    uint64_t n;
+    tiny_text text;
+    memset(&text, 0, sizeof text);
+    tiny_opts to = small(0);
+    to.max_pos = 256;
+    build(to, false);
+    tiny_ids(ids, 80, to.vocab, 3);
+    REQUIRE(CHECK_OK(tiny_open(&t, &model, NULL, &e), e));
+    for (n = 1; n < 1000; n++) {
+        tiny_heap heap;
+        dsv3_workspace_opts wo;
+        dsv3_session_opts so;
+        dsv3_workspace *ws = NULL;
+        dsv3_session *s[4] = {NULL, NULL, NULL, NULL};
+        memset(&heap, 0, sizeof heap);
+        memset(&wo, 0, sizeof wo);
+        memset(&so, 0, sizeof so);
+        heap.fail_at = n;
+        wo.n_pages = 8, wo.max_batch = 16, wo.n_threads = 1 + n % 2;
+        wo.allocator = tiny_allocator(&heap);
+        dsv3_result r = dsv3_workspace_open(&ws, model, &wo, &e);
+        so.workspace = ws, so.max_tokens = 100, so.reserve_pages = 2;
+        if (!r)
+            r = dsv3_session_open(&s[0], model, &so, &e);
+        if (!r) {
+            CHECK_OK(dsv3_session_append(s[0], ids, 70, NULL, &e), e);
+            r = dsv3_session_fork(&s[1], s[0], 1, &e);
+        }
+        if (!r) {
+            dsv3_batch_item items[2];
+            uint64_t before = heap.n_allocs;
+            memset(items, 0, sizeof items);
+            for (int k = 0; k < 2; k++)
+                items[k].session = s[k], items[k].tokens = ids + k, items[k].count = 9;
+            CHECK_OK(dsv3_batch(items, 2, &e), e);
+            dsv3_sink sink;
+            sink.write_fn = put, sink.user = &text;
+            text.n = 0;
+            CHECK_OK(dsv3_save(s, 2, &sink, NULL, &e), e);
+            CHECK_EQ_UINT(heap.n_allocs, before); /* neither allocates */
+            so.reserve_pages = 0;
+            r = dsv3_session_open(&s[2], model, &so, &e);
+        }
+        if (!r)
+            r = dsv3_session_open(&s[3], model, &so, &e);
+        if (!r) {
+            dsv3_source source;
+            source.read_fn = get, source.user = &text, source.size = text.n, taken = 0;
+            r = dsv3_load(s + 2, 2, &source, &e);
+            CHECK_EQ_UINT(dsv3_session_length(s[2]) + dsv3_session_length(s[3]), r ? 0 : 158);
+        }
+        const bool last = heap.n_allocs < n;
+        if (last)
+            CHECK_OK(r, e);
+        else
+            out_of_memory(r, n);
+        if (ws) { /* what is there still works, or did nothing */
+            dsv3_workspace_info info;
+            dsv3_workspace_info_get(ws, &info);
+            CHECK_EQ_UINT(info.n_sessions, (s[0] != NULL) + (s[1] != NULL) + (s[2] != NULL) + (s[3] != NULL));
+            CHECK_EQ_UINT(info.memory, heap.live_bytes);
+            if (s[0])
+                CHECK_OK(dsv3_session_sync(s[0], ids, 72, NULL, &e), e);
+        }
+        for (int k = 0; k < 4; k++)
+            dsv3_session_close(s[k]);
+        dsv3_workspace_close(ws);
+        CHECK_EQ_UINT(heap.live_bytes, 0);
+        CHECK_EQ_UINT(heap.n_damaged + heap.n_strange, 0);
+        if (last)
+            break;
+    }
+    CHECK(n > 10 && n < 1000);
+    /* A limit on memory: sessions and forks fail, and can be had again when another is closed. */
+    dsv3_workspace_opts wo;
+    dsv3_session_opts so;
+    dsv3_workspace *ws = NULL;
+    dsv3_session *s[3] = {NULL, NULL, NULL};
+    dsv3_workspace_info info;
+    dsv3_memory m;
+    memset(&wo, 0, sizeof wo);
+    memset(&so, 0, sizeof so);
+    wo.n_pages = 4, wo.max_batch = 16, wo.n_threads = 1;
+    CHECK_OK(dsv3_workspace_open(&ws, model, &wo, &e), e);
+    dsv3_workspace_info_get(ws, &info);
+    so.workspace = ws, so.max_tokens = 100;
+    CHECK_OK(dsv3_session_memory(model, &so, &m, &e), e);
+    CHECK_EQ_UINT(m.cache_bytes, 0);
+    dsv3_workspace_close(ws);
+    wo.memory_limit = info.memory + 2 * m.session_bytes;
+    CHECK_OK(dsv3_workspace_open(&ws, model, &wo, &e), e);
+    so.workspace = ws;
+    CHECK_OK(dsv3_session_open(&s[0], model, &so, &e), e);
+    CHECK_OK(dsv3_session_fork(&s[1], s[0], 0, &e), e);
+    CHECK_RESULT(dsv3_session_fork(&s[2], s[0], 0, &e), DSV3_ERROR_MEMORY_LIMIT, e);
+    CHECK_RESULT(dsv3_session_open(&s[2], model, &so, &e), DSV3_ERROR_MEMORY_LIMIT, e);
+    CHECK(s[2] == NULL);
+    dsv3_session_close(s[0]);
+    CHECK_OK(dsv3_session_fork(&s[2], s[1], 0, &e), e);
+    dsv3_session_close(s[1]), dsv3_session_close(s[2]);
+    dsv3_workspace_close(ws);
+    free(text.p);
+    dsv3_model_close(model);
+    tiny_free(&t);
+}
+
 TEST(limits)
 {
     tiny_heap heap;
@@ -344,7 +474,7 @@ TEST(limits)
 }
 
 #ifndef DSV3_NO_TOKENIZER
-TEST_MAIN(RUN(opening), RUN(opening_shards_by_reading), RUN(opening_a_directory), RUN(tokenizer), RUN(session), RUN(generate), RUN(matmul), RUN(limits))
+TEST_MAIN(RUN(opening), RUN(opening_shards_by_reading), RUN(opening_a_directory), RUN(tokenizer), RUN(session), RUN(workspace), RUN(generate), RUN(matmul), RUN(limits))
 #else
 TEST_MAIN(RUN(opening), RUN(opening_shards_by_reading), RUN(opening_a_directory), RUN(session), RUN(generate), RUN(matmul), RUN(limits))
 #endif

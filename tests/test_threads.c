@@ -313,6 +313,109 @@ TEST(cancelling_from_outside)
     close_model();
 }
 
+/* Three sessions of one model, each on a thread of its own with a fork beside it in its workspace, advanced by batches with
+   four threads, and cancelled at any time from the main thread. THREADS_CANCELS (environment): how often in all. */
+typedef struct batcher {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    bool stop;
+    dsv3_session *s[2];
+    const float *expected; /* logits behind each token */
+    const int32_t *ids;
+    uint64_t random;
+    unsigned failures, cancelled, finished;
+} batcher;
+
+static void *batch_until_told(void *user)
+{
+    batcher *b = (batcher *)user;
+    const size_t vocab = dsv3_model_config(model)->vocab_size;
+    for (;;) {
+        dsv3_batch_item items[2];
+        size_t length[2];
+        const float *logits;
+        memset(items, 0, sizeof items);
+        pthread_mutex_lock(&b->lock);
+        bool stop = b->stop;
+        pthread_mutex_unlock(&b->lock);
+        if (stop)
+            return NULL;
+        for (int k = 0; k < 2; k++) {
+            length[k] = dsv3_session_length(b->s[k]);
+            if (length[k] + 9 > 48)
+                b->failures += dsv3_session_rewind(b->s[k], length[k] = (size_t)(tiny_next(&b->random) % 9), NULL) != DSV3_OK;
+            items[k].session = b->s[k], items[k].tokens = b->ids + length[k], items[k].count = 1 + (size_t)(tiny_next(&b->random) % 9);
+        }
+        dsv3_result r = dsv3_batch(items, 2, NULL);
+        b->failures += r != DSV3_OK && r != DSV3_ERROR_CANCELLED;
+        b->finished += r == DSV3_OK;
+        b->cancelled += r != DSV3_OK;
+        for (int k = 0; k < 2; k++) {
+            const size_t n = dsv3_session_length(b->s[k]);
+            b->failures += n != length[k] + (r ? 0 : items[k].count);
+            if (n && dsv3_session_logits(b->s[k], &logits, NULL) == DSV3_OK)
+                b->failures += memcmp(logits, b->expected + (n - 1) * vocab, vocab * sizeof(float)) != 0;
+        }
+    }
+}
+
+TEST(cancelling_batches)
+{
+    enum { SESSIONS = 3 };
+    const char *env = getenv("THREADS_CANCELS");
+    const unsigned cancels = env ? (unsigned)strtoul(env, NULL, 10) : 150;
+    int32_t ids[48];
+    uint64_t random = 9;
+    batcher b[SESSIONS];
+    dsv3_outputs out;
+    unsigned cancelled = 0, finished = 0;
+    memset(&out, 0, sizeof out);
+    REQUIRE(open_model());
+    tiny_ids(ids, 48, 200, 3);
+    float *expected = (float *)malloc(48 * dsv3_model_config(model)->vocab_size * sizeof(float));
+    out.logits = expected;
+    dsv3_session *s = NULL;
+    REQUIRE(CHECK_EQ_INT(open_session(&s, 4, 1), DSV3_OK));
+    int64_t took = now_ns();
+    CHECK_OK(dsv3_session_append(s, ids, 48, &out, &e), e);
+    took = now_ns() - took;
+    dsv3_session_close(s);
+    memset(b, 0, sizeof b);
+    for (unsigned i = 0; i < SESSIONS; i++) {
+        dsv3_session_opts so;
+        memset(&so, 0, sizeof so);
+        so.max_tokens = 128, so.max_batch = 4, so.n_threads = 4; /* pages for a fork too */
+        b[i].ids = ids, b[i].expected = expected, b[i].random = i;
+        pthread_mutex_init(&b[i].lock, NULL);
+        REQUIRE(CHECK_OK(dsv3_session_open(&b[i].s[0], model, &so, &e), e));
+        CHECK_OK(dsv3_session_append(b[i].s[0], ids, 5, NULL, &e), e);
+        REQUIRE(CHECK_OK(dsv3_session_fork(&b[i].s[1], b[i].s[0], 0, &e), e));
+        REQUIRE(CHECK_EQ_INT(pthread_create(&b[i].thread, NULL, batch_until_told, &b[i]), 0));
+    }
+    for (unsigned i = 0; i < cancels; i++) {
+        struct timespec pause;
+        pause.tv_sec = 0;
+        pause.tv_nsec = (long)(tiny_next(&random) % (uint64_t)(took < 1000000 ? 500000 : took > 100000000 ? 50000000 : took / 2));
+        nanosleep(&pause, NULL);
+        dsv3_session_cancel(b[tiny_next(&random) % SESSIONS].s[tiny_next(&random) % 2]);
+    }
+    for (unsigned i = 0; i < SESSIONS; i++) {
+        pthread_mutex_lock(&b[i].lock);
+        b[i].stop = true;
+        pthread_mutex_unlock(&b[i].lock);
+        pthread_join(b[i].thread, NULL);
+        pthread_mutex_destroy(&b[i].lock);
+        CHECK_EQ_UINT(b[i].failures, 0);
+        cancelled += b[i].cancelled, finished += b[i].finished;
+        dsv3_session_close(b[i].s[0]), dsv3_session_close(b[i].s[1]);
+    }
+    if (env)
+        printf("%u cancels: %u batches cancelled, %u finished\n", cancels, cancelled, finished);
+    CHECK(cancelled > 0);
+    free(expected);
+    close_model();
+}
+
 /* Threads asleep between calls are woken, used and put to sleep as often as asked. */
 TEST(many_small_calls)
 {
@@ -334,7 +437,7 @@ TEST(many_small_calls)
 }
 
 TEST_MAIN(RUN(sessions_on_several_threads), RUN(sessions_with_threads_of_their_own), RUN(opening_on_several_threads),
-          RUN(a_session_that_changes_threads), RUN(cancelling_from_outside), RUN(many_small_calls))
+          RUN(a_session_that_changes_threads), RUN(cancelling_from_outside), RUN(cancelling_batches), RUN(many_small_calls))
 #else
 TEST(threads)
 {

@@ -39,6 +39,7 @@ import tokenizers                                      # noqa: E402
 import torch                                           # noqa: E402
 import transformers                                    # noqa: E402
 
+import cache                                           # noqa: E402
 import chat                                            # noqa: E402
 import checkpoints                                     # noqa: E402
 import compare                                         # noqa: E402
@@ -55,7 +56,7 @@ from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
 SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "matmul", "fidelity",
-            "tokenizer", "kimi", "chat", "schema", "speed")
+            "tokenizer", "kimi", "chat", "cache", "schema", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
 BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
@@ -71,7 +72,7 @@ class Run:
 
     def wanted(self, section):
         if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "kimi", "chat",
-                                             "schema", "speed"):
+                                             "cache", "schema", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -289,6 +290,9 @@ class Run:
             self.out["kimi"] = kimi.check(self.o.shared, self.o.work, self.program, self.report)
         if self.wanted("chat"):
             self.out["chat"] = chat.check(self.o.shared, self.o.work, self.program, self.report)
+        if self.wanted("cache"):
+            self.out["cache"] = cache.check(self.o.tiny, os.path.join(self.o.shared, "corpus"), self.o.work, self.program,
+                                            self.report, self.o.quick)
         if self.wanted("speed"):
             self.out["speed"] = tokenizer_oracle.speed(os.path.join(self.o.shared, "tokenizers", "deepseek-v3"), self.o.bench,
                                                        self.report)
@@ -351,6 +355,12 @@ class Run:
                         "of contents that hold markers, ids of markers equal to the template's own", [
                             ("markup", "markup", "<"), ("conversations", "conversations", ">"), ("text", "text", ">"),
                             ("raises", "raises", ">"), ("ids", "ids", ">"), ("posed", "posed", ">")], self.out["chat"]))
+        if self.out.get("cache"):
+            print(table("Number formats of the cache: KL of the next token's distribution from the one with a cache of f32, nats", [
+                ("model", "model", "<"), ("tokens", "tokens", ">"), ("latents", "latent", "<"), ("keys", "rope", "<"),
+                ("mean", lambda r: f"{r['kl']:.1e}", ">"), ("99 %", lambda r: f"{r['kl99']:.1e}", ">"),
+                ("most", lambda r: f"{r['most']:.1e}", ">"), ("same best", lambda r: f"{r['same']:.4f}", ">")],
+                self.out["cache"]))
         if self.out.get("speed"):
             print(table("Encoding, MB/s on one thread", [
                 ("text", "text", "<"), ("wheel", lambda r: f"{r['wheel']:.2f}", ">"),
