@@ -2728,8 +2728,8 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
                  w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)], and behind it as many int32: 128 times the
                  sum of the group's codes.
    tile_add      sum [4][tile_x][lanes], one register of chains of each of 4 rows of w times n_x <= tile_x rows of x, go on
-                 over `steps` blocks, from +0 if `first`: sum[i][j] += sum over s of w[i][s * w_step] times x[j][s * x_step],
-                 a register each. So for n_w such groups of rows, sum_next floats and w_next floats apart.
+                 over `steps` blocks, from +0 if `first`: sum[i][j] += sum over s of w[i][s * w_step] times
+                 x[j][s * x_step], a register each. So for n_w such groups of rows, sum_next floats and w_next floats apart.
    tile_add_pairs  the same for rows in pairs; with pair_words all but sum are words.
    tree          out[j * out_stride + i] = the chains of sum[.][i][j] added, for i < n_w and j < n_x: sum
                  [64 / lanes][4][tile_x][lanes], what tile_add made of all 64 chains.
@@ -18018,7 +18018,7 @@ struct dsv3_workspace {
 };
 
 /* Layers that have cache rows. */
-static int dsv3__ses_layers(const dsv3_model *m)
+static int dsv3__ws_layers(const dsv3_model *m)
 {
     return (int)m->config.num_hidden_layers;
 }
@@ -18042,7 +18042,7 @@ static uint64_t dsv3__ws_plan(dsv3_workspace *ws, uint32_t max_batch, uint8_t *b
         base += scratch;
     }
     ws->work.pool = &ws->pool;
-    dsv3__mla_layout(&ws->work, ws->cache_latent, ws->cache_rope, (uint32_t)dsv3__ses_layers(ws->m));
+    dsv3__mla_layout(&ws->work, ws->cache_latent, ws->cache_rope, (uint32_t)dsv3__ws_layers(ws->m));
     ws->work.cache = (uint8_t *)dsv3__carve(base, &used, ws->n_pages, ws->work.page_bytes);
     ws->work.counts = (uint64_t *)dsv3__carve(base, &used, dsv3__ws_counts(ws->m), sizeof(uint64_t));
     ws->refs = (uint32_t *)dsv3__carve(base, &used, ws->n_pages, sizeof(uint32_t));
