@@ -588,7 +588,7 @@ TEST(generate)
             printf("    %s\n", c.text);
         CHECK(!o.mask_fn || (c.n_masks > 5 && !strchr(c.text, 'a')));
     }
-    o.sample.mask = s->masks;
+    o.sample.mask = s->ws->masks;
     CHECK_RESULT(dsv3_generate(s, NULL, 0, &o, &stats, &e), DSV3_ERROR_INVALID_OPTIONS, e);
     o.sample.mask = NULL;
     o.grammar = strange;
