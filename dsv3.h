@@ -6313,13 +6313,17 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
     }
 }
 
-/* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. */
+/* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. Of narrower weights
+   more rows of x are taken at a time, so each part is the largest that any width up to k asks for. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
-    const size_t tokens = dsv3__mm_tokens(k), rows = 32; /* dsv3__mm_rows at most */
-    size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
-    size_t tiles = rows * chunk + 16 * 16 + rows * tokens * 64 + tokens * dsv3__mm_pad(k),
-           few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k);
+    const size_t rows = 32; /* dsv3__mm_rows at most */
+    const size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
+    const size_t decoded = rows * chunk + 16 * 16, sums = rows * DSV3__MM_TOKENS * 64;
+    const size_t at_least = 6 * dsv3__mm_pad(k), most = DSV3__MM_TOKENS * dsv3__mm_pad(k);
+    const size_t up_to = most < DSV3__MM_ROUNDED ? most : DSV3__MM_ROUNDED;
+    const size_t tiles = decoded + sums + (at_least > up_to ? at_least : up_to);
+    const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k);
     return dsv3__mm_pad((k + 63) / 64) + (tiles > few ? tiles : few);
 }
 

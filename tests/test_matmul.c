@@ -574,6 +574,43 @@ TEST(rank_1)
     CHECK(memcmp(in, values, sizeof values) == 0);
 }
 
+/* Scratch for the widest of a model's weights is enough for its narrower ones, of which more rows of x are taken at a time:
+   what lies behind the scratch stays as it is. */
+TEST(scratch_of_the_widest)
+{
+    enum { ROWS = 40, N = 100, GUARD = 4096 };
+    static const size_t widest[] = {128, 2048, 4000, 10944, 18432}, wide[] = {64, 512, 1408, 2048, 2112, 7168};
+    random_state = 35;
+    for (size_t i = 0; i < DSV3__COUNT(wide); i++) {
+        owned w = make(DSV3_DTYPE_F8_E4M3, ROWS, wide[i]);
+        const size_t stride = dsv3__mm_pad(wide[i]);
+        float *in = random_rows(N * wide[i]), *x = floats(N * stride), *out = floats(N * ROWS);
+        for (size_t s = 0; s < DSV3__COUNT(isas); s++)
+            for (size_t k = 0; k < DSV3__COUNT(widest); k++) {
+                const size_t room = dsv3__mm_panel_floats(widest[k]);
+                if (!dsv3_isa_supported(isas[s]) || isas[s] == DSV3_ISA_SCALAR || wide[i] > widest[k])
+                    continue;
+                float *panel = floats(room + GUARD);
+                size_t touched = 0;
+                for (size_t g = 0; g < GUARD; g++)
+                    panel[room + g] = 42;
+                dsv3__mm_mode mode = {dsv3__kern_get(isas[s]), DSV3_COMPUTE_BF16, false};
+                uint32_t saved = dsv3__fp_enter();
+                for (size_t j = 0; j < N; j++)
+                    dsv3__mm_pack(&mode, x + j * stride, in + j * wide[i], wide[i], dsv3__mm_form(&mode, &w.t), true);
+                dsv3__mm_strip(&mode, panel, &w.t, 0, ROWS, x, stride, NULL, N, true, out, ROWS);
+                dsv3__fp_leave(saved);
+                for (size_t g = 0; g < GUARD; g++)
+                    touched += panel[room + g] != 42;
+                if (!CHECK_EQ_UINT(touched, 0))
+                    printf("    %s: %u columns in scratch for %u\n", dsv3_isa_name(isas[s]), (unsigned)wide[i], (unsigned)widest[k]);
+                free(panel);
+            }
+        release(&w);
+        free(in), free(x), free(out);
+    }
+}
+
 /* Strips that begin inside a block of scales, rows through an index, every kernel. */
 TEST(strips)
 {
@@ -837,5 +874,5 @@ TEST(dtypes_of_safetensors)
 }
 
 TEST_MAIN(RUN(bits), RUN(bits_are_frozen), RUN(accuracy), RUN(rows_are_independent), RUN(executors), RUN(allocators),
-          RUN(floating_point_state), RUN(errors), RUN(blocks_and_strides), RUN(rank_1), RUN(strips), RUN(packing), RUN(quantize_fp8), RUN(quantize_i8),
+          RUN(floating_point_state), RUN(errors), RUN(blocks_and_strides), RUN(rank_1), RUN(scratch_of_the_widest), RUN(strips), RUN(packing), RUN(quantize_fp8), RUN(quantize_i8),
           RUN(quantize_floats), RUN(dtypes_of_safetensors))
