@@ -748,6 +748,7 @@ typedef struct dsv3_model_opts {
     dsv3_compute compute;     /* Default: AUTO */
     bool no_mmap;             /* read the weights into memory instead of mapping them; for files of a directory */
     bool read_ahead;          /* ask the system for experts when the router has chosen them: see MEMORY above */
+    bool no_mtp;              /* leave the layers of multi-token prediction alone: sessions cache a layer less */
     uint64_t memory_limit;    /* bytes this model may allocate (mapped files do not count); 0: none */
     dsv3_allocator allocator; /* Default: malloc */
     dsv3_reader reader;       /* Default: files of the directory. With a reader `dir` is ignored and may be NULL */
@@ -786,6 +787,7 @@ DSV3_API void dsv3_model_close(dsv3_model *model); /* NULL is fine; after its se
 DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model);
 DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model);         /* what AUTO became */
 DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model); /* INT8 where AUTO was asked for */
+DSV3_API uint32_t dsv3_model_mtp(const dsv3_model *model); /* layers of multi-token prediction that can be used; 0 */
 
 /* The model's tokenizer, owned by it. TOKENIZER if the checkpoint has none that is known; the message says why. */
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error);
@@ -811,6 +813,17 @@ DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t inde
 
 // ---- Session ---------------------------------------------------------------------------------------------
 
+#define DSV3_DRAFT_AUTO 0xFFFFFFFFu
+
+/* Who guesses tokens for dsv3_generate: see DRAFTS above. */
+typedef enum dsv3_drafter {
+    DSV3_DRAFTER_AUTO = 0,   /* MTP where the checkpoint has such a layer, else LOOKUP */
+    DSV3_DRAFTER_MTP = 1,    /* the checkpoint's own layers of multi-token prediction */
+    DSV3_DRAFTER_LOOKUP = 2, /* what followed the longest ending that the session has seen before */
+    DSV3_DRAFTER_HOST = 3,   /* draft_fn */
+    DSV3_DRAFTER_FORCE_32BIT = 0x7fffffff
+} dsv3_drafter;
+
 typedef struct dsv3_session_opts {
     uint32_t struct_size; /* 0, or the caller's sizeof */
     uint32_t
@@ -821,6 +834,12 @@ typedef struct dsv3_session_opts {
     dsv3_executor executor;   /* Default: the session's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
     dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
+    uint32_t n_draft;         /* tokens that dsv3_generate guesses and verifies in one pass, at most 16. Default: none.
+                                 DSV3_DRAFT_AUTO: as many as have paid so far */
+    dsv3_drafter drafter;     /* Default: AUTO. INVALID_OPTIONS: MTP without such a layer */
+    /* DSV3_DRAFTER_HOST: writes up to `cap` guesses behind tokens [n_tokens], returns how many. Anything may be guessed */
+    size_t (*draft_fn)(void *user, const int32_t *tokens, size_t n_tokens, int32_t *draft, size_t cap);
+    void *draft_user;
 } dsv3_session_opts;
 
 /* What an append gives back beside the session's own logits; every field optional. */
@@ -830,6 +849,9 @@ typedef struct dsv3_outputs {
     size_t n_logit_rows;        /* with logit_rows */
     float *logits;              /* [n_logit_rows (or count), vocab_size] out */
     int32_t *experts; /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
+    /* [count, dsv3_model_mtp, vocab_size] out: what prediction layer k says of the token that comes next too, but from the
+       model's state k + 1 tokens before; zeros where there is none. The session must draft with MTP */
+    float *draft_logits;
 } dsv3_outputs;
 
 DSV3_API dsv3_result dsv3_session_open(dsv3_session **session, const dsv3_model *model, const dsv3_session_opts *opts,
@@ -955,6 +977,9 @@ typedef struct dsv3_stats {
     double prompt_seconds; /* appending the prompt */
     double decode_seconds; /* everything behind it */
     dsv3_stop stop;
+    uint64_t drafted;     /* tokens guessed and verified */
+    uint64_t accepted;    /* of them, those that were right */
+    double draft_seconds; /* of decode_seconds, making the guesses */
 } dsv3_stats;
 
 /* The one call: appends the prompt and continues it, token by token, into the session.
@@ -8419,6 +8444,18 @@ typedef struct dsv3__layer {
     dsv3__mlp *experts;      /* [n_routed_experts], inter = moe_intermediate_size */
 } dsv3__layer;
 
+#define DSV3__MTP_MAX 4 /* prediction layers that are used; published checkpoints have one */
+
+/* What stands around a layer of multi-token prediction: see >>mtp. */
+typedef struct dsv3__predictor {
+    dsv3_tensor enorm;   /* [hidden_size] of the embedding */
+    dsv3_tensor hnorm;   /* [hidden_size] of the state below */
+    dsv3_tensor eh_proj; /* [hidden_size, 2 * hidden_size]: columns of the embedding, then of the state */
+    dsv3_tensor norm;    /* [hidden_size] shared_head.norm */
+    dsv3_tensor embed;   /* [vocab_size, hidden_size] and */
+    dsv3_tensor head;    /* [vocab_size, hidden_size]: its own copies, or the model's */
+} dsv3__predictor;
+
 struct dsv3_model {
     dsv3__mem mem;
     dsv3_logger logger;
@@ -8430,7 +8467,10 @@ struct dsv3_model {
     uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
     bool read_ahead;
     dsv3__st st;
-    dsv3__layer *layers;  /* [num_hidden_layers] */
+    dsv3__layer *layers;     /* [num_hidden_layers + n_mtp] */
+    uint32_t n_mtp;          /* layers of multi-token prediction, behind the others; 0: none, or none wanted */
+    bool any_dense, any_moe; /* among all layers */
+    dsv3__predictor mtp[DSV3__MTP_MAX];
     dsv3_tensor embed;    /* [vocab_size, hidden_size] */
     dsv3_tensor norm;     /* [hidden_size] */
     dsv3_tensor head;     /* [vocab_size, hidden_size] */
@@ -8574,7 +8614,66 @@ static dsv3_result dsv3__wt_q_lora(dsv3_model *m, dsv3_error *err)
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
+static dsv3_result dsv3__wt_layer(dsv3_model *m, uint32_t i, bool moe, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    dsv3__layer *l = &m->layers[i];
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->input_norm, i, "input_layernorm", c->hidden_size, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->post_norm, i, "post_attention_layernorm", c->hidden_size, 0, err));
+    DSV3__TRY(dsv3__wt_attention(m, l, i, err));
+    l->moe = moe;
+    *(moe ? &m->any_moe : &m->any_dense) = true;
+    if (moe)
+        return dsv3__wt_moe(m, l, i, err);
+    l->has_mlp = true;
+    return dsv3__wt_mlp(m, &l->mlp, i, "mlp", c->intermediate_size, err);
+}
+
+/* Is model.layers.<layer>.<part>.weight there? */
+static bool dsv3__wt_has(const dsv3_model *m, uint32_t layer, const char *part)
+{
+    dsv3__wt_name name;
+    dsv3__format(name.text, sizeof name.text, "model.layers.%u.%s.weight", (uint64_t)layer, part);
+    return dsv3__st_find(&m->st, name.text) != NULL;
+}
+
+/* How many layers of multi-token prediction can be used: those that config.json speaks of and the files hold, which some
+   published sets leave out. One with experts where no other layer has them has no configuration, nor has the reverse. */
+static uint32_t dsv3__wt_count_mtp(const dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    uint32_t n = 0;
+    while (n < c->num_nextn_predict_layers && n < DSV3__MTP_MAX) {
+        bool moe = dsv3__wt_has(m, c->num_hidden_layers + n, "mlp.gate");
+        if (!dsv3__wt_has(m, c->num_hidden_layers + n, "eh_proj") ||
+            (moe ? !c->n_routed_experts : c->intermediate_size < 1 || c->intermediate_size > 1u << 24))
+            break;
+        n++;
+    }
+    return n;
+}
+
+/* Prediction layer k. Whether it has experts is seen by its tensors (JoyAI's is dense). Embedding and head are stored with
+   it in DeepSeek's files, equal to the model's (README_WEIGHTS.md); what is left out is the model's. */
+static dsv3_result dsv3__wt_mtp(dsv3_model *m, uint32_t k, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    const uint32_t i = c->num_hidden_layers + k;
+    const uint64_t dim = c->hidden_size;
+    dsv3__predictor *p = &m->mtp[k];
+    p->embed = m->embed, p->head = m->head;
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->enorm, i, "enorm", dim, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->hnorm, i, "hnorm", dim, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->eh_proj, i, "eh_proj", dim, 2 * dim, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->norm, i, "shared_head.norm", dim, 0, err));
+    if (dsv3__wt_has(m, i, "embed_tokens"))
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &p->embed, i, "embed_tokens", c->vocab_size, dim, err));
+    if (dsv3__wt_has(m, i, "shared_head.head"))
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &p->head, i, "shared_head.head", c->vocab_size, dim, err));
+    return dsv3__wt_layer(m, i, dsv3__wt_has(m, i, "mlp.gate"), err);
+}
+
+static dsv3_result dsv3__wt_bind(dsv3_model *m, bool no_mtp, dsv3_error *err)
 {
     const dsv3_config *c = &m->config;
     void *layers;
@@ -8587,22 +8686,15 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
         m->head = m->embed;
     else
         DSV3__TRY(dsv3__wt_get(m, &m->head, "lm_head.weight", c->vocab_size, c->hidden_size, err));
-    DSV3__TRY(dsv3__mem_alloc(&m->mem, &layers, c->num_hidden_layers * sizeof(dsv3__layer), "layers", err));
-    memset(layers, 0, c->num_hidden_layers * sizeof(dsv3__layer));
+    m->n_mtp = no_mtp ? 0 : dsv3__wt_count_mtp(m);
+    uint64_t bytes = (c->num_hidden_layers + m->n_mtp) * sizeof(dsv3__layer);
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &layers, bytes, "layers", err));
+    memset(layers, 0, (size_t)bytes);
     m->layers = (dsv3__layer *)layers;
-    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
-        dsv3__layer *l = &m->layers[i];
-        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->input_norm, i, "input_layernorm", c->hidden_size, 0, err));
-        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->post_norm, i, "post_attention_layernorm", c->hidden_size, 0, err));
-        DSV3__TRY(dsv3__wt_attention(m, l, i, err));
-        l->moe = i >= c->first_k_dense_replace;
-        if (l->moe) {
-            DSV3__TRY(dsv3__wt_moe(m, l, i, err));
-        } else {
-            l->has_mlp = true;
-            DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, i, "mlp", c->intermediate_size, err));
-        }
-    }
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++)
+        DSV3__TRY(dsv3__wt_layer(m, i, i >= c->first_k_dense_replace, err));
+    for (uint32_t k = 0; k < m->n_mtp; k++)
+        DSV3__TRY(dsv3__wt_mtp(m, k, err));
     return DSV3_OK;
 }
 
@@ -8611,7 +8703,9 @@ static void dsv3__wt_forms(dsv3_model *m)
 {
     const dsv3_config *c = &m->config;
     m->forms = 1u << dsv3__mm_form(&m->mode, &m->head);
-    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+    for (uint32_t k = 0; k < m->n_mtp; k++)
+        m->forms |= 1u << dsv3__mm_form(&m->mode, &m->mtp[k].head);
+    for (uint32_t i = 0; i < c->num_hidden_layers + m->n_mtp; i++) {
         const dsv3__layer *l = &m->layers[i];
         m->forms |= 1u << dsv3__mm_form(&m->mode, &l->kv_a);
         m->forms |= 1u << dsv3__mm_form(&m->mode, c->q_lora_rank ? &l->q_a : &l->q_b);
@@ -8628,7 +8722,7 @@ static void dsv3__wt_forms(dsv3_model *m)
 
 static void dsv3__wt_unbind(dsv3_model *m)
 {
-    for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers; i++)
+    for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers + m->n_mtp; i++)
         dsv3__mem_free(&m->mem, m->layers[i].experts);
     dsv3__mem_free(&m->mem, m->layers);
     for (uint64_t i = 0; i < m->st.n_tensors; i++)
@@ -8657,7 +8751,7 @@ static bool dsv3__wt_is_bad(const dsv3_tensor *t)
     return false;
 }
 
-/* Not a layer behind the last, as those of multi-token prediction are. */
+/* Not a layer behind the last, as those of multi-token prediction are: logits do not come from them. */
 static bool dsv3__wt_runs(const dsv3_model *m, const char *name)
 {
     static const char layers[] = "model.layers.";
@@ -8738,7 +8832,7 @@ typedef struct dsv3__work {
     bool tiled;          /* this pass: how rows are packed, see >>mm, and */
     uint32_t strip;      /* the outputs of a task */
     size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
-    size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
+    size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride, eh_stride;
     float *x;                /* [n, x_stride] the residual stream */
     float *xn[DSV3__FORMS];  /* [n, x_stride] normalised, in each form that m->forms names */
     float *norm;             /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
@@ -8747,6 +8841,7 @@ typedef struct dsv3__work {
     float *q;                /* [n, q_stride] queries of all heads: nope, then rope */
     float *kv;               /* [n, kv_stride] latent and k_pe before norm and rotation */
     float *o;                /* [n, o_stride] attention's values of all heads */
+    float *eh;               /* [n, eh_stride] embedding and state that meet in eh_proj, >>mtp */
     float *rope;             /* [n, qk_rope_head_dim] cos of each pair, then sin */
     float *router;           /* [n, n_routed_experts] router logits */
     float *router_bias;      /* [n_routed_experts] the layer's, as f32 */
@@ -8775,10 +8870,11 @@ static void *dsv3__carve(uint8_t *base, uint64_t *used, uint64_t count, uint64_t
     return p;
 }
 
-static size_t dsv3__work_widest(const dsv3_config *c)
+static size_t dsv3__work_widest(const dsv3_model *m)
 {
-    size_t widest = c->hidden_size, v = (size_t)c->num_attention_heads * c->v_head_dim;
-    size_t inter = c->first_k_dense_replace ? c->intermediate_size : 0;
+    const dsv3_config *c = &m->config;
+    size_t widest = (size_t)c->hidden_size * (m->n_mtp ? 2 : 1), v = (size_t)c->num_attention_heads * c->v_head_dim;
+    size_t inter = m->any_dense ? c->intermediate_size : 0;
     size_t shared = (size_t)c->n_shared_experts * c->moe_intermediate_size;
     widest = widest > v ? widest : v;
     widest = widest > inter ? widest : inter;
@@ -8796,8 +8892,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     const dsv3_config *c = &m->config;
     const uint64_t f = sizeof(float), n = max_batch;
     uint64_t used = 0, h_moe = 0, h_dense = 0, slots = n * c->num_experts_per_tok, experts = c->n_routed_experts;
-    bool moe = c->first_k_dense_replace < c->num_hidden_layers;
-    size_t widest = dsv3__work_widest(c);
+    bool moe = m->any_moe;
+    size_t widest = dsv3__work_widest(m);
     memset(w, 0, sizeof *w);
     w->m = m;
     w->max_batch = max_batch;
@@ -8807,12 +8903,13 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->q_stride = (size_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
     w->kv_stride = dsv3__mm_pad((size_t)c->kv_lora_rank + c->qk_rope_head_dim);
     w->o_stride = dsv3__mm_pad((size_t)c->num_attention_heads * c->v_head_dim);
+    w->eh_stride = m->n_mtp ? dsv3__mm_pad(2 * (size_t)c->hidden_size) : 0;
     if (!moe)
         slots = experts = 0;
     if (moe)
         h_moe = slots * dsv3__mm_pad(c->moe_intermediate_size) +
                 n * (c->n_shared_experts ? dsv3__mm_pad((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
-    if (c->first_k_dense_replace)
+    if (m->any_dense)
         h_dense = n * dsv3__mm_pad(c->intermediate_size);
     w->x = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
     for (uint32_t form = 0; form < DSV3__FORMS; form++)
@@ -8824,6 +8921,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->q = (float *)dsv3__carve(base, &used, n * w->q_stride, f);
     w->kv = (float *)dsv3__carve(base, &used, n * w->kv_stride, f);
     w->o = (float *)dsv3__carve(base, &used, n * w->o_stride, f);
+    w->eh = (float *)dsv3__carve(base, &used, n * w->eh_stride, f);
     w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
     w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
     w->router = (float *)dsv3__carve(base, &used, n * experts, f);
@@ -9140,12 +9238,15 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
 
 /* One row of a pass: which timeline, which position, which token. */
 typedef struct dsv3__row {
-    float *cache; /* the timeline: [num_hidden_layers, cache_tokens, cache_stride] */
+    float *cache; /* the timeline: [dsv3__ses_layers, cache_tokens, cache_stride] */
     uint32_t cache_tokens;
     uint32_t position;
     int32_t token;
-    float *logits;    /* [vocab_size] out; NULL: not asked for */
-    int32_t *experts; /* [n_moe_layers, top_k] out; NULL */
+    float *logits;      /* [vocab_size] out; NULL: not asked for */
+    int32_t *experts;   /* [n_moe_layers, top_k] out; NULL */
+    const float *below; /* [hidden_size] the state a prediction layer starts from; >>mtp alone */
+    float *state;       /* [hidden_size] out, the state behind the last norm; NULL. May be `below` */
+    bool draft;         /* nobody has asked for this token yet: logits that are not finite are no failure yet */
 } dsv3__row;
 
 typedef struct dsv3__mla_task {
@@ -9536,6 +9637,7 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
 
 typedef struct dsv3__head_task {
     dsv3__work *w;
+    const dsv3_tensor *head;
     const dsv3__row *rows;
     uint32_t n;
     const uint32_t *asked; /* [n] which rows */
@@ -9549,62 +9651,299 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__worker *mine = &w->workers[worker];
     const uint32_t vocab = w->m->config.vocab_size, r0 = task * w->strip;
     const uint32_t r1 = r0 + w->strip < vocab ? r0 + w->strip : vocab;
-    dsv3__mm_strip(&w->m->mode, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->mode, &w->m->head),
-                   w->x_stride, t->asked, t->n, w->tiled, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, dsv3__nn_input(w, &w->m->mode, t->head), w->x_stride,
+                   t->asked, t->n, w->tiled, mine->a, DSV3__STRIP);
     for (uint32_t i = 0; i < t->n; i++)
         memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
 }
 
-/* x -> logits of the rows that ask. `asked` is scratch [n]. */
-static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
-                                    const uint32_t *cancel, dsv3_error *err)
+/* The normalised state of a row that asks for it. w->norm holds the weights. */
+static void dsv3__fwd_state_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__head_task *t = (const dsv3__head_task *)ctx;
+    const dsv3_config *c = &t->w->m->config;
+    (void)worker;
+    if (t->rows[i].state)
+        dsv3__nn_rmsnorm_row(t->w->m->k, t->rows[i].state, t->w->x + i * t->w->x_stride, t->w->norm, c->hidden_size,
+                             c->rms_norm_eps);
+}
+
+/* Logits [n]: no infinity, no NaN. */
+static bool dsv3__fwd_finite(const float *logits, uint32_t n)
+{
+    float not_finite = 0; /* stays 0 unless a logit is infinite or NaN */
+    for (uint32_t v = 0; v < n; v++)
+        not_finite += logits[v] - logits[v];
+    return not_finite == 0;
+}
+
+/* x -> through the last norm, states and logits of the rows that ask. `asked` is scratch [n]. */
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, const dsv3_tensor *head,
+                                    const dsv3__row *rows, uint32_t n, uint32_t *asked, const uint32_t *cancel,
+                                    dsv3_error *err)
 {
     const uint32_t vocab = w->m->config.vocab_size;
+    bool states = false;
     dsv3__head_task t;
-    t.w = w, t.rows = rows, t.n = 0, t.asked = asked;
-    for (uint32_t i = 0; i < n; i++)
+    t.w = w, t.head = head, t.rows = rows, t.n = 0, t.asked = asked;
+    for (uint32_t i = 0; i < n; i++) {
+        states |= rows[i].state != NULL;
         if (rows[i].logits)
             asked[t.n++] = i;
-    if (!t.n)
-        return DSV3_OK;
-    dsv3__nn_rmsnorm(w, &w->m->norm, w->m->config.rms_norm_eps, n);
-    dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
-    for (uint32_t i = 0; i < t.n; i++) {
-        const float *logits = rows[asked[i]].logits;
-        float not_finite = 0; /* stays 0 unless a logit is infinite or NaN */
-        for (uint32_t v = 0; v < vocab; v++)
-            not_finite += logits[v] - logits[v];
-        if (not_finite != 0)
-            return dsv3__wt_blame(w->m, cancel, err);
     }
+    if (!t.n && !states)
+        return DSV3_OK;
+    dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, n);
+    if (states)
+        dsv3__pool_run(w->pool, n, dsv3__fwd_state_task, &t);
+    if (t.n)
+        dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
+    for (uint32_t i = 0; i < t.n; i++)
+        if (!rows[asked[i]].draft && !dsv3__fwd_finite(rows[asked[i]].logits, vocab))
+            return dsv3__wt_blame(w->m, cancel, err);
     return DSV3_OK;
 }
 
-/* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. cancel: looked at before
-   every layer. */
+/* How a pass over n rows is cut up, and their rotary tables. */
+static void dsv3__fwd_begin(dsv3__work *w, const dsv3__row *rows, uint32_t n)
+{
+    w->tiled = n > DSV3__MM_FEW;
+    w->strip = w->tiled ? DSV3__STRIP : DSV3__STRIP / 2;
+    for (uint32_t i = 0; i < n; i++)
+        dsv3__nn_rope_table(w->m, w->rope + (size_t)i * w->m->config.qk_rope_head_dim, rows[i].position);
+}
+
+/* x -> layer i -> x: attention and MLP, each on normalised rows and added to them. */
+static void dsv3__fwd_layer(dsv3__work *w, uint32_t i, uint32_t moe_layer, const dsv3__row *rows, uint32_t n)
+{
+    const dsv3__layer *l = &w->m->layers[i];
+    const float eps = w->m->config.rms_norm_eps;
+    dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
+    dsv3__mla_forward(w, l, i, rows, n);
+    dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
+    dsv3__moe_forward(w, l, moe_layer, rows, n);
+}
+
+/* Runs rows [n], n <= max_batch: their cache rows are written, and the states and logits they ask for. cancel: looked at
+   before every layer. */
 static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked,
                                   const uint32_t *cancel, dsv3_error *err)
 {
     const dsv3_model *m = w->m;
-    const float eps = m->config.rms_norm_eps;
     uint32_t moe_layer = 0;
-    w->tiled = n > DSV3__MM_FEW;
-    w->strip = w->tiled ? DSV3__STRIP : DSV3__STRIP / 2;
-    for (uint32_t i = 0; i < n; i++) {
+    dsv3__fwd_begin(w, rows, n);
+    for (uint32_t i = 0; i < n; i++)
         dsv3__ten_row_values(m->k, w->x + i * w->x_stride, &m->embed, (uint64_t)rows[i].token);
-        dsv3__nn_rope_table(m, w->rope + (size_t)i * m->config.qk_rope_head_dim, rows[i].position);
-    }
     for (uint32_t i = 0; i < m->config.num_hidden_layers; i++) {
-        const dsv3__layer *l = &m->layers[i];
         if (dsv3__atomic_load(cancel))
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
-        dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
-        dsv3__mla_forward(w, l, i, rows, n);
-        dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
-        dsv3__moe_forward(w, l, moe_layer, rows, n);
-        moe_layer += l->moe;
+        dsv3__fwd_layer(w, i, moe_layer, rows, n);
+        moe_layer += m->layers[i].moe;
     }
-    return dsv3__fwd_logits(w, rows, n, asked, cancel, err);
+    return dsv3__fwd_logits(w, &m->norm, &m->head, rows, n, asked, cancel, err);
+}
+
+// =============================================================================
+// >>mtp   Multi-token prediction (DeepSeek-V3 paper, section 2.2): layers behind the last that guess one token further.
+//         Prediction layer k joins the state below it at position i with the embedding of token i + k + 1,
+//             x_i = eh_proj [RMSNorm(Emb(t_(i+k+1)); enorm), RMSNorm(state_i; hnorm)],
+//         runs a whole decoder layer over x, at position i, with a cache of its own, and guesses token i + k + 2 from
+//         RMSNorm(x; shared_head.norm) by the head. The state below layer 0 is the model's, below layer k that of layer k - 1.
+//         The paper prints the state first; the released weights take the embedding first, as the code of vLLM
+//         (deepseek_mtp.py) and SGLang (deepseek_nextn.py) does. Both hand over states behind the norm: the model's final
+//         one, and shared_head.norm (SGLang always, vLLM since 2026) where a layer follows a layer. The paper is silent.
+//         vLLM zeroes the embedding at position 0, SGLang does not, nor does this.
+//         For more tokens than there are layers the last one goes on by itself: its own state, the token it guessed, the
+//         next row. Guesses steer only what is verified together (>>ses), never what is written.
+// =============================================================================
+
+#define DSV3__DRAFT_MAX 16 /* tokens guessed at once */
+
+typedef struct dsv3__mtp_task {
+    dsv3__work *w;
+    const dsv3__predictor *p;
+    const dsv3__row *rows;
+} dsv3__mtp_task;
+
+/* Of one row: what eh_proj reads. w->norm and w->norm2 hold the weights of enorm and hnorm. */
+static void dsv3__mtp_join_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__mtp_task *t = (const dsv3__mtp_task *)ctx;
+    dsv3__work *w = t->w;
+    const dsv3__kern *k = w->m->k;
+    const size_t dim = w->m->config.hidden_size;
+    const float eps = w->m->config.rms_norm_eps;
+    float *eh = w->eh + i * w->eh_stride;
+    dsv3__ten_row_values(k, eh, &t->p->embed, (uint64_t)t->rows[i].token);
+    dsv3__nn_rmsnorm_row(k, eh, eh, w->norm, dim, eps);
+    dsv3__nn_rmsnorm_row(k, eh + dim, t->rows[i].below, w->norm2, dim, eps);
+    dsv3__nn_pack(w, worker, eh, &w->m->mode, &t->p->eh_proj, w->tiled);
+}
+
+/* Rows [n] through prediction layer k, n <= max_batch. Each has its `position` i, `token` t_(i+k+1), state `below`. */
+static dsv3_result dsv3__mtp_rows(dsv3__work *w, uint32_t k, const dsv3__row *rows, uint32_t n, uint32_t *asked,
+                                  const uint32_t *cancel, dsv3_error *err)
+{
+    const dsv3_model *m = w->m;
+    const dsv3__predictor *p = &m->mtp[k];
+    dsv3__mtp_task t;
+    dsv3__linear join;
+    if (dsv3__atomic_load(cancel))
+        return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before prediction layer %u", (uint64_t)k);
+    dsv3__fwd_begin(w, rows, n);
+    t.w = w, t.p = p, t.rows = rows;
+    dsv3__ten_row_values(m->k, w->norm, &p->enorm, 0);
+    dsv3__ten_row_values(m->k, w->norm2, &p->hnorm, 0);
+    dsv3__pool_run(w->pool, n, dsv3__mtp_join_task, &t);
+    join.mode = &m->mode, join.w = &p->eh_proj, join.x = w->eh, join.x_stride = w->eh_stride;
+    join.out = w->x, join.out_stride = w->x_stride, join.add = false;
+    dsv3__nn_linear(w, &join, 1, n);
+    dsv3__fwd_layer(w, m->config.num_hidden_layers + k, 0, rows, n);
+    return dsv3__fwd_logits(w, &p->norm, &p->head, rows, n, asked, cancel, err);
+}
+
+/* The states below one prediction layer that a timeline still holds. */
+typedef struct dsv3__mtp_queue {
+    float *states;       /* [cap, hidden_size]: positions first ... end - 1 */
+    uint32_t first, end; /* first <= done <= end */
+    uint32_t done;       /* rows 0 ... done - 1 of the layer are in the cache */
+} dsv3__mtp_queue;
+
+/* What a timeline knows for its prediction layers. They follow the model when drafts are wanted, not token by token: until
+   then its states wait in line. */
+typedef struct dsv3__mtp {
+    uint32_t n;   /* layers; 0: nobody drafts with them */
+    uint32_t cap; /* states that queue k has room for, less k: each may get all that is in the one before */
+    uint32_t dim;
+    dsv3__mtp_queue q[DSV3__MTP_MAX];
+    float *ahead; /* [n + 1, hidden_size]: below layer k while guessing; [n] is the last layer's own */
+} dsv3__mtp;
+
+/* Where the state at `position` goes, which follows or is among those held; NULL: an older one. Room was made. */
+static float *dsv3__mtp_place(dsv3__mtp *p, uint32_t k, uint32_t position)
+{
+    dsv3__mtp_queue *q = &p->q[k];
+    return position < q->first ? NULL : q->states + (size_t)(position - q->first) * p->dim;
+}
+
+/* Room for states up to position end - 1: those that the layer has used go. */
+static void dsv3__mtp_room(dsv3__mtp *p, uint32_t k, uint32_t end)
+{
+    dsv3__mtp_queue *q = &p->q[k];
+    if (end <= q->first + p->cap + k)
+        return;
+    memmove(q->states, q->states + (size_t)(q->done - q->first) * p->dim,
+            (size_t)(q->end - q->done) * p->dim * sizeof(float));
+    q->first = q->done;
+}
+
+/* Only tokens 0 ... n - 1 are left. Where a state that is needed again has gone, the model runs its row again: the line
+   starts anew at the first row that the last layer lacks. */
+static void dsv3__mtp_cut(dsv3__mtp *p, uint32_t n)
+{
+    bool broken = false;
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        q->end = (uint32_t)dsv3__min(q->end, n > k ? n - k : 0);
+        q->done = (uint32_t)dsv3__min(q->done, n > k + 1 ? n - k - 1 : 0);
+        broken |= q->first > q->done || q->end < q->done;
+    }
+    for (uint32_t k = 0; k < p->n && broken; k++)
+        p->q[k].first = p->q[k].end = p->q[k].done = p->q[p->n - 1].done;
+}
+
+/* Runs all rows that tokens 0 ... n_tokens - 1 and the states held allow. like: the timeline, of a row. rows: scratch
+   [max_batch]. Of tokens from `from` on, what layers 0 ... n_logits - 1 say behind them, as logits [.., n_logits,
+   vocab_size]; they guess the token after it from the model's state k + 1 tokens before. */
+static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row *like, const int32_t *tokens,
+                                    uint32_t n_tokens, float *logits, uint32_t from, uint32_t n_logits, dsv3__row *rows,
+                                    uint32_t *asked, const uint32_t *cancel, dsv3_error *err)
+{
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        const uint32_t end = (uint32_t)dsv3__min(q->end, n_tokens > k + 1 ? n_tokens - k - 1 : 0);
+        while (q->done < end) {
+            const uint32_t n = (uint32_t)dsv3__min(w->max_batch, end - q->done);
+            if (k + 1 < p->n)
+                dsv3__mtp_room(p, k + 1, q->done + n);
+            for (uint32_t i = 0; i < n; i++) {
+                const uint32_t position = q->done + i, token = position + k + 1;
+                rows[i] = *like;
+                rows[i].position = position;
+                rows[i].token = tokens[token];
+                rows[i].below = dsv3__mtp_place(p, k, position);
+                rows[i].state = k + 1 < p->n ? dsv3__mtp_place(p, k + 1, position)
+                                : i + 1 == n ? p->ahead + (size_t)p->n * p->dim
+                                             : NULL;
+                rows[i].logits = logits && k < n_logits && token >= from
+                                     ? logits + ((size_t)(token - from) * n_logits + k) * w->m->config.vocab_size
+                                     : NULL;
+                rows[i].draft = true;
+            }
+            DSV3__TRY(dsv3__mtp_rows(w, k, rows, n, asked, cancel, err));
+            q->done += n;
+            if (k + 1 < p->n)
+                p->q[k + 1].end = q->done > p->q[k + 1].end ? q->done : p->q[k + 1].end;
+        }
+    }
+    return DSV3_OK;
+}
+
+/* Logits [vocab_size] for the guess behind token n_tokens - 1 + j, itself a guess (j > 0) or, j = 0, the last one that is
+   certain. To be called for j = 0, 1, ... in turn. *ok false: the states it takes are not at hand. */
+static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row *like, const int32_t *tokens,
+                                   uint32_t n_tokens, uint32_t j, float *logits, bool *ok, dsv3__row *rows,
+                                   uint32_t *asked, const uint32_t *cancel, dsv3_error *err)
+{
+    const size_t dim = p->dim;
+    if (j == 0) {
+        dsv3__mtp_queue *q = &p->q[0];
+        *ok = n_tokens > p->n && q->end + 1 >= n_tokens && q->first + 1 < n_tokens;
+        if (!*ok)
+            return DSV3_OK;
+        if (q->done + 1 >= n_tokens) /* it has been run already, for nobody: again */
+            q->done = n_tokens - 2;
+        DSV3__TRY(dsv3__mtp_follow(w, p, like, tokens, n_tokens, logits, n_tokens - 1, 1, rows, asked, cancel, err));
+        for (uint32_t k = 1; k < p->n; k++)
+            memcpy(p->ahead + k * dim, dsv3__mtp_place(p, k, p->q[k].done), dim * sizeof(float));
+        return DSV3_OK;
+    }
+    /* The guess enters every layer that has not yet been passed: the deepest first, since each writes what the next one
+       starts from. The first of them is the one that guesses. */
+    const uint32_t first = j < p->n ? j : p->n - 1;
+    for (uint32_t k = p->n; k-- > first;) {
+        rows[0] = *like;
+        rows[0].position = n_tokens - 1 - k + (j - 1);
+        rows[0].token = tokens[n_tokens - 1 + j];
+        rows[0].below = p->ahead + (j < p->n ? k : p->n) * dim;
+        rows[0].state = p->ahead + (k + 1) * dim;
+        rows[0].logits = k == first ? logits : NULL;
+        rows[0].draft = true;
+        DSV3__TRY(dsv3__mtp_rows(w, k, rows, 1, asked, cancel, err));
+    }
+    return DSV3_OK;
+}
+
+#define DSV3__LOOKUP_SPAN  65536u /* positions looked at, back from the end */
+#define DSV3__LOOKUP_SHORT 2u     /* an ending must have been seen with so many tokens, */
+#define DSV3__LOOKUP_LONG  16u    /* and no more of it are compared */
+
+/* The drafter without weights: tokens [n] end as they did before; what followed then goes behind them, up to k tokens. The
+   longest ending counts, of equals the last. Returns how many. */
+static uint32_t dsv3__mtp_lookup(int32_t *tokens, uint32_t n, uint32_t k)
+{
+    const uint32_t lowest = n > DSV3__LOOKUP_SPAN ? n - DSV3__LOOKUP_SPAN : 0;
+    uint32_t best = 0, best_length = DSV3__LOOKUP_SHORT - 1;
+    for (uint32_t end = n - 1; end > lowest && best_length < DSV3__LOOKUP_LONG; end--) {
+        uint32_t length = 0;
+        while (length < DSV3__LOOKUP_LONG && length < end && tokens[end - 1 - length] == tokens[n - 1 - length])
+            length++;
+        if (length > best_length)
+            best_length = length, best = end;
+    }
+    for (uint32_t i = 0; best && i < k; i++)
+        tokens[n + i] = tokens[best + i]; /* of a short period: also from what was just guessed */
+    return best ? k : 0;
 }
 
 #ifndef DSV3_NO_TOKENIZER
@@ -17543,6 +17882,18 @@ static void dsv3__smp_top(dsv3_sample *best, size_t k, const float *logits, uint
 #define DSV3__SES_BATCH_MAX 65536u
 #define DSV3__SES_STOP_MAX  255u /* bytes of a stop string */
 
+/* What drafting has cost and brought, for DSV3_DRAFT_AUTO. Seconds decide whether to guess, never what is written. */
+typedef struct dsv3__ses_pace {
+    double pass[DSV3__DRAFT_MAX + 2]; /* seconds of a pass over so many rows, moving means; 0: not seen yet */
+    double draft;                     /* seconds of guessing a token; negative: not seen yet */
+    double holds[DSV3__DRAFT_MAX];    /* the i-th guess is right, when those before were: moving means */
+    uint32_t seen[DSV3__DRAFT_MAX];   /* how often that was looked at */
+    double saved;                     /* seconds that drafting has won, and a share of all others: what may be risked */
+    uint32_t since_plain;             /* passes since the last over one row */
+    uint32_t n_tokens, n_rows;        /* the last pass: its start, and its rows; 0: none to judge */
+    double seconds;                   /* what it took, guesses included */
+} dsv3__ses_pace;
+
 struct dsv3_session {
     const dsv3_model *m;
     dsv3__mem mem;
@@ -17554,10 +17905,19 @@ struct dsv3_session {
     uint32_t n_cached; /* cache rows 0 ... n_cached - 1 are right; behind them run again */
     uint32_t cancel;   /* atomic; set from any thread */
     bool logits_valid;
-    bool running;    /* inside a call: callbacks must not come back */
+    bool running; /* inside a call: callbacks must not come back */
+    dsv3_drafter drafter;
+    uint32_t n_draft, max_draft; /* as asked for, and at most */
+    size_t (*draft_fn)(void *user, const int32_t *tokens, size_t n_tokens, int32_t *draft, size_t cap);
+    void *draft_user;
+    uint32_t n_ahead;    /* tokens n_tokens ... n_tokens + n_ahead - 1 are guesses that have been run: with their */
+    uint32_t ahead_from; /* logits in `ahead`, whose first is of this token */
+    dsv3__ses_pace pace;
+    dsv3__mtp mtp;
     void *block;     /* all below, and the scratch */
-    float *cache;    /* [num_hidden_layers, max_tokens, cache_stride] */
+    float *cache;    /* [dsv3__ses_layers, max_tokens, cache_stride] */
     int32_t *tokens; /* [max_tokens] */
+    float *ahead;    /* [max_draft, vocab_size] */
     float *logits;   /* [vocab_size] of the last token */
     float *sampling; /* [vocab_size] the sampler's copy */
     uint8_t *seen;   /* [vocab_size / 8] */
@@ -17567,6 +17927,12 @@ struct dsv3_session {
     char *piece;     /* [3 * (max_token_bytes + 3)] text of a token */
     char *held;      /* [DSV3__SES_STOP_MAX + the same] text that may still become a stop string */
 };
+
+/* Layers that a session caches: the model's, then those of multi-token prediction. */
+static uint32_t dsv3__ses_layers(const dsv3_model *m)
+{
+    return m->config.num_hidden_layers + m->n_mtp;
+}
 
 /* Lays all of a session's memory out; returns its bytes. base NULL only measures. */
 static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *base, uint64_t *cache_bytes)
@@ -17580,12 +17946,21 @@ static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *bas
         base += scratch;
     }
     s->work.pool = &s->pool;
-    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)c->num_hidden_layers * s->max_tokens,
+    s->cache = (float *)dsv3__carve(base, &used, (uint64_t)dsv3__ses_layers(s->m) * s->max_tokens,
                                     s->work.cache_stride * sizeof(float));
     *cache_bytes = used;
     s->tokens = (int32_t *)dsv3__carve(base, &used, s->max_tokens, sizeof(int32_t));
     s->logits = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
     s->sampling = (float *)dsv3__carve(base, &used, c->vocab_size, sizeof(float));
+    s->ahead = (float *)dsv3__carve(base, &used, (uint64_t)s->max_draft * c->vocab_size, sizeof(float));
+    s->mtp.n = s->n_draft && s->drafter == DSV3_DRAFTER_MTP ? s->m->n_mtp : 0;
+    s->mtp.cap = max_batch + 2;
+    s->mtp.dim = c->hidden_size;
+    for (uint32_t k = 0; k < s->mtp.n; k++)
+        s->mtp.q[k].states =
+            (float *)dsv3__carve(base, &used, (s->mtp.cap + k) * (uint64_t)c->hidden_size, sizeof(float));
+    if (s->mtp.n)
+        s->mtp.ahead = (float *)dsv3__carve(base, &used, (s->mtp.n + 1) * (uint64_t)c->hidden_size, sizeof(float));
     s->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
     s->masks = (uint32_t *)dsv3__carve(base, &used, 2 * (((uint64_t)c->vocab_size + 31) / 32), sizeof(uint32_t));
     s->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));
@@ -17626,7 +18001,36 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, const dsv3_model *m, con
                           "session opts: allocator needs alloc_fn and free_fn, or neither");
     if (!o->allocator.alloc_fn)
         o->allocator = m->mem.allocator;
+    if (o->n_draft > DSV3__DRAFT_MAX && o->n_draft != DSV3_DRAFT_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_draft is %u, at most %u",
+                          (uint64_t)o->n_draft, (uint64_t)DSV3__DRAFT_MAX);
+    if (o->drafter == DSV3_DRAFTER_AUTO)
+        o->drafter = m->n_mtp ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_LOOKUP;
+    if (o->drafter == DSV3_DRAFTER_MTP && !m->n_mtp)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "session opts: the checkpoint has no layer of multi-token prediction to draft with");
+    if ((int32_t)o->drafter < DSV3_DRAFTER_AUTO || o->drafter > DSV3_DRAFTER_HOST)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: drafter %d", (int64_t)o->drafter);
+    if (o->drafter == DSV3_DRAFTER_HOST && !o->draft_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: DSV3_DRAFTER_HOST without draft_fn");
     return DSV3_OK;
+}
+
+/* AUTO guesses at most so many: what repeats itself goes on for longer. */
+#define DSV3__SES_AUTO_MTP    4u
+#define DSV3__SES_AUTO_OTHERS 8u
+
+/* What a session knows of drafts before its memory is laid out. */
+static void dsv3__ses_plan_drafts(dsv3_session *s, const dsv3_session_opts *o)
+{
+    s->n_draft = o->n_draft;
+    s->drafter = o->drafter;
+    s->draft_fn = o->draft_fn, s->draft_user = o->draft_user;
+    s->max_draft = o->n_draft != DSV3_DRAFT_AUTO    ? o->n_draft
+                   : o->drafter == DSV3_DRAFTER_MTP ? DSV3__SES_AUTO_MTP
+                                                    : DSV3__SES_AUTO_OTHERS;
+    s->max_draft = (uint32_t)dsv3__min(s->max_draft, o->max_batch - 1); /* they and a true row make one pass */
+    s->pace.draft = -1;
 }
 
 static void dsv3__ses_close(dsv3_session *s)
@@ -17654,6 +18058,7 @@ static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, c
     s->mem = mem;
     s->progress = o.progress;
     s->max_tokens = o.max_tokens;
+    dsv3__ses_plan_drafts(s, &o);
     dsv3_result r = dsv3__pool_open(&s->pool, &s->mem, o.n_threads, &o.executor, err);
     if (!r)
         r = dsv3__mem_alloc(&s->mem, &s->block, dsv3__ses_plan(s, o.max_batch, NULL, &cache_bytes),
@@ -17676,6 +18081,7 @@ static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts
     memset(&s, 0, sizeof s);
     s.m = m;
     s.max_tokens = o.max_tokens;
+    dsv3__ses_plan_drafts(&s, &o);
     s.pool.n_threads = 1;
     uint64_t threads = 0;
     if (o.executor.run_fn) {
@@ -17694,30 +18100,70 @@ static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts
     return DSV3_OK;
 }
 
-/* Runs positions n_cached ... n_tokens - 1 of `s->tokens`, in batches. outputs (NULL: none) speaks of the last `count` of
-   them. The logits of the very last land in s->logits. */
-static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t count, const dsv3_outputs *outputs,
-                                 dsv3_error *err)
+/* Forgets guesses that have been run, and all behind token n - 1. */
+static void dsv3__ses_cut(dsv3_session *s, uint32_t n)
+{
+    s->logits_valid = s->logits_valid && n == s->n_tokens;
+    s->n_ahead = 0;
+    s->n_tokens = n;
+    s->n_cached = s->n_cached < n ? s->n_cached : n;
+    dsv3__mtp_cut(&s->mtp, n);
+}
+
+/* The timeline's part of a row. */
+static void dsv3__ses_row(dsv3_session *s, dsv3__row *row)
+{
+    memset(row, 0, sizeof *row);
+    row->cache = s->cache;
+    row->cache_tokens = s->max_tokens;
+}
+
+/* Lets the prediction layers follow up to token n_tokens - 1; arguments as dsv3__mtp_follow. */
+static dsv3_result dsv3__ses_follow(dsv3_session *s, uint32_t n_tokens, float *logits, uint32_t from, dsv3_error *err)
+{
+    dsv3__row like;
+    dsv3__ses_row(s, &like);
+    uint32_t saved = dsv3__fp_enter();
+    dsv3_result r = dsv3__mtp_follow(&s->work, &s->mtp, &like, s->tokens, n_tokens, logits, from, s->mtp.n, s->rows,
+                                     s->asked, &s->cancel, err);
+    dsv3__fp_leave(saved);
+    return r;
+}
+
+/* Runs positions n_cached ... n_tokens + n_drafts - 1 of `s->tokens`, in batches. outputs (NULL: none) speaks of `count` of
+   them before n_tokens. The logits of token n_tokens - 1 land in s->logits, those of the guesses behind it in s->ahead. */
+static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t n_drafts, uint32_t count,
+                                 const dsv3_outputs *outputs, dsv3_error *err)
 {
     const dsv3_config *c = &s->m->config;
-    const uint32_t first = n_tokens - count, total = n_tokens - s->n_cached; /* `first`: the first new one */
     const size_t vocab = c->vocab_size;
-    const uint32_t cached = s->n_cached;
+    const bool mtp = s->mtp.n > 0;
+    const uint32_t cached = mtp ? (uint32_t)dsv3__min(s->n_cached, s->mtp.q[0].end) : s->n_cached;
+    const uint32_t first = n_tokens - count, total = n_tokens + n_drafts - cached; /* `first`: the first new one */
     const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
+    float *draft_logits = outputs ? outputs->draft_logits : NULL;
     size_t next_row = 0; /* of outputs->logit_rows */
     dsv3_result r = DSV3_OK;
     s->running = true;
+    if (draft_logits)
+        memset(draft_logits, 0, count * s->mtp.n * vocab * sizeof(float));
     for (uint32_t done = 0; done < total && !r;) {
         uint32_t n = (uint32_t)dsv3__min(s->work.max_batch, total - done);
+        if (mtp && cached + done + n > s->mtp.q[0].first + s->mtp.cap) { /* the line is full: it moves up */
+            r = dsv3__ses_follow(s, cached + done + 1, draft_logits, first, err);
+            dsv3__mtp_room(&s->mtp, 0, cached + done + n);
+        }
         for (uint32_t i = 0; i < n; i++) {
             uint32_t position = cached + done + i;
             dsv3__row *row = &s->rows[i];
-            row->cache = s->cache;
-            row->cache_tokens = s->max_tokens;
+            dsv3__ses_row(s, row);
             row->position = position;
             row->token = s->tokens[position];
-            row->logits = position + 1 == n_tokens ? s->logits : NULL;
-            row->experts = NULL;
+            row->logits = position + 1 == n_tokens ? s->logits
+                          : position >= n_tokens   ? s->ahead + (position - n_tokens) * vocab
+                                                   : NULL;
+            row->draft = position >= n_tokens;
+            row->state = mtp ? dsv3__mtp_place(&s->mtp, 0, position) : NULL;
             if (!outputs || position < first)
                 continue;
             if (outputs->experts)
@@ -17729,12 +18175,18 @@ static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t co
             else if (next_row < outputs->n_logit_rows && outputs->logit_rows[next_row] == position - first)
                 row->logits = outputs->logits + next_row++ * vocab;
         }
-        uint32_t saved = dsv3__fp_enter();
-        r = dsv3__fwd_rows(&s->work, s->rows, n, s->asked, &s->cancel, err);
-        dsv3__fp_leave(saved);
+        if (!r) {
+            uint32_t saved = dsv3__fp_enter();
+            r = dsv3__fwd_rows(&s->work, s->rows, n, s->asked, &s->cancel, err);
+            dsv3__fp_leave(saved);
+        }
         done += n;
-        if (!r && done == total && s->rows[n - 1].logits != s->logits)
+        if (!r && done == total && !n_drafts && s->rows[n - 1].logits != s->logits)
             memcpy(s->logits, s->rows[n - 1].logits, vocab * sizeof(float));
+        if (!r && mtp && s->mtp.q[0].end < cached + done)
+            s->mtp.q[0].end = cached + done;
+        if (!r && draft_logits)
+            r = dsv3__ses_follow(s, cached + done, draft_logits, first, err);
         if (!r && count && cached + done > first && s->progress.fn &&
             !s->progress.fn(s->progress.user, cached + done - first, count))
             r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
@@ -17745,9 +18197,12 @@ static dsv3_result dsv3__ses_run(dsv3_session *s, uint32_t n_tokens, uint32_t co
         dsv3__atomic_store(&s->cancel, 0);
     if (r) {
         s->logits_valid = false; /* run again when asked for */
+        dsv3__ses_cut(s, s->n_tokens);
         return r;
     }
     s->n_tokens = s->n_cached = n_tokens;
+    s->n_ahead = n_drafts;
+    s->ahead_from = n_tokens;
     s->logits_valid = true;
     return DSV3_OK;
 }
@@ -17776,18 +18231,33 @@ static dsv3_result dsv3__ses_append(dsv3_session *s, const int32_t *tokens, size
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->m->config.vocab_size)
             return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "append: token %u is %d, the vocabulary has %u",
                               (uint64_t)i, (int64_t)tokens[i], (uint64_t)s->m->config.vocab_size);
+    if (outputs && outputs->draft_logits && !s->mtp.n)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "append: outputs.draft_logits, but the session does not draft with prediction layers");
     if (!count)
         return DSV3_OK;
+    dsv3__ses_cut(s, s->n_tokens);
     memcpy(s->tokens + s->n_tokens, tokens,
            count * sizeof *tokens); /* behind n_tokens: unseen until the run succeeds */
-    return dsv3__ses_run(s, s->n_tokens + (uint32_t)count, (uint32_t)count, outputs, err);
+    return dsv3__ses_run(s, s->n_tokens + (uint32_t)count, 0, (uint32_t)count, outputs, err);
 }
 
-/* A token at the end that is only run when something behind it is needed. */
-static void dsv3__ses_push(dsv3_session *s, int32_t token)
+/* A token at the end that is only run when something behind it is needed. One that was guessed has been run: what is known
+   behind it becomes the session's (but for logits that are not finite, which a run will tell of). Returns whether. */
+static bool dsv3__ses_push(dsv3_session *s, int32_t token)
 {
+    const size_t vocab = s->m->config.vocab_size;
+    const float *logits = s->ahead + (s->n_tokens - s->ahead_from) * vocab;
+    if (s->n_ahead && s->tokens[s->n_tokens] == token && dsv3__fwd_finite(logits, (uint32_t)vocab)) {
+        memcpy(s->logits, logits, vocab * sizeof(float));
+        s->n_cached = ++s->n_tokens;
+        s->n_ahead--;
+        return true;
+    }
+    dsv3__ses_cut(s, s->n_tokens);
     s->tokens[s->n_tokens++] = token;
     s->logits_valid = false;
+    return false;
 }
 
 /* Makes s->logits those of the last token. */
@@ -17799,7 +18269,7 @@ static dsv3_result dsv3__ses_logits(dsv3_session *s, dsv3_error *err)
         return DSV3_OK;
     if (s->n_cached == s->n_tokens)
         s->n_cached--; /* its row is written again, with the same bits */
-    return dsv3__ses_run(s, s->n_tokens, 0, NULL, err);
+    return dsv3__ses_run(s, s->n_tokens, 0, 0, NULL, err);
 }
 
 /* Ids that may be picked: the tokenizer's, if it knows fewer than the vocabulary has rows. */
@@ -17811,6 +18281,17 @@ static uint32_t dsv3__ses_pickable(const dsv3_session *s)
     dsv3_tokenizer_info_get(s->m->tokenizer, &info);
     return info.n_tokens > 0 && (uint32_t)info.n_tokens < s->m->config.vocab_size ? (uint32_t)info.n_tokens
                                                                                   : s->m->config.vocab_size;
+}
+
+/* The token at `position` from its logits, which are in s->sampling and become scratch; -1: the mask allows none. It is a
+   function of them, the options, the position and, with penalties, the tokens before. Floating-point state: ours. */
+static int32_t dsv3__ses_pick(dsv3_session *s, const dsv3_sample_opts *o, uint32_t position)
+{
+    uint32_t pickable = dsv3__ses_pickable(s);
+    if (o->mask && !dsv3__smp_mask(s->sampling, pickable, o->mask))
+        return -1;
+    dsv3__smp_penalties(s->sampling, s->m->config.vocab_size, s->tokens, position, o, s->seen);
+    return dsv3__smp_pick(s->sampling, pickable, o, position);
 }
 
 static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *err)
@@ -17828,15 +18309,16 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
             "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
             (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
     DSV3__TRY(dsv3__ses_logits(s, err));
-    uint32_t vocab = s->m->config.vocab_size, pickable = dsv3__ses_pickable(s);
+    uint32_t vocab = s->m->config.vocab_size;
     memcpy(s->sampling, s->logits, vocab * sizeof(float));
-    if (opts->mask && !dsv3__smp_mask(s->sampling, pickable, opts->mask))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
     uint32_t saved = dsv3__fp_enter();
-    dsv3__smp_penalties(s->sampling, vocab, s->tokens, s->n_tokens, opts, s->seen);
-    sample->token = dsv3__smp_pick(s->sampling, pickable, opts, s->n_tokens);
-    sample->logprob = (float)((double)s->logits[sample->token] - dsv3__smp_log_sum(s->logits, vocab));
+    int32_t token = dsv3__ses_pick(s, opts, s->n_tokens);
+    if (token >= 0)
+        sample->logprob = (float)((double)s->logits[token] - dsv3__smp_log_sum(s->logits, vocab));
     dsv3__fp_leave(saved);
+    if (token < 0)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
+    sample->token = token;
     return DSV3_OK;
 }
 
@@ -17846,9 +18328,10 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
 typedef struct dsv3__gen {
     dsv3_session *s;
     const dsv3_generate_opts *o;
-    dsv3__tok_stream stream; /* bytes of an incomplete character */
-    size_t n_held;           /* bytes in s->held */
-    dsv3_grammar_state text; /* with a grammar: what it has seen */
+    dsv3__tok_stream stream;  /* bytes of an incomplete character */
+    size_t n_held;            /* bytes in s->held */
+    dsv3_grammar_state text;  /* with a grammar: what it has seen */
+    dsv3_grammar_state draft; /* the same, with the guesses made so far */
 } dsv3__gen;
 
 static dsv3_result dsv3__gen_check(const dsv3_session *s, const dsv3_generate_opts *o, dsv3_error *err)
@@ -17889,30 +18372,37 @@ static dsv3_stop dsv3__gen_stop_token(const dsv3__gen *g, int32_t token)
     return DSV3_STOP_NONE;
 }
 
+/* What a grammar allows behind `text`, into mask [words]; false: nothing, the text is complete. */
+static bool dsv3__gen_grammar_mask(const dsv3__gen *g, const dsv3_grammar_state *text, uint32_t *mask, uint32_t words)
+{
+    const dsv3_generate_opts *o = g->o;
+    const dsv3_config *c = &g->s->m->config;
+    const bool ends = dsv3_grammar_can_end(o->grammar, text);
+    uint32_t any = 0;
+    memset(mask, 0, words * sizeof *mask);
+    dsv3__gram_mask(o->grammar, text, mask);
+    for (uint32_t i = 0; i < c->n_eos && ends && !o->ignore_eos; i++)
+        if (c->eos_token_id[i] >= 0 && (uint32_t)c->eos_token_id[i] < c->vocab_size)
+            mask[c->eos_token_id[i] / 32] |= 1u << (c->eos_token_id[i] % 32);
+    for (size_t i = 0; i < o->n_stop_tokens && ends; i++)
+        if (o->stop_tokens[i] >= 0 && (uint32_t)o->stop_tokens[i] < c->vocab_size)
+            mask[o->stop_tokens[i] / 32] |= 1u << (o->stop_tokens[i] % 32);
+    for (uint32_t i = 0; i < words; i++)
+        any |= mask[i];
+    return any || !ends;
+}
+
 /* The tokens that may come next, into s->masks. *stop: GRAMMAR where there is none because the text is complete. */
 static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err)
 {
     dsv3_session *s = g->s;
     const dsv3_generate_opts *o = g->o;
-    const dsv3_config *c = &s->m->config;
-    const uint32_t words = (c->vocab_size + 31) / 32;
-    uint32_t *mask = s->masks, *host = s->masks + words, any = 0;
-    memset(mask, o->grammar ? 0 : 0xFF, words * sizeof *mask);
+    const uint32_t words = (s->m->config.vocab_size + 31) / 32;
+    uint32_t *mask = s->masks, *host = s->masks + words;
+    memset(mask, 0xFF, words * sizeof *mask);
     memset(host, o->mask_fn ? 0 : 0xFF, words * sizeof *host);
-    if (o->grammar) {
-        bool ends = dsv3_grammar_can_end(o->grammar, &g->text);
-        dsv3__gram_mask(o->grammar, &g->text, mask);
-        for (uint32_t i = 0; i < c->n_eos && ends && !o->ignore_eos; i++)
-            if (c->eos_token_id[i] >= 0 && (uint32_t)c->eos_token_id[i] < c->vocab_size)
-                mask[c->eos_token_id[i] / 32] |= 1u << (c->eos_token_id[i] % 32);
-        for (size_t i = 0; i < o->n_stop_tokens && ends; i++)
-            if (o->stop_tokens[i] >= 0 && (uint32_t)o->stop_tokens[i] < c->vocab_size)
-                mask[o->stop_tokens[i] / 32] |= 1u << (o->stop_tokens[i] % 32);
-        for (uint32_t i = 0; i < words; i++)
-            any |= mask[i];
-        if (!any && ends)
-            return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
-    }
+    if (o->grammar && !dsv3__gen_grammar_mask(g, &g->text, mask, words))
+        return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
     if (o->mask_fn) {
         s->running = true;
         bool go_on = o->mask_fn(o->user, s->tokens, s->n_tokens, host);
@@ -17924,6 +18414,168 @@ static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err
         mask[i] &= host[i];
     return DSV3_OK;
 }
+
+// ---- Drafts ----------------------------------------------------------------------------------------------
+//
+// Guesses stand in s->tokens behind n_tokens and are run with the last token in one pass. The loop then samples token after
+// token as ever, from logits that are there already as long as it picks what was guessed: a guess is accepted when it
+// is what the loop would have written anyway. Nothing else knows of drafts, and nothing has to be undone.
+
+/* The prediction layers' guess number j, picked as the sampler would pick the token at its place, by the same random number:
+   so that it is the token that is going to be sampled as often as the two distributions let it. -1: none. */
+static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    dsv3_sample_opts how = g->o->sample;
+    dsv3__row like;
+    bool ok = true;
+    *token = -1;
+    dsv3__ses_row(s, &like);
+    uint32_t saved = dsv3__fp_enter();
+    dsv3_result r = dsv3__mtp_guess(&s->work, &s->mtp, &like, s->tokens, s->n_tokens, j, s->sampling, &ok, s->rows,
+                                    s->asked, &s->cancel, err);
+    if (!r && ok && g->o->grammar) {
+        ok = dsv3__gen_grammar_mask(g, &g->draft, s->masks, (s->m->config.vocab_size + 31) / 32);
+        how.mask = s->masks;
+    }
+    if (!r && ok)
+        *token = dsv3__ses_pick(s, &how, s->n_tokens + j);
+    dsv3__fp_leave(saved);
+    if (r == DSV3_ERROR_CANCELLED)
+        dsv3__atomic_store(&s->cancel, 0);
+    return r;
+}
+
+/* Up to k guesses behind the session's tokens; *n: how many. They end before what cannot be, and behind what ends the text. */
+static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    int32_t *draft = s->tokens + s->n_tokens;
+    dsv3_stop stop = DSV3_STOP_NONE;
+    *n = 0;
+    if (s->drafter == DSV3_DRAFTER_LOOKUP)
+        k = dsv3__mtp_lookup(s->tokens, s->n_tokens, k);
+    if (s->drafter == DSV3_DRAFTER_HOST) {
+        s->running = true;
+        k = (uint32_t)dsv3__min(s->draft_fn(s->draft_user, s->tokens, s->n_tokens, draft, k), k);
+        s->running = false;
+    }
+    if (g->o->grammar)
+        g->draft = g->text;
+    while (*n < k && stop == DSV3_STOP_NONE) {
+        if (s->drafter == DSV3_DRAFTER_MTP)
+            DSV3__TRY(dsv3__gen_guess(g, *n, &draft[*n], err));
+        if (draft[*n] < 0 || (uint32_t)draft[*n] >= s->m->config.vocab_size)
+            break;
+        stop = dsv3__gen_stop_token(g, draft[*n]);
+        if (g->o->grammar && stop == DSV3_STOP_NONE && !dsv3_grammar_accept(g->o->grammar, &g->draft, draft[*n]))
+            break;
+        ++*n;
+    }
+    return DSV3_OK;
+}
+
+/* A moving mean that believes its first values quickly. */
+static void dsv3__pace_mean(double *mean, double value, uint32_t n_before)
+{
+    *mean += (value - *mean) / (n_before < 15 ? n_before + 2 : 16);
+}
+
+/* Seconds of a pass over n rows: seen, or guessed from the longest one seen that is shorter. */
+static double dsv3__pace_pass(const dsv3__ses_pace *p, uint32_t n)
+{
+    uint32_t seen = n;
+    while (seen > 1 && !(p->pass[seen] > 0))
+        seen--;
+    double a_row = seen > 1 ? (p->pass[seen] - p->pass[1]) / (seen - 1) : 0.3 * p->pass[1];
+    return p->pass[seen] + (a_row > 0 ? a_row : 0) * (n - seen);
+}
+
+#define DSV3__PACE_SHARE 0.01 /* of the time without drafts may go into trying them again */
+#define DSV3__PACE_PLAIN 48u  /* after so many passes with drafts one without: what they are measured by */
+
+/* The last pass has brought what it has brought. n_tokens: now. */
+static void dsv3__pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
+{
+    const uint32_t n = p->n_rows;
+    p->n_rows = 0;
+    if (!n || n_tokens <= p->n_tokens)
+        return;
+    const uint32_t got = n_tokens - p->n_tokens; /* tokens: of the guesses, got - 1 were right */
+    if (n == 1) {
+        p->saved += DSV3__PACE_SHARE * p->seconds;
+    } else {
+        p->saved += got * p->pass[1] - p->seconds;
+        for (uint32_t i = 0; i < n - 1 && i < got; i++) {
+            if (!p->seen[i])
+                p->holds[i] = i ? p->holds[i - 1] : 0.6;
+            dsv3__pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
+        }
+    }
+    if (p->saved > 8 * p->pass[1]) /* riches of long ago are no reason to lose now */
+        p->saved = 8 * p->pass[1];
+}
+
+/* How many guesses are worth it, at most `cap`: the most tokens a second, by what was seen so far; none while it is not
+   known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved. */
+static uint32_t dsv3__pace_choose(const dsv3__ses_pace *p, uint32_t cap)
+{
+    const double plain = p->pass[1], draft = p->draft < 0 ? 0.1 * plain : p->draft;
+    double best = 0, tokens = 1, all = 1, holds = 0.6;
+    uint32_t k = 0;
+    if (!(plain > 0) || p->since_plain >= DSV3__PACE_PLAIN)
+        return 0;
+    best = 1 / plain;
+    for (uint32_t i = 0; i < cap; i++) {
+        holds = p->seen[i] ? p->holds[i] : holds;
+        all *= holds, tokens += all;
+        double rate = tokens / (dsv3__pace_pass(p, i + 2) + (i + 1) * draft);
+        if (rate > best)
+            best = rate, k = i + 1;
+    }
+    if (k && p->seen[0] >= 8 && p->saved > 0)
+        return k;
+    k = k ? k : 1;
+    return cap && p->saved > dsv3__pace_pass(p, k + 1) + k * draft - plain ? k : 0;
+}
+
+/* Runs the last token, and guesses behind it. */
+static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    dsv3__ses_pace *p = &s->pace;
+    uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
+    const bool alone = s->n_cached + 1 == s->n_tokens; /* no other rows have to be run again */
+    if (g->o->max_tokens)
+        k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
+    if (s->n_draft == DSV3_DRAFT_AUTO) {
+        dsv3__pace_judge(p, s->n_tokens);
+        k = dsv3__pace_choose(p, cap);
+    }
+    double start = dsv3__os_seconds();
+    if (k)
+        DSV3__TRY(dsv3__gen_draft(g, k, &n, err));
+    double drafted = dsv3__os_seconds();
+    p->n_tokens = s->n_tokens;
+    DSV3__TRY(dsv3__ses_run(s, s->n_tokens, n, 0, NULL, err));
+    double end = dsv3__os_seconds();
+    stats->drafted += n;
+    stats->draft_seconds += drafted - start;
+    if (!alone)
+        return DSV3_OK;
+    p->n_rows = n + 1;
+    p->seconds = end - start;
+    p->since_plain = n ? p->since_plain + 1 : 0;
+    double *pass = &p->pass[n + 1];
+    if (!(p->pass[1] > 0) && !n)
+        p->saved = end - drafted; /* the first try is free */
+    *pass = *pass > 0 ? *pass + (end - drafted - *pass) / 8 : end - drafted;
+    if (n)
+        p->draft = p->draft < 0 ? (drafted - start) / n : p->draft + ((drafted - start) / n - p->draft) / 8;
+    return DSV3_OK;
+}
+
+// ---- Text ------------------------------------------------------------------------------------------------
 
 /* Adds text to what is held, and says how much of it is certain: all before the first stop string, or else all but the
    longest end that could begin one. */
@@ -17998,6 +18650,8 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
             dsv3__atomic_store(&s->cancel, 0);
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled behind %u generated tokens", stats->n_generated);
         }
+        if (s->max_draft && !s->logits_valid)
+            DSV3__TRY(dsv3__gen_ahead(g, stats, err));
         if (g->o->grammar || g->o->mask_fn) {
             DSV3__TRY(dsv3__gen_mask(g, &stats->stop, err));
             if (stats->stop != DSV3_STOP_NONE)
@@ -18005,7 +18659,7 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
             how.mask = s->masks;
         }
         DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
-        dsv3__ses_push(s, sample.token);
+        stats->accepted += dsv3__ses_push(s, sample.token);
         stats->n_generated++;
         stats->stop = dsv3__gen_stop_token(g, sample.token);
         if (g->o->grammar && stats->stop == DSV3_STOP_NONE)
@@ -18064,6 +18718,8 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
                        "generate: the session and the prompt are empty, there is nothing to go on from");
     if (!r) {
         r = dsv3__gen_loop(&g, stats, err);
+        dsv3__ses_cut(s, s->n_tokens); /* what was guessed beyond the end */
+        s->pace.n_rows = 0;
         dsv3__gen_flush(&g, stats->stop);
         stats->decode_seconds = dsv3__os_seconds() - start - stats->prompt_seconds;
     }
@@ -18231,7 +18887,7 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     DSV3__TRY(dsv3__api_config(m, reader, err));
     DSV3__TRY(dsv3__st_open(&m->st, &m->mem, reader, &o->progress, err));
     m->mode.powers = strcmp(m->config.scale_fmt, "ue8m0") == 0;
-    DSV3__TRY(dsv3__wt_bind(m, err));
+    DSV3__TRY(dsv3__wt_bind(m, o->no_mtp, err));
     dsv3__wt_forms(m);
     if (m->st.progress_total > m->st.progress_done) /* tensors that nobody needs were not read */
         DSV3__TRY(dsv3__st_report(&m->st, m->st.progress_total - m->st.progress_done, err));
@@ -18314,6 +18970,11 @@ DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model)
 DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model)
 {
     return model->mode.compute;
+}
+
+DSV3_API uint32_t dsv3_model_mtp(const dsv3_model *model)
+{
+    return model->n_mtp;
 }
 
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error)
@@ -18419,9 +19080,7 @@ DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens,
                           (uint64_t)n_tokens, (uint64_t)session->n_tokens);
     if (n_tokens == session->n_tokens)
         return DSV3_OK;
-    session->n_tokens = (uint32_t)n_tokens;
-    session->n_cached = session->n_cached < n_tokens ? session->n_cached : (uint32_t)n_tokens;
-    session->logits_valid = false;
+    dsv3__ses_cut(session, (uint32_t)n_tokens);
     return DSV3_OK;
 }
 
