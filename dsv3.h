@@ -9774,6 +9774,7 @@ static void dsv3__mtp_join_task(void *ctx, uint32_t i, uint32_t worker)
     const size_t dim = w->m->config.hidden_size;
     const float eps = w->m->config.rms_norm_eps;
     float *eh = w->eh + i * w->eh_stride;
+    memset(eh, 0, w->eh_stride * sizeof(float)); /* dot products read on to a multiple of 64 */
     dsv3__ten_row_values(k, eh, &t->p->embed, (uint64_t)t->rows[i].token);
     dsv3__nn_rmsnorm_row(k, eh, eh, w->norm, dim, eps);
     dsv3__nn_rmsnorm_row(k, eh + dim, t->rows[i].below, w->norm2, dim, eps);
@@ -9804,7 +9805,7 @@ static dsv3_result dsv3__mtp_rows(dsv3__work *w, uint32_t k, const dsv3__row *ro
 
 /* The states below one prediction layer that a timeline still holds. */
 typedef struct dsv3__mtp_queue {
-    float *states;       /* [cap, hidden_size]: positions first ... end - 1 */
+    float *states;       /* [cap + k, stride]: positions first ... end - 1 */
     uint32_t first, end; /* first <= done <= end */
     uint32_t done;       /* rows 0 ... done - 1 of the layer are in the cache */
 } dsv3__mtp_queue;
@@ -9812,18 +9813,18 @@ typedef struct dsv3__mtp_queue {
 /* What a timeline knows for its prediction layers. They follow the model when drafts are wanted, not token by token: until
    then its states wait in line. */
 typedef struct dsv3__mtp {
-    uint32_t n;   /* layers; 0: nobody drafts with them */
-    uint32_t cap; /* states that queue k has room for, less k: each may get all that is in the one before */
-    uint32_t dim;
+    uint32_t n;    /* layers; 0: nobody drafts with them */
+    uint32_t cap;  /* states that queue k has room for, less k: each may get all that is in the one before */
+    size_t stride; /* of states: hidden_size and zeros, as in dsv3__work */
     dsv3__mtp_queue q[DSV3__MTP_MAX];
-    float *ahead; /* [n + 1, hidden_size]: below layer k while guessing; [n] is the last layer's own */
+    float *ahead; /* [n + 1, stride]: below layer k while guessing; [n] is the last layer's own */
 } dsv3__mtp;
 
 /* Where the state at `position` goes, which follows or is among those held; NULL: an older one. Room was made. */
 static float *dsv3__mtp_place(dsv3__mtp *p, uint32_t k, uint32_t position)
 {
     dsv3__mtp_queue *q = &p->q[k];
-    return position < q->first ? NULL : q->states + (size_t)(position - q->first) * p->dim;
+    return position < q->first ? NULL : q->states + (size_t)(position - q->first) * p->stride;
 }
 
 /* Room for states up to position end - 1: those that the layer has used go. */
@@ -9832,8 +9833,8 @@ static void dsv3__mtp_room(dsv3__mtp *p, uint32_t k, uint32_t end)
     dsv3__mtp_queue *q = &p->q[k];
     if (end <= q->first + p->cap + k)
         return;
-    memmove(q->states, q->states + (size_t)(q->done - q->first) * p->dim,
-            (size_t)(q->end - q->done) * p->dim * sizeof(float));
+    memmove(q->states, q->states + (size_t)(q->done - q->first) * p->stride,
+            (size_t)(q->end - q->done) * p->stride * sizeof(float));
     q->first = q->done;
 }
 
@@ -9873,7 +9874,7 @@ static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row
                 rows[i].token = tokens[token];
                 rows[i].below = dsv3__mtp_place(p, k, position);
                 rows[i].state = k + 1 < p->n ? dsv3__mtp_place(p, k + 1, position)
-                                : i + 1 == n ? p->ahead + (size_t)p->n * p->dim
+                                : i + 1 == n ? p->ahead + (size_t)p->n * p->stride
                                              : NULL;
                 rows[i].logits = logits && k < n_logits && token >= from
                                      ? logits + ((size_t)(token - from) * n_logits + k) * w->m->config.vocab_size
@@ -9895,7 +9896,7 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
                                    uint32_t n_tokens, uint32_t j, float *logits, bool *ok, dsv3__row *rows,
                                    uint32_t *asked, const uint32_t *cancel, dsv3_error *err)
 {
-    const size_t dim = p->dim;
+    const size_t stride = p->stride;
     if (j == 0) {
         dsv3__mtp_queue *q = &p->q[0];
         *ok = n_tokens > p->n && q->end + 1 >= n_tokens && q->first + 1 < n_tokens;
@@ -9905,7 +9906,7 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
             q->done = n_tokens - 2;
         DSV3__TRY(dsv3__mtp_follow(w, p, like, tokens, n_tokens, logits, n_tokens - 1, 1, rows, asked, cancel, err));
         for (uint32_t k = 1; k < p->n; k++)
-            memcpy(p->ahead + k * dim, dsv3__mtp_place(p, k, p->q[k].done), dim * sizeof(float));
+            memcpy(p->ahead + k * stride, dsv3__mtp_place(p, k, p->q[k].done), stride * sizeof(float));
         return DSV3_OK;
     }
     /* The guess enters every layer that has not yet been passed: the deepest first, since each writes what the next one
@@ -9915,8 +9916,8 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
         rows[0] = *like;
         rows[0].position = n_tokens - 1 - k + (j - 1);
         rows[0].token = tokens[n_tokens - 1 + j];
-        rows[0].below = p->ahead + (j < p->n ? k : p->n) * dim;
-        rows[0].state = p->ahead + (k + 1) * dim;
+        rows[0].below = p->ahead + (j < p->n ? k : p->n) * stride;
+        rows[0].state = p->ahead + (k + 1) * stride;
         rows[0].logits = k == first ? logits : NULL;
         rows[0].draft = true;
         DSV3__TRY(dsv3__mtp_rows(w, k, rows, 1, asked, cancel, err));
@@ -17955,12 +17956,14 @@ static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_batch, uint8_t *bas
     s->ahead = (float *)dsv3__carve(base, &used, (uint64_t)s->max_draft * c->vocab_size, sizeof(float));
     s->mtp.n = s->n_draft && s->drafter == DSV3_DRAFTER_MTP ? s->m->n_mtp : 0;
     s->mtp.cap = max_batch + 2;
-    s->mtp.dim = c->hidden_size;
+    s->mtp.stride = s->work.x_stride;
+    uint64_t states = used;
     for (uint32_t k = 0; k < s->mtp.n; k++)
         s->mtp.q[k].states =
-            (float *)dsv3__carve(base, &used, (s->mtp.cap + k) * (uint64_t)c->hidden_size, sizeof(float));
-    if (s->mtp.n)
-        s->mtp.ahead = (float *)dsv3__carve(base, &used, (s->mtp.n + 1) * (uint64_t)c->hidden_size, sizeof(float));
+            (float *)dsv3__carve(base, &used, ((uint64_t)s->mtp.cap + k) * s->mtp.stride, sizeof(float));
+    s->mtp.ahead = (float *)dsv3__carve(base, &used, s->mtp.n ? (s->mtp.n + 1) * s->mtp.stride : 0, sizeof(float));
+    if (base)
+        memset(base + states, 0, (size_t)(used - states)); /* padded as the scratch is */
     s->seen = (uint8_t *)dsv3__carve(base, &used, (c->vocab_size + 7) / 8, 1);
     s->masks = (uint32_t *)dsv3__carve(base, &used, 2 * (((uint64_t)c->vocab_size + 31) / 32), sizeof(uint32_t));
     s->rows = (dsv3__row *)dsv3__carve(base, &used, max_batch, sizeof(dsv3__row));

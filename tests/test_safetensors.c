@@ -145,7 +145,7 @@ TEST(tensors_of_a_reader_without_pointers)
     dsv3_model_opts mo;
     memset(&mo, 0, sizeof mo);
     mo.no_mtp = true;
-    o.mtp = true;
+    o.mtp = 1;
     build(o);
     t.read_mode = true;
     REQUIRE(CHECK_OK(tiny_open(&t, &model, &mo, &e), e));
