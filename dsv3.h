@@ -26,15 +26,15 @@
        base   compiler, sizes, unaligned loads            mla    multi-head latent attention, the cache row
        err    one error struct, one formatter             moe    router and experts
        mem    the caller's allocator, limits              fwd    the model, n rows at once
-       os     files, time, cores                          split  where a text is cut before merging
-       cpu    instruction sets, floating-point state      bpe    byte-pair merging
-       thr    atomics, parallel-for                       tok    tokenizer: text to ids and back
-       num    scalar formats: E4M3, E8M0, F16, BF16, I8   chat   conversations to ids, replies to their parts
-       ten    the quantized tensor                        gram   JSON and JSON Schema to masks over tokens
-       kern   inner loops, per instruction set            smp    logits to a token
-       mm     matrix products over quantized tensors      ses    a timeline: cache, tokens, generation
-       json   a bounded pull reader                       api    the public calls
-       st     safetensors, shards, index
+       os     files, time, cores                          mtp    multi-token prediction: guesses
+       cpu    instruction sets, floating-point state      split  where a text is cut before merging
+       thr    atomics, parallel-for                       bpe    byte-pair merging
+       num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
+       ten    the quantized tensor                        chat   conversations to ids, replies to their parts
+       kern   inner loops, per instruction set            gram   JSON and JSON Schema to masks over tokens
+       mm     matrix products over quantized tensors      smp    logits to a token
+       json   a bounded pull reader                       ses    a timeline: cache, tokens, generation
+       st     safetensors, shards, index                  api    the public calls
        cfg    config.json, checked once
        wt     names to weights
        nn     norm, rotary positions, linear maps, gated MLPs
@@ -150,6 +150,19 @@
    looking around. At one place at most 32 alternatives are followed; should more meet there, the rest is not offered.
    A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
    an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
+
+   DRAFTS. With dsv3_session_opts.n_draft, dsv3_generate guesses tokens ahead and runs them with the last one in one pass:
+   reading the weights once may give several tokens. The text stays the same to the bit, for every seed, temperature,
+   penalty, mask, grammar and stop: what is sampled at a position is a function of its logits and its own random number,
+   and a guess counts only where it is what has just been sampled. So does all the rest of a session: guesses that were
+   wrong, or were cut off by a stop, an error or a cancellation, leave nothing behind.
+   Guesses come from the checkpoint's layer of multi-token prediction (DSV3_DRAFTER_MTP), which picks by the sampler's own
+   options and random numbers; from what followed the same words before (LOOKUP), which takes no weights and suits texts
+   that repeat their prompt; or from the host. With a mask_fn they are made without it. A session with MTP holds max_batch
+   states more; every session caches the layer, where the model was not opened with no_mtp. A pass over a few rows reads
+   the experts of all of them, so that guesses can cost more than they bring: with DSV3_DRAFT_AUTO the session measures both,
+   stops guessing where it does not pay, and tries again with a hundredth of the time. The clock decides how many are guessed,
+   never what is written. dsv3_stats says how many were made and right.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
@@ -1145,6 +1158,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
        dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; a dense layer is one MLP for all rows
      dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
+     dsv3__mtp_guess     state and token [1] -> logits of the token after next, for dsv3__gen_draft: ids to verify
      dsv3_grammar_mask   a place in a text that must fit a schema -> the tokens that may come, a bit each
      dsv3__smp_pick      logits [vocab_size] -> a token
      dsv3_token_bytes    a token -> bytes */

@@ -1,7 +1,7 @@
 /* Drafts: the text is that of a run without them, bit for bit, whoever guesses and whatever is guessed; what stops, fails or
    is taken back in the middle of a draft leaves what single steps would have left.
 
-   By default 20 prompts in the random model and 2 in the trained one; DSV3_PROMPTS=200 takes so many of both. */
+   By default 8 prompts in the random model and 1 in the trained one; DSV3_PROMPTS=200 takes so many of both. */
 #define DSV3_IMPLEMENTATION
 #define DSV3_STATIC
 #include "dsv3.h"
@@ -36,7 +36,9 @@ static void liven(tiny *x)
         for (size_t i = 0; i < row; i++) {
             uint16_t w;
             memcpy(&w, head->data + 2 * (id * row + i), 2);
-            w = (uint16_t)(!lives ? 0 : id == 1 || !(w & 0x7F80) ? w : w + 0x0100); /* two more in the exponent: times 4 */
+            w = (uint16_t)(!lives                     ? 0
+                           : id == 1 || !(w & 0x7F80) ? w
+                                                      : w + 0x0100); /* two more in the exponent: times 4 */
             memcpy(head->data + 2 * (id * row + i), &w, 2);
         }
     }
@@ -153,8 +155,9 @@ static void run(outcome *out, const dsv3_session_opts *so, const dsv3_generate_o
 
 static bool equal(const outcome *a, const outcome *b)
 {
-    return a->result == b->result && a->n == b->n && memcmp(a->ids, b->ids, a->n * sizeof(int32_t)) == 0 && a->said == b->said &&
-           a->logits == b->logits && a->stats.stop == b->stats.stop && a->stats.n_generated == b->stats.n_generated;
+    return a->result == b->result && a->n == b->n && memcmp(a->ids, b->ids, a->n * sizeof(int32_t)) == 0 &&
+           a->said == b->said && a->logits == b->logits && a->stats.stop == b->stats.stop &&
+           a->stats.n_generated == b->stats.n_generated;
 }
 
 // ---- The host's drafter ----------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ typedef struct oracle {
     const int32_t *ids; /* what will be written */
     uint32_t n, right;  /* of 100 guesses */
     uint64_t random;
-    bool nonsense;      /* ids that do not exist, counts that are too large */
+    bool nonsense; /* ids that do not exist, counts that are too large */
 } oracle;
 
 static size_t know(void *user, const int32_t *tokens, size_t n_tokens, int32_t *draft, size_t cap)
@@ -175,7 +178,9 @@ static size_t know(void *user, const int32_t *tokens, size_t n_tokens, int32_t *
     for (size_t i = 0; i < cap; i++) {
         uint64_t r = tiny_next(&o->random);
         bool right = n_tokens + i < o->n && r % 100 < o->right;
-        draft[i] = right ? o->ids[n_tokens + i] : o->nonsense && r / 100 % 2 ? odd[r / 200 % 6] : (int32_t)(r / 100 % (uint64_t)vocab);
+        draft[i] = right                        ? o->ids[n_tokens + i]
+                   : o->nonsense && r / 100 % 2 ? odd[r / 200 % 6]
+                                                : (int32_t)(r / 100 % (uint64_t)vocab);
         if (o->nonsense && r / 1000 % 16 == 0)
             draft[i] = vocab;
     }
@@ -185,7 +190,8 @@ static size_t know(void *user, const int32_t *tokens, size_t n_tokens, int32_t *
 // ---- The matrix ------------------------------------------------------------------------------------------
 
 enum { GREEDY, SAMPLED, PENALTIES, STOPS, MASK, GRAMMAR, N_WAYS };
-static const char *const way_names[N_WAYS] = {"greedy", "temperature 0.8, top-p", "penalties", "stop strings", "mask", "grammar"};
+static const char *const way_names[N_WAYS] = {"greedy", "temperature 0.8, top-p", "penalties", "stop strings", "mask",
+                                              "grammar"};
 static const char *const stop_strings[] = {"ab", "0", "}{", "c,"};
 
 static bool way(dsv3_generate_opts *g, int which, const dsv3_grammar *grammar, uint64_t seed)
@@ -197,7 +203,8 @@ static bool way(dsv3_generate_opts *g, int which, const dsv3_grammar *grammar, u
     if (which != GREEDY)
         g->sample.temperature = 0.8f, g->sample.top_p = 0.95f;
     if (which == PENALTIES)
-        g->sample.repetition_penalty = 1.3f, g->sample.presence_penalty = 0.2f, g->sample.top_k = 12, g->ignore_eos = true;
+        g->sample.repetition_penalty = 1.3f, g->sample.presence_penalty = 0.2f, g->sample.top_k = 12,
+        g->ignore_eos = true;
     if (which == STOPS)
         g->stop_strings = stop_strings, g->n_stop_strings = 4, g->stop_tokens = stops, g->n_stop_tokens = 1;
     if (which == MASK)
@@ -213,12 +220,10 @@ typedef struct drafting {
     dsv3_drafter who;
 } drafting;
 
-static const drafting draftings[] = {{"mtp 1", 1, DSV3_DRAFTER_MTP},
-                                     {"mtp 2", 2, DSV3_DRAFTER_MTP},
-                                     {"mtp 4", 4, DSV3_DRAFTER_MTP},
-                                     {"mtp auto", DSV3_DRAFT_AUTO, DSV3_DRAFTER_MTP},
-                                     {"lookup 4", 4, DSV3_DRAFTER_LOOKUP},
-                                     {"host 5", 5, DSV3_DRAFTER_HOST}};
+static const drafting draftings[] = {
+    {"mtp 1", 1, DSV3_DRAFTER_MTP},       {"mtp 2", 2, DSV3_DRAFTER_MTP},
+    {"mtp 4", 4, DSV3_DRAFTER_MTP},       {"mtp auto", DSV3_DRAFT_AUTO, DSV3_DRAFTER_MTP},
+    {"lookup 4", 4, DSV3_DRAFTER_LOOKUP}, {"host 5", 5, DSV3_DRAFTER_HOST}};
 enum { N_DRAFTINGS = 6 };
 
 static uint32_t n_prompts(uint32_t otherwise)
@@ -259,9 +264,11 @@ static void matrix(const char *what, const dsv3_grammar *grammar, uint32_t promp
                     bool same = equal(&plain, &run_of);
                     different += !same;
                     if (!same && different <= 5)
-                        printf("    %s: prompt %u, %s, %s, %u threads: %u tokens against %u\n", what, (unsigned)p, way_names[w],
-                               draftings[d].name, (unsigned)threads, (unsigned)run_of.n, (unsigned)plain.n);
-                    CHECK(run_of.stats.accepted <= run_of.stats.drafted && run_of.stats.accepted <= run_of.stats.n_generated);
+                        printf("    %s: prompt %u, %s, %s, %u threads: %u tokens against %u\n", what, (unsigned)p,
+                               way_names[w], draftings[d].name, (unsigned)threads, (unsigned)run_of.n,
+                               (unsigned)plain.n);
+                    CHECK(run_of.stats.accepted <= run_of.stats.drafted &&
+                          run_of.stats.accepted <= run_of.stats.n_generated);
                     drafted[d] += run_of.stats.drafted, accepted[d] += run_of.stats.accepted;
                     /* What is guessed is a function of the tokens too, where the clock and small batches have no say. */
                     if (threads == 1)
@@ -274,9 +281,10 @@ static void matrix(const char *what, const dsv3_grammar *grammar, uint32_t promp
     }
     CHECK_EQ_UINT(different, 0);
     for (int d = 0; d < N_DRAFTINGS; d++)
-        CHECK(draftings[d].n == DSV3_DRAFT_AUTO || accepted[d] > 0);
+        CHECK(draftings[d].n == DSV3_DRAFT_AUTO || prompts < 4 || accepted[d] > 0);
     if (getenv("DSV3_PROMPTS")) {
-        printf("%s: %u prompts, %llu runs, %llu differences;", what, (unsigned)prompts, (unsigned long long)runs, (unsigned long long)different);
+        printf("%s: %u prompts, %llu runs, %llu differences;", what, (unsigned)prompts, (unsigned long long)runs,
+               (unsigned long long)different);
         for (int d = 0; d < N_DRAFTINGS; d++)
             printf(" %s %llu/%llu", draftings[d].name, (unsigned long long)accepted[d], (unsigned long long)drafted[d]);
         printf("\n");
@@ -300,7 +308,7 @@ TEST(same_text)
         REQUIRE(open_model(small(n_mtp)));
         CHECK_EQ_UINT(dsv3_model_mtp(model), n_mtp);
         dsv3_grammar *grammar = any_json();
-        matrix(n_mtp == 1 ? "one layer" : "two layers", grammar, n_prompts(20) / n_mtp, N_WAYS);
+        matrix(n_mtp == 1 ? "one layer" : "two layers", grammar, n_prompts(8) / n_mtp, N_WAYS);
 #ifndef DSV3_NO_TOKENIZER
         dsv3_grammar_close(grammar);
 #endif
@@ -314,7 +322,7 @@ TEST(same_text_of_a_trained_model)
     dsv3_error missing;
     if (dsv3_model_open(&model, "examples/tiny", NULL, &missing))
         SKIP("no examples/tiny here");
-    matrix("examples/tiny", NULL, n_prompts(2), getenv("DSV3_PROMPTS") ? PENALTIES + 1 : SAMPLED + 1);
+    matrix("examples/tiny", NULL, n_prompts(1), getenv("DSV3_PROMPTS") ? PENALTIES + 1 : SAMPLED + 1);
     dsv3_model_close(model);
     model = NULL;
 #else
@@ -324,7 +332,8 @@ TEST(same_text_of_a_trained_model)
 
 // ---- In the middle ---------------------------------------------------------------------------------------
 
-static const drafting middles[] = {{"mtp 3", 3, DSV3_DRAFTER_MTP}, {"lookup 4", 4, DSV3_DRAFTER_LOOKUP}, {"host 4", 4, DSV3_DRAFTER_HOST}};
+static const drafting middles[] = {
+    {"mtp 3", 3, DSV3_DRAFTER_MTP}, {"lookup 4", 4, DSV3_DRAFTER_LOOKUP}, {"host 4", 4, DSV3_DRAFTER_HOST}};
 
 /* token_fn stops, or cancels, at every token; then the text is taken back to every length, and goes on. */
 static void stopped(uint32_t n_mtp)
@@ -346,7 +355,7 @@ static void stopped(uint32_t n_mtp)
         so.n_draft = middles[d].n, so.drafter = middles[d].who, so.draft_fn = know, so.draft_user = &o;
         so.max_batch = 5;
         o.ids = plain.ids, o.n = plain.n, o.right = 70, o.random = 1, o.nonsense = false;
-        for (uint32_t at = 0; at < 24; at++)
+        for (uint32_t at = (uint32_t)d; at < 24; at += getenv("DSV3_PROMPTS") ? 1 : 3)
             for (int cancel = 0; cancel < 2; cancel++) {
                 dsv3_session *x = session(&none, ids, 8), *y = session(&so, ids, 8);
                 go(&a, x, &g, cancel ? UINT32_MAX : at, cancel ? at : UINT32_MAX);
@@ -354,7 +363,7 @@ static void stopped(uint32_t n_mtp)
                 CHECK(a.result == b.result && (at == 23 || a.result == (cancel ? DSV3_ERROR_CANCELLED : DSV3_OK)));
                 CHECK(equal(&a, &b));
                 dsv3__atomic_store(&x->cancel, 0), dsv3__atomic_store(&y->cancel, 0);
-                for (uint32_t back = b.n; back > 0; back -= back > 3 ? 3 : 1) { /* taken back, and on */
+                for (uint32_t back = b.n; back > 0; back -= back > 4 ? 4 : 1) { /* taken back, and on */
                     CHECK_OK(dsv3_session_rewind(x, back, &e), e);
                     CHECK_OK(dsv3_session_rewind(y, back, &e), e);
                     if (back % 2) {
@@ -436,13 +445,14 @@ TEST(cancel_inside)
                 dsv3_generate_opts rest = g;
                 rest.max_tokens = 10 - (uint32_t)written;
                 go(&a, s, &rest, UINT32_MAX, UINT32_MAX);
-                if (!CHECK(a.n == plain.n && memcmp(a.ids, plain.ids, a.n * sizeof(int32_t)) == 0 && a.logits == plain.logits))
+                if (!CHECK(a.n == plain.n && memcmp(a.ids, plain.ids, a.n * sizeof(int32_t)) == 0 &&
+                           a.logits == plain.logits))
                     printf("    cancelled at %u\n", (unsigned)at);
             }
             dsv3_session_close(s);
             if (through)
                 break;
-            step = 1 + at / 200;
+            step = 1 + at / 40;
         }
         close_model();
     }
@@ -602,7 +612,10 @@ TEST(options)
     so = none, so.n_draft = 1, so.max_batch = 1; /* no room for a guess, but for the layer */
     CHECK_OK(dsv3_session_open(&s, model, &so, &e), e);
     CHECK_OK(dsv3_session_append(s, ids, 3, &out, &e), e);
-    CHECK(logits[0] == 0 && logits[dsv3_model_config(model)->vocab_size + 3] != 0);
+    uint32_t vocab = dsv3_model_config(model)->vocab_size, set[2] = {0, 0};
+    for (uint32_t i = 0; i < 2 * vocab; i++)
+        set[i / vocab] += logits[i] != 0;
+    CHECK(set[0] == 0 && set[1] > 5);
     dsv3_session_close(s);
     free(logits);
 
@@ -645,5 +658,5 @@ TEST(lookup)
     CHECK_EQ_UINT(dsv3__mtp_lookup(tokens, 2, 5), 0);
 }
 
-TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside), RUN(nonsense),
-          RUN(broken_guess), RUN(memory), RUN(options), RUN(lookup))
+TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside),
+          RUN(nonsense), RUN(broken_guess), RUN(memory), RUN(options), RUN(lookup))
