@@ -907,10 +907,9 @@ typedef struct dsv3_session_opts {
     dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
     dsv3_cache cache_latent;  /* as in dsv3_workspace_opts */
     dsv3_cache cache_rope;
-    dsv3_workspace
-        *workspace; /* Optional: one that is shared, of the same model. It has what max_batch to allocator and the
-                                  cache types say, which are ignored then. Default: a workspace of the session's own, with
-                                  pages for max_tokens */
+    /* Optional: one that is shared, of the same model. It has what max_batch to allocator and the cache types say, which
+       are ignored then. Default: a workspace of the session's own, with pages for max_tokens */
+    dsv3_workspace *workspace;
     uint32_t reserve_pages; /* with a workspace: pages set aside for this session (CACHE_FULL if there are fewer) */
 } dsv3_session_opts;
 
@@ -2683,7 +2682,7 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 /* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
    ahead, into the rows that follow too: FP8, BF16 and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was
    (Emerald Rapids). */
-#define DSV3__PREFETCH_AT(p, bytes) _mm_prefetch((const char *)((uintptr_t)(p) + (bytes)), _MM_HINT_T1)
+#define DSV3__PREFETCH_AT(p, bytes) DSV3__FETCH((const void *)((uintptr_t)(p) + (bytes)))
 #define DSV3__PREFETCH(p)           DSV3__PREFETCH_AT(p, 4096)
 #endif
 
@@ -4052,6 +4051,7 @@ typedef void (*dsv3__bytes_tile_fn)(int32_t (*sum)[4], const int8_t *const *w, c
                                     size_t c, size_t n, size_t ahead);
 typedef void (*dsv3__bytes_row_fn)(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group);
 
+/* 128 * the sum of the codes of group g, from behind the scales. */
 DSV3__INLINE int32_t dsv3__k_bytes_minus(const float *x_scale, size_t n_groups, size_t g)
 {
     int32_t minus;
@@ -9529,9 +9529,10 @@ DSV3__INLINE uint8_t *dsv3__mla_page(const dsv3__work *w, const dsv3__row *row, 
     return w->cache + row->pages[position / DSV3_PAGE_TOKENS] * w->page_bytes + layer * w->layer_bytes;
 }
 
-/* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: scale = max / 127 over each block, codes
-   nearest even; what is not finite stays not finite. */
-static void dsv3__mla_store(const dsv3__cache_part *p, uint8_t *page, uint32_t slot, const float *v)
+/* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: each block as to_bytes makes it, so what is
+   not finite stays not finite. */
+static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, uint8_t *page, uint32_t slot,
+                            const float *v)
 {
     uint8_t *codes = page + p->codes + slot * p->code_row;
     float *scales = (float *)(void *)(page + p->scales + slot * p->scale_row);
@@ -9546,17 +9547,9 @@ static void dsv3__mla_store(const dsv3__cache_part *p, uint8_t *page, uint32_t s
         return;
     }
     for (uint32_t i = 0; i < p->n; i += DSV3__CACHE_BLOCK) {
-        uint32_t end = p->n - i < DSV3__CACHE_BLOCK ? p->n : i + DSV3__CACHE_BLOCK;
-        float max = 0, poison = 0; /* 0, or NaN */
-        for (uint32_t j = i; j < end; j++) {
-            max = fabsf(v[j]) > max ? fabsf(v[j]) : max;
-            poison += v[j] * 0;
-        }
-        float scale = max / 127;
-        scale = scale > 0 ? scale : 1;
-        for (uint32_t j = i; j < end; j++)
-            codes[j] = (uint8_t)dsv3__i8_encode(v[j] / scale);
-        scales[i / DSV3__CACHE_BLOCK] = scale + poison;
+        int32_t sum;
+        scales[i / DSV3__CACHE_BLOCK] =
+            k->to_bytes((int8_t *)codes + i, v + i, dsv3__min(p->n - i, DSV3__CACHE_BLOCK), &sum);
     }
 }
 
@@ -9618,8 +9611,8 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     for (size_t j = (size_t)c->kv_lora_rank + c->qk_rope_head_dim; j < w->cache_stride; j++)
         key[j] = 0;
     uint8_t *page = dsv3__mla_page(w, row, t->layer, row->position);
-    dsv3__mla_store(&w->latent, page, row->position % DSV3_PAGE_TOKENS, key);
-    dsv3__mla_store(&w->rope_key, page, row->position % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
+    dsv3__mla_store(w->m->k, &w->latent, page, row->position % DSV3_PAGE_TOKENS, key);
+    dsv3__mla_store(w->m->k, &w->rope_key, page, row->position % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
 /* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
