@@ -669,8 +669,6 @@ static void run_curve(model *b, dsv3_session *s, const int32_t *ids, uint32_t th
     free(c);
 }
 
-/* Sessions advanced together, a token each, all behind forks of one context: the batch's rate beside the bound by the bytes
-   of the experts that are read. Then what a fork takes, and a snapshot. */
 static bool snapshot_write(void *user, const void *data, size_t size)
 {
     return fwrite(data, 1, size, (FILE *)user) == size;
@@ -701,6 +699,8 @@ static double snapshot_seconds(dsv3_session *s, uint64_t size)
     return took;
 }
 
+/* What a fork takes, and a snapshot; then sessions advanced together, a token each, all forks behind one context: the
+   batch's rate beside the bound by the bytes of the experts that are read. */
 static void run_batch(model *b, uint32_t threads)
 {
     enum { CALLS = 8, FORKS = 64 };
