@@ -608,6 +608,12 @@ static int chat_run(int argc, char **argv)
     c.opts.thinking = think;
     c.screen = isatty(fileno(stdout));
 
+    FILE *kept = session_file ? fopen(session_file, "rb") : NULL;
+    if (kept)
+        fclose(kept);
+    if (kept && !chat_load(&c, session_file))
+        return 1;
+
     dsv3_model *model = model_open(dir, isa, compute, read_ahead);
     dsv3_error error;
     ids trial = {NULL, 0, 0};
@@ -630,11 +636,6 @@ static int chat_run(int argc, char **argv)
     c.context = memory.max_tokens;
     sampling_choose(&c.generate.sample, &given, model);
 
-    FILE *kept = session_file ? fopen(session_file, "rb") : NULL;
-    if (kept)
-        fclose(kept);
-    if (kept && !chat_load(&c, session_file))
-        return 1;
     if (system && system[0] == '@') {
         bytes text = file_read(system + 1);
         chat_system(&c, text.p, text.n);
