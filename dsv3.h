@@ -19560,6 +19560,7 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     dsv3_session *s = g->s;
     dsv3__ses_pace *p = &s->pace;
     uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
+    s->n_cached -= s->n_cached == s->n_tokens;         /* its row is run again, as for logits */
     const bool alone = s->n_cached + 1 == s->n_tokens; /* no other rows have to be run again */
     if (g->o->max_tokens)
         k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);

@@ -26,8 +26,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 def held_out(corpus):
     """The same tales as train_tiny.py leaves out."""
+    import pathlib
     import train_tiny
-    return train_tiny.split_tales(train_tiny.read_tales(corpus))[1]
+    return train_tiny.split_tales(train_tiny.read_tales(pathlib.Path(corpus)))[1]
 
 
 def softmax(x, temperature):
