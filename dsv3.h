@@ -188,9 +188,9 @@
    options and random numbers; from what followed the same words before (LOOKUP), which takes no weights and suits texts
    that repeat their prompt; or from the host. With a mask_fn they are made without it. A session with MTP holds max_batch
    states more; every session caches the layer, where the model was not opened with no_mtp. A pass over a few rows reads
-   the experts of all of them, so that guesses can cost more than they bring: with DSV3_DRAFT_AUTO the session measures both,
-   stops guessing where it does not pay, and tries again with a hundredth of the time. The clock decides how many are guessed,
-   never what is written. dsv3_stats says how many were made and right.
+   the experts of all of them, so that guesses can cost more than they bring: with DSV3_DRAFT_AUTO the session measures
+   both, stops guessing where it does not pay, and tries again with a hundredth of the time. The clock decides how many are
+   guessed, never what is written. dsv3_stats says how many were made and right.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
@@ -10209,7 +10209,7 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
 //         Prediction layer k joins the state below it at position i with the embedding of token i + k + 1,
 //             x_i = eh_proj [RMSNorm(Emb(t_(i+k+1)); enorm), RMSNorm(state_i; hnorm)],
 //         runs a whole decoder layer over x, at position i, with a cache of its own, and guesses token i + k + 2 from
-//         RMSNorm(x; shared_head.norm) by the head. The state below layer 0 is the model's, below layer k that of layer k - 1.
+//         RMSNorm(x; shared_head.norm) by the head. The state below layer 0 is the model's, below layer k layer k - 1's.
 //         The paper prints the state first; the released weights take the embedding first, as the code of vLLM
 //         (deepseek_mtp.py) and SGLang (deepseek_nextn.py) does. Both hand over states behind the norm: the model's final
 //         one, and shared_head.norm (SGLang always, vLLM since 2026) where a layer follows a layer. The paper is silent.
@@ -19419,8 +19419,8 @@ static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err
 // token as ever, from logits that are there already as long as it picks what was guessed: a guess is accepted when it
 // is what the loop would have written anyway. Nothing else knows of drafts, and nothing has to be undone.
 
-/* The prediction layers' guess number j, picked as the sampler would pick the token at its place, by the same random number:
-   so that it is the token that is going to be sampled as often as the two distributions let it. -1: none. */
+/* The prediction layers' guess number j, picked as the sampler would pick the token at its place, by the same random
+   number: so that it is the token that is going to be sampled as often as the two distributions let it. -1: none. */
 static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv3_error *err)
 {
     dsv3_session *s = g->s;
@@ -19458,7 +19458,8 @@ static uint32_t dsv3__gen_room(dsv3_session *s, uint32_t k)
     return k;
 }
 
-/* Up to k guesses behind the session's tokens; *n: how many. They end before what cannot be, and behind what ends the text. */
+/* Up to k guesses behind the session's tokens; *n: how many. They end before what cannot be, and behind what ends the
+   text. */
 static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_error *err)
 {
     dsv3_session *s = g->s;
@@ -19491,13 +19492,13 @@ static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_e
 }
 
 /* A moving mean that believes its first values quickly. */
-static void dsv3__pace_mean(double *mean, double value, uint32_t n_before)
+static void dsv3__ses_pace_mean(double *mean, double value, uint32_t n_before)
 {
     *mean += (value - *mean) / (n_before < 15 ? n_before + 2 : 16);
 }
 
 /* Seconds of a pass over n rows: seen, or guessed from the longest one seen that is shorter. */
-static double dsv3__pace_pass(const dsv3__ses_pace *p, uint32_t n)
+static double dsv3__ses_pace_pass(const dsv3__ses_pace *p, uint32_t n)
 {
     uint32_t seen = n;
     while (seen > 1 && !(p->pass[seen] > 0))
@@ -19510,7 +19511,7 @@ static double dsv3__pace_pass(const dsv3__ses_pace *p, uint32_t n)
 #define DSV3__PACE_PLAIN 48u  /* after so many passes with drafts one without: what they are measured by */
 
 /* The last pass has brought what it has brought. n_tokens: now. */
-static void dsv3__pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
+static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
 {
     const uint32_t n = p->n_rows;
     p->n_rows = 0;
@@ -19524,7 +19525,7 @@ static void dsv3__pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
         for (uint32_t i = 0; i < n - 1 && i < got; i++) {
             if (!p->seen[i])
                 p->holds[i] = i ? p->holds[i - 1] : 0.6;
-            dsv3__pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
+            dsv3__ses_pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
         }
     }
     if (p->saved > 8 * p->pass[1]) /* riches of long ago are no reason to lose now */
@@ -19533,7 +19534,7 @@ static void dsv3__pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
 
 /* How many guesses are worth it, at most `cap`: the most tokens a second, by what was seen so far; none while it is not
    known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved. */
-static uint32_t dsv3__pace_choose(const dsv3__ses_pace *p, uint32_t cap)
+static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap)
 {
     const double plain = p->pass[1], draft = p->draft < 0 ? 0.1 * plain : p->draft;
     double best = 0, tokens = 1, all = 1, holds = 0.6;
@@ -19544,14 +19545,14 @@ static uint32_t dsv3__pace_choose(const dsv3__ses_pace *p, uint32_t cap)
     for (uint32_t i = 0; i < cap; i++) {
         holds = p->seen[i] ? p->holds[i] : holds;
         all *= holds, tokens += all;
-        double rate = tokens / (dsv3__pace_pass(p, i + 2) + (i + 1) * draft);
+        double rate = tokens / (dsv3__ses_pace_pass(p, i + 2) + (i + 1) * draft);
         if (rate > best)
             best = rate, k = i + 1;
     }
     if (k && p->seen[0] >= 8 && p->saved > 0)
         return k;
     k = k ? k : 1;
-    return cap && p->saved > dsv3__pace_pass(p, k + 1) + k * draft - plain ? k : 0;
+    return cap && p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain ? k : 0;
 }
 
 /* Runs the last token, and guesses behind it. */
@@ -19565,8 +19566,8 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     if (g->o->max_tokens)
         k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
     if (s->n_draft == DSV3_DRAFT_AUTO) {
-        dsv3__pace_judge(p, s->n_tokens);
-        k = dsv3__pace_choose(p, cap);
+        dsv3__ses_pace_judge(p, s->n_tokens);
+        k = dsv3__ses_pace_choose(p, cap);
     }
     double start = dsv3__os_seconds();
     if (k)
