@@ -10174,8 +10174,8 @@ static bool dsv3__fwd_cancelled(const dsv3__row *rows, uint32_t n)
     return false;
 }
 
-/* x -> layer i -> x: attention and MLP, each on normalised rows and added to them. moe_layer: which of those with experts it
-   is, DSV3__MOE_UNCOUNTED for a prediction layer. */
+/* x -> layer i -> x: attention and MLP, each on normalised rows and added to them. moe_layer: which of those with experts
+   it is, DSV3__MOE_UNCOUNTED for a prediction layer. */
 static void dsv3__fwd_layer(dsv3__work *w, uint32_t i, uint32_t moe_layer, const dsv3__row *rows, uint32_t n)
 {
     const dsv3__layer *l = &w->m->layers[i];
@@ -19281,8 +19281,8 @@ static uint32_t dsv3__ses_pickable(const dsv3_session *s)
                                                                                   : s->m->config.vocab_size;
 }
 
-/* The token at `position` from its logits, which are in s->ws->sampling and become scratch; -1: the mask allows none. It is a
-   function of them, the options, the position and, with penalties, the tokens before. Floating-point state: ours. */
+/* The token at `position` from its logits, which are in s->ws->sampling and become scratch; -1: the mask allows none. It
+   is a function of them, the options, the position and, with penalties, the tokens before. Floating-point state: ours. */
 static int32_t dsv3__ses_pick(dsv3_session *s, const dsv3_sample_opts *o, uint32_t position)
 {
     uint32_t pickable = dsv3__ses_pickable(s);
@@ -19753,7 +19753,8 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
 //           for each    tokens [n_tokens], numbers of its pages [ceil(n_cached / 64)]: u32. Pages are counted as they first
 //                       occur, so that one that is shared is there once
 //           pages       [n_pages] how many rows of each are stored: u32; checksum
-//           for each    for each layer of the model (those of prediction are left out), for each piece of it (dsv3__mla_piece): rows
+//           for each    for each layer of the model, those of prediction left out, for each piece of it
+//                       (dsv3__mla_piece): rows
 //           checksum
 // =============================================================================
 

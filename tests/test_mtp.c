@@ -1,5 +1,5 @@
-/* Drafts: the text is that of a run without them, bit for bit, whoever guesses and whatever is guessed; what stops, fails or
-   is taken back in the middle of a draft leaves what single steps would have left.
+/* Drafts: the text is that of a run without them, bit for bit, whoever guesses and whatever is guessed; what stops, fails
+   or is taken back in the middle of a draft leaves what single steps would have left.
 
    By default 8 prompts in the random model and 1 in the trained one; DSV3_PROMPTS=200 takes so many of both. */
 #define DSV3_IMPLEMENTATION
