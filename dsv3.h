@@ -9582,6 +9582,7 @@ typedef struct dsv3__row {
     float *logits;          /* [vocab_size] out; NULL: not asked for */
     int32_t *experts;       /* [n_moe_layers, top_k] out; NULL */
     const uint32_t *cancel; /* atomic: not 0 stops the pass */
+    uint32_t shift;         /* of a prediction layer: its cache row is that of the token it takes in, so far ahead */
     const float *below;     /* [hidden_size] the state a prediction layer starts from; >>mtp alone */
     float *state;           /* [hidden_size] out, the state behind the last norm; NULL. May be `below` */
     bool draft;             /* nobody has asked for this token yet: logits that are not finite are no failure yet */
@@ -9725,9 +9726,10 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__nn_rope(w->m, key + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
     for (size_t j = (size_t)c->kv_lora_rank + c->qk_rope_head_dim; j < w->cache_stride; j++)
         key[j] = 0;
-    uint8_t *page = dsv3__mla_page(w, row, t->layer, row->position);
-    dsv3__mla_store(w->m->k, &w->latent, page, row->position % DSV3_PAGE_TOKENS, key);
-    dsv3__mla_store(w->m->k, &w->rope_key, page, row->position % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
+    const uint32_t at = row->position + row->shift;
+    uint8_t *page = dsv3__mla_page(w, row, t->layer, at);
+    dsv3__mla_store(w->m->k, &w->latent, page, at % DSV3_PAGE_TOKENS, key);
+    dsv3__mla_store(w->m->k, &w->rope_key, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
 /* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
@@ -9777,16 +9779,17 @@ static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32
         s->max[j] = -INFINITY, s->sum[j] = 0;
 }
 
-/* Adds the positions t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK. q [n_heads, cache_stride],
-   u [n_heads, kv_lora_rank] */
+/* Adds the cache rows t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK; of the first `shift` there are
+   none. q [n_heads, cache_stride], u [n_heads, kv_lora_rank] */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
                             uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
-    const uint32_t latent = w->m->config.kv_lora_rank;
+    const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift;
     const float *cache =
         dsv3__mla_keys(w, mine, dsv3__mla_page(w, row, t->layer, t0), count); /* [count, cache_stride] */
+    cache += none * w->cache_stride, count -= none;
     k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
             w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
@@ -9808,7 +9811,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
 static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q,
                              uint32_t n_heads)
 {
-    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + 1;
+    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + row->shift + 1;
     dsv3__mla_sum all, span;
     dsv3__mla_clear(&all, mine->u, n_heads, latent);
     for (uint32_t t0 = 0; t0 < end; t0 += DSV3__KEY_SPAN) {
@@ -10216,6 +10219,8 @@ static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t
 //         vLLM zeroes the embedding at position 0, SGLang does not, nor does this.
 //         For more tokens than there are layers the last one goes on by itself: its own state, the token it guessed, the
 //         next row. Guesses steer only what is verified together (>>ses), never what is written.
+//         The cache row stands where the model's of the token i + k + 1 stands: it knows no later token. So timelines share
+//         both where they share tokens, and drafts need no page that the tokens do not need.
 // =============================================================================
 
 #define DSV3__DRAFT_MAX 16 /* tokens guessed at once */
@@ -10327,10 +10332,10 @@ static void dsv3__mtp_cut(dsv3__mtp *p, uint32_t n)
         dsv3__mtp_restart(p, p->q[p->n - 1].done);
 }
 
-/* Runs all rows that tokens 0 ... n_tokens - 1 and the states held allow. like: the timeline, of a row; its pages are the
-   timeline's own from row `done` of the last layer on. rows: scratch
-   [max_batch]. Of tokens from `from` on, what layers 0 ... n_logits - 1 say behind them, as logits [.., n_logits,
-   vocab_size]; they guess the token after it from the model's state k + 1 tokens before. */
+/* Runs all rows that tokens 0 ... n_tokens - 1 and the states held allow. like: the timeline, of a row. Pages that it
+   shares may be written: with the bits that all who share them would write. rows: scratch [max_batch]. Of tokens from
+   `from` on, what layers 0 ... n_logits - 1 say behind them, as logits [.., n_logits, vocab_size]; they guess the token
+   after it from the model's state k + 1 tokens before. */
 static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row *like, const dsv3__mtp_ids *ids,
                                     uint32_t n_tokens, float *logits, uint32_t from, uint32_t n_logits, dsv3__row *rows,
                                     uint32_t *asked, dsv3_error *err)
@@ -10345,7 +10350,7 @@ static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row
             for (uint32_t i = 0; i < n; i++) {
                 const uint32_t position = q->done + i, token = position + k + 1;
                 rows[i] = *like;
-                rows[i].position = position;
+                rows[i].position = position, rows[i].shift = k + 1;
                 rows[i].token = token < ids->n_old ? ids->old[token] : ids->more[token - ids->n_old];
                 rows[i].below = dsv3__mtp_place(p, k, position);
                 rows[i].state = k + 1 < p->n ? dsv3__mtp_place(p, k + 1, position)
@@ -10391,7 +10396,7 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
     const uint32_t first = j < p->n ? j : p->n - 1;
     for (uint32_t k = p->n; k-- > first;) {
         rows[0] = *like;
-        rows[0].position = n_tokens - 1 - k + (j - 1);
+        rows[0].position = n_tokens - 1 - k + (j - 1), rows[0].shift = k + 1;
         rows[0].token = tokens[n_tokens - 1 + j];
         rows[0].below = p->ahead + (j < p->n ? k : p->n) * stride;
         rows[0].state = p->ahead + (k + 1) * stride;
@@ -18606,7 +18611,6 @@ struct dsv3_session {
     uint32_t valid;   /* cache rows that are right, of those */
     uint32_t at, end; /* the next position to run, and how many tokens there will be, guesses too */
     uint32_t take;    /* rows in this piece */
-    bool follows;     /* states are kept for the prediction layers */
     size_t next_row;  /* of outputs->logit_rows */
     const float *written; /* logits of the last row */
 };
@@ -18866,18 +18870,18 @@ static uint32_t dsv3__ses_rows_of(uint32_t n, uint32_t i)
     return n > first ? (uint32_t)dsv3__min(n - first, DSV3_PAGE_TOKENS) : 0;
 }
 
-/* Pages of its own at positions from ... to - 1, or, where there are too few, nothing. The first n_rows rows are right. */
-static bool dsv3__ses_own(dsv3_session *s, uint32_t from, uint32_t to, uint32_t n_rows)
+/* Pages of its own behind the rows it has, up to position end - 1, or, where there are too few, nothing. */
+static bool dsv3__ses_own(dsv3_session *s, uint32_t end)
 {
     const dsv3_workspace *ws = s->ws;
-    const uint32_t first = from / DSV3_PAGE_TOKENS, end = from < to ? dsv3__ses_pages_of(to) : first;
+    const uint32_t first = s->n_cached / DSV3_PAGE_TOKENS, last = dsv3__ses_pages_of(end);
     uint32_t need = 0, promised = s->reserve - s->drawn;
-    for (uint32_t i = first; i < end; i++)
+    for (uint32_t i = first; i < last; i++)
         need += i >= s->n_pages || ws->refs[s->pages[i]] > 1;
     if (need > promised && need - promised > ws->n_free - ws->n_promised)
         return false;
-    for (uint32_t i = first; i < end; i++)
-        dsv3__ses_own_page(s, i, dsv3__ses_rows_of(n_rows, i));
+    for (uint32_t i = first; i < last; i++)
+        dsv3__ses_own_page(s, i, dsv3__ses_rows_of(s->n_cached, i));
     return true;
 }
 
@@ -18924,13 +18928,6 @@ static void dsv3__ses_like(dsv3_session *s, dsv3__row *row)
     row->cancel = &s->cancel;
 }
 
-/* From which row on the prediction layers are going to write, when they guess behind n_tokens tokens. */
-static uint32_t dsv3__ses_lag(const dsv3_session *s, uint32_t n_tokens)
-{
-    const uint32_t done = s->mtp.q[s->mtp.n - 1].done, n = s->mtp.n + 1;
-    return (uint32_t)dsv3__min(done, n_tokens > n ? n_tokens - n : 0);
-}
-
 /* Lets the prediction layers follow up to token n_tokens - 1; the arguments are dsv3__mtp_follow's. */
 static dsv3_result dsv3__ses_follow(dsv3_session *s, const dsv3__mtp_ids *ids, uint32_t n_tokens, float *logits,
                                     uint32_t from, dsv3_error *err)
@@ -18955,7 +18952,7 @@ static dsv3_result dsv3__ses_fork(dsv3_session **child, dsv3_session *s, uint32_
     o.max_tokens = s->max_tokens, o.reserve_pages = reserve, o.progress = s->progress;
     o.n_draft = s->n_draft, o.drafter = s->drafter, o.draft_fn = s->draft_fn, o.draft_user = s->draft_user;
     DSV3__TRY(dsv3__ses_new(&f, s->ws, &o, err));
-    if (s->mtp.n && dsv3__ses_own(s, dsv3__ses_lag(s, s->n_cached), s->n_cached, s->n_cached)) {
+    if (s->mtp.n) {
         dsv3__mtp_ids ids;
         dsv3_error ignored; /* they stop where they are */
         ids.old = s->tokens, ids.more = NULL, ids.n_old = UINT32_MAX;
@@ -18992,7 +18989,7 @@ static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__ro
     row->draft = position >= n_tokens;
     row->token = position < s->keep || row->draft ? s->tokens[position] : item->tokens[position - s->keep];
     row->cached = position < s->valid;
-    if (s->follows)
+    if (s->mtp.n)
         row->state = dsv3__mtp_place(&s->mtp, 0, position);
     if (row->draft)
         row->logits = s->ahead + (size_t)(position - n_tokens) * c->vocab_size;
@@ -19011,13 +19008,12 @@ static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__ro
         s->written = row->logits;
 }
 
-/* What a pass does for prediction layers before its first row. They follow if the pages that they write can be had. */
+/* What a pass does for prediction layers before its first row. */
 static void dsv3__ses_run_begin(dsv3_session *s, const dsv3_batch_item *item)
 {
     s->n_ahead = 0;
     dsv3__mtp_cut(&s->mtp, s->keep);
-    s->follows = s->mtp.n && dsv3__ses_own(s, s->mtp.q[s->mtp.n - 1].done, s->valid, s->valid);
-    if (s->follows && s->at > s->mtp.q[0].end)
+    if (s->mtp.n && s->at > s->mtp.q[0].end)
         s->at = s->mtp.q[0].end; /* states that are missing: these rows run again */
     if (item->outputs && item->outputs->draft_logits)
         memset(item->outputs->draft_logits, 0,
@@ -19073,7 +19069,7 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
             dsv3_session *s = items[last].session;
             s->take = (uint32_t)dsv3__min(ws->work.max_batch - rows, s->end - s->at);
             rows += s->take;
-            if (s->follows && s->take && s->at + s->take > s->mtp.q[0].first + s->mtp.cap) { /* the line moves up */
+            if (s->mtp.n && s->take && s->at + s->take > s->mtp.q[0].first + s->mtp.cap) { /* the line moves up */
                 r = dsv3__ses_run_follow(s, &items[last], s->at + 1, err);
                 dsv3__mtp_room(&s->mtp, 0, s->at + s->take);
             }
@@ -19093,9 +19089,9 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
                 continue;
             if (s->at == s->end && s->written && s->written != s->logits)
                 memcpy(s->logits, s->written, s->m->config.vocab_size * sizeof(float));
-            if (s->follows && s->mtp.q[0].end < s->at)
+            if (s->mtp.n && s->mtp.q[0].end < s->at)
                 s->mtp.q[0].end = s->at;
-            if (s->follows && items[j].outputs && items[j].outputs->draft_logits)
+            if (s->mtp.n && items[j].outputs && items[j].outputs->draft_logits)
                 r = dsv3__ses_run_follow(s, &items[j], s->at, err);
             if (!r && done && items[j].count && s->progress.fn &&
                 !s->progress.fn(s->progress.user, done, items[j].count))
@@ -19445,16 +19441,14 @@ static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv
 }
 
 /* Makes room in the cache for the last token and k guesses behind it, or fewer; returns how many. Without pages there are
-   no guesses, whether a run fails for lack of one is not decided here. */
+   no guesses; whether a run fails for lack of one is not decided here. */
 static uint32_t dsv3__gen_room(dsv3_session *s, uint32_t k)
 {
-    const uint32_t n = s->n_tokens, cached = s->n_cached;
-    while (k && !dsv3__ses_own(s, cached, n + k, cached)) { /* without the last page */
+    const uint32_t n = s->n_tokens;
+    while (k && !dsv3__ses_own(s, n + k)) { /* without the last page */
         const uint32_t less = (dsv3__ses_pages_of(n + k) - 1) * DSV3_PAGE_TOKENS;
         k = less > n ? less - n : 0;
     }
-    if (k && s->mtp.n && !dsv3__ses_own(s, dsv3__ses_lag(s, n), cached, cached))
-        k = 0;
     return k;
 }
 
@@ -19561,8 +19555,7 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     dsv3_session *s = g->s;
     dsv3__ses_pace *p = &s->pace;
     uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
-    s->n_cached -= s->n_cached == s->n_tokens;         /* its row is run again, as for logits */
-    const bool alone = s->n_cached + 1 == s->n_tokens; /* no other rows have to be run again */
+    const bool alone = s->n_cached + 1 >= s->n_tokens; /* no other rows have to be run again */
     if (g->o->max_tokens)
         k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
     if (s->n_draft == DSV3_DRAFT_AUTO) {
