@@ -18590,6 +18590,7 @@ struct dsv3_session {
     bool logits_valid;
     uint32_t n_pages;        /* that it names: ceil(n_cached / DSV3_PAGE_TOKENS) between calls */
     uint32_t reserve, drawn; /* pages promised, and how many of them it has */
+    bool lent;               /* its last page is there for guesses alone, and was not promised */
     dsv3__ws_logits *owned;  /* whose values `logits` are */
     float *logits;           /* [vocab_size] of the last token */
     int32_t *tokens;         /* [max_tokens] */
@@ -18728,8 +18729,9 @@ static void dsv3__ses_give_page(dsv3_session *s, uint32_t page)
     if (--ws->refs[page])
         return;
     ws->free[ws->n_free++] = page;
-    if (s->drawn)
+    if (!s->lent && s->drawn)
         s->drawn--, ws->n_promised++;
+    s->lent = false;
 }
 
 /* Forgets the pages from number n_pages on. */
@@ -19326,6 +19328,7 @@ typedef struct dsv3__gen {
     size_t n_held;            /* bytes in s->ws->held */
     dsv3_grammar_state text;  /* with a grammar: what it has seen */
     dsv3_grammar_state draft; /* the same, with the guesses made so far */
+    bool pushed;              /* nothing has asked for what follows the last token */
 } dsv3__gen;
 
 static dsv3_result dsv3__gen_check(const dsv3_session *s, const dsv3_generate_opts *o, dsv3_error *err)
@@ -19444,11 +19447,12 @@ static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv
    no guesses; whether a run fails for lack of one is not decided here. */
 static uint32_t dsv3__gen_room(dsv3_session *s, uint32_t k)
 {
-    const uint32_t n = s->n_tokens;
+    const uint32_t n = s->n_tokens, n_free = s->ws->n_free, drawn = s->drawn;
     while (k && !dsv3__ses_own(s, n + k)) { /* without the last page */
         const uint32_t less = (dsv3__ses_pages_of(n + k) - 1) * DSV3_PAGE_TOKENS;
         k = less > n ? less - n : 0;
     }
+    s->lent = s->n_pages > dsv3__ses_pages_of(n) && n_free - s->ws->n_free > s->drawn - drawn;
     return k;
 }
 
@@ -19563,6 +19567,7 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
         k = dsv3__ses_pace_choose(p, cap);
     }
     double start = dsv3__os_seconds();
+    s->lent = false;
     if (k)
         DSV3__TRY(dsv3__gen_draft(g, k, &n, err));
     double drafted = dsv3__os_seconds();
@@ -19668,7 +19673,9 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
                 break;
             how.mask = s->ws->masks;
         }
+        g->pushed = false;
         DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
+        g->pushed = true;
         stats->accepted += dsv3__ses_push(s, sample.token);
         stats->n_generated++;
         stats->stop = dsv3__gen_stop_token(g, sample.token);
@@ -19728,7 +19735,12 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
                        "generate: the session and the prompt are empty, there is nothing to go on from");
     if (!r) {
         r = dsv3__gen_loop(&g, stats, err);
+        if (g.pushed) { /* a last token that was guessed has been run: as if it had not, it would hold a page more */
+            s->n_cached = (uint32_t)dsv3__min(s->n_cached, s->n_tokens - 1);
+            s->logits_valid = false;
+        }
         dsv3__ses_cut(s, s->n_tokens); /* what was guessed beyond the end */
+        s->lent = false;
         s->pace.n_rows = 0;
         dsv3__gen_flush(&g, stats->stop);
         stats->decode_seconds = dsv3__os_seconds() - start - stats->prompt_seconds;

@@ -48,7 +48,7 @@ static void liven(tiny *x)
 static tiny_opts small(uint32_t n_mtp)
 {
     tiny_opts o = tiny_micro();
-    o.dim = 32, o.n_experts = 8, o.n_group = 4, o.topk_group = 2, o.mtp = n_mtp, o.max_pos = 256;
+    o.dim = 32, o.kv_lora = 16, o.n_experts = 8, o.n_group = 4, o.topk_group = 2, o.mtp = n_mtp, o.max_pos = 256;
 #ifndef DSV3_NO_TOKENIZER
     o.vocab = (uint32_t)TINY_N_TOKENS, o.tokenizer = true;
 #endif
@@ -252,7 +252,7 @@ static void matrix(const char *what, const dsv3_grammar *grammar, uint32_t promp
                 continue;
             memset(&so, 0, sizeof so);
             so.max_tokens = p % 5 == 4 ? (uint32_t)n + 9 : 128; /* sometimes the session is full before the text ends */
-            so.n_threads = 1;
+            so.n_threads = 1, so.max_batch = 48;
             run(&plain, &so, &g, ids, n);
             CHECK(plain.result == DSV3_OK && plain.stats.drafted == 0);
             for (int d = 0; d < N_DRAFTINGS; d++) {
@@ -261,7 +261,7 @@ static void matrix(const char *what, const dsv3_grammar *grammar, uint32_t promp
                     oracle o = {plain.ids, plain.n, 60, p, false};
                     so.n_draft = draftings[d].n, so.drafter = draftings[d].who, so.n_threads = threads;
                     so.draft_fn = know, so.draft_user = &o;
-                    so.max_batch = threads == 1 ? 0 : 3 + p % 5;
+                    so.max_batch = threads == 1 ? 48 : 3 + p % 5;
                     run(&run_of, &so, &g, ids, n);
                     runs++;
                     bool same = equal(&plain, &run_of);
@@ -527,6 +527,399 @@ TEST(broken_guess)
     close_model();
 }
 
+// ---- Beside others ---------------------------------------------------------------------------------------
+
+/* A file in memory. */
+typedef struct file {
+    uint8_t *data;
+    size_t n, at, cap;
+} file;
+
+static bool put(void *user, const void *data, size_t size)
+{
+    file *f = (file *)user;
+    if (f->n + size > f->cap) {
+        f->cap = (f->n + size) * 2;
+        f->data = (uint8_t *)tiny_realloc(f->data, f->cap);
+    }
+    memcpy(f->data + f->n, data, size);
+    f->n += size;
+    return true;
+}
+
+static bool get(void *user, void *data, size_t size)
+{
+    file *f = (file *)user;
+    if (size > f->n - f->at)
+        return false;
+    memcpy(data, f->data + f->at, size);
+    f->at += size;
+    return true;
+}
+
+static dsv3_result save(dsv3_session *const *s, size_t n, file *f)
+{
+    dsv3_sink sink;
+    sink.write_fn = put, sink.user = f;
+    f->n = 0;
+    return dsv3_save(s, n, &sink, NULL, &e);
+}
+
+static dsv3_result load(dsv3_session *const *s, size_t n, file *f)
+{
+    dsv3_source source;
+    f->at = 0;
+    source.read_fn = get, source.user = f, source.size = f->n;
+    return dsv3_load(s, n, &source, &e);
+}
+
+enum { SLOTS = 5, LONG = 200 };
+
+/* Two workspaces of as many pages. Whatever happens in one happens in the other; the sessions of the second draft. */
+typedef struct twins {
+    dsv3_workspace *ws[2];
+    dsv3_session *s[2][SLOTS];
+    oracle guesser;
+    const dsv3_grammar *grammar;
+    file f[2];
+    uint64_t random;
+    uint32_t done[10], full; /* how often which operation was right; how often pages were short */
+} twins;
+
+static uint32_t any(twins *w, uint32_t n)
+{
+    return (uint32_t)(tiny_next(&w->random) % n);
+}
+
+static bool agree(twins *w, const dsv3_session *const *pair)
+{
+    const size_t n = dsv3_session_length(pair[0]);
+    (void)w;
+    return CHECK_EQ_UINT(dsv3_session_length(pair[1]), n) &&
+           CHECK(n == 0 ||
+                 memcmp(dsv3_session_tokens(pair[0]), dsv3_session_tokens(pair[1]), n * sizeof(int32_t)) == 0) &&
+           CHECK_EQ_UINT(pair[1]->n_cached, pair[0]->n_cached) &&
+           CHECK_EQ_UINT(pair[1]->logits_valid, pair[0]->logits_valid);
+}
+
+static void open_twin(twins *w, uint32_t k)
+{
+    dsv3_session_opts so;
+    dsv3_result r[2];
+    uint32_t d = any(w, N_DRAFTINGS);
+    memset(&so, 0, sizeof so);
+    so.max_tokens = LONG, so.reserve_pages = any(w, 4) ? 0 : any(w, 3);
+    for (int y = 0; y < 2; y++) {
+        so.workspace = w->ws[y];
+        r[y] = dsv3_session_open(&w->s[y][k], model, &so, &e);
+        so.n_draft = draftings[d].n, so.drafter = draftings[d].who, so.draft_fn = know, so.draft_user = &w->guesser;
+    }
+    CHECK(r[0] == r[1]);
+    w->full += r[0] == DSV3_ERROR_CACHE_FULL;
+}
+
+/* One random operation on slot k, in both workspaces. */
+static void twin_step(twins *w)
+{
+    static const uint32_t lengths[] = {1, 2, 3, 20, 62, 63, 64, 65, 90};
+    const uint32_t k = any(w, SLOTS), other = any(w, SLOTS), op = any(w, 10);
+    const uint32_t vocab = dsv3_model_config(model)->vocab_size, count = lengths[any(w, 9)], at = any(w, LONG);
+    dsv3_result r[2] = {DSV3_OK, DSV3_OK};
+    int32_t ids[SLOTS][LONG];
+    outcome out[2];
+    dsv3_generate_opts g;
+    hearer h[2];
+    memset(out, 0, sizeof out);
+    if (!w->s[0][k]) {
+        open_twin(w, k);
+        return;
+    }
+    const uint32_t n = (uint32_t)dsv3_session_length(w->s[0][k]);
+    for (uint32_t i = 0; i < SLOTS; i++)
+        tiny_ids(ids[i], LONG, vocab, w->random + i);
+    way(&g, (int)any(w, N_WAYS), w->grammar, w->random);
+    g.max_tokens = 1 + any(w, 30), g.ignore_eos = any(w, 2) != 0;
+    w->guesser.right = 0;
+    for (int y = 0; y < 2; y++) {
+        dsv3_session **s = w->s[y];
+        dsv3_batch_item items[SLOTS];
+        size_t used = 0, kept = 0;
+        switch (op) {
+        case 0: r[y] = dsv3_session_append(s[k], ids[0], count, NULL, &e); break;
+        case 1: r[y] = dsv3_session_rewind(s[k], at < n ? at : n, &e); break;
+        case 2:
+            memcpy(ids[1], dsv3_session_tokens(s[k]), (at < n ? at : n) * sizeof(int32_t));
+            r[y] = dsv3_session_sync(s[k], ids[1], 1 + at, &kept, &e);
+            out[y].said = kept;
+            break;
+        case 3:
+            if (!s[other])
+                r[y] = dsv3_session_fork(&s[other], s[k], at % 3, &e);
+            break;
+        case 4:
+            if (at % 4 == 0)
+                dsv3_session_close(s[k]), s[k] = NULL;
+            break;
+        case 5:
+            memset(items, 0, sizeof items);
+            for (uint32_t i = 0; i < SLOTS; i++)
+                if (s[i] && (i == k || (at >> i) % 2))
+                    items[used].session = s[i], items[used].tokens = ids[i], items[used++].count = (count + i * 7) % 70;
+            r[y] = dsv3_batch(items, used, &e);
+            break;
+        case 6: /* over each other, from the other's file */ r[y] = save(&s[k], 1, &w->f[y]); break;
+        default:
+            if (n == 0)
+                break;
+            memset(&h[y], 0, sizeof h[y]);
+            h[y].s = s[k], h[y].stop_at = at % 3 ? UINT32_MAX : at % 16, h[y].cancel_at = at % 5 ? UINT32_MAX : at % 12;
+            g.token_fn = hear, g.user = &h[y];
+            r[y] = dsv3_generate(s[k], NULL, 0, &g, &out[y].stats, &e);
+            dsv3__atomic_store(&s[k]->cancel, 0);
+            out[y].said = h[y].hash + out[y].stats.n_generated * 16 + (uint64_t)out[y].stats.stop;
+        }
+    }
+    CHECK(r[0] == r[1] && out[0].said == out[1].said);
+    w->done[op] += r[0] == DSV3_OK, w->full += r[0] == DSV3_ERROR_CACHE_FULL;
+    if (op == 6 && r[0] == DSV3_OK) {
+        CHECK_BYTES(w->f[1].data, w->f[1].n, w->f[0].data, w->f[0].n); /* drafts leave no trace */
+        for (int y = 0; y < 2; y++)
+            if (w->s[y][other])
+                r[y] = load(&w->s[y][other], 1, &w->f[1 - y]);
+        CHECK(r[0] == r[1]);
+    }
+    for (uint32_t i = 0; i < SLOTS; i++) {
+        const dsv3_session *pair[2] = {w->s[0][i], w->s[1][i]};
+        CHECK(!pair[0] == !pair[1]);
+        if (!pair[0] || !pair[1] || !agree(w, pair) || any(w, 4))
+            continue;
+        const float *x = NULL, *y = NULL;
+        r[0] = dsv3_session_logits(w->s[0][i], &x, &e), r[1] = dsv3_session_logits(w->s[1][i], &y, &e);
+        CHECK(r[0] == r[1] && (r[0] || memcmp(x, y, vocab * sizeof *x) == 0));
+    }
+    /* And not a page more. */
+    CHECK_EQ_UINT(w->ws[1]->n_free, w->ws[0]->n_free);
+    CHECK_EQ_UINT(w->ws[1]->n_promised, w->ws[0]->n_promised);
+}
+
+/* Forks, batches, snapshots, rewinds, stops and cancellations beside other sessions, in workspaces that are often full. */
+TEST(beside_others)
+{
+    const uint32_t steps = n_prompts(15) * 100;
+    for (uint32_t n_mtp = 1; n_mtp <= 2; n_mtp++) {
+        twins w;
+        dsv3_workspace_opts o;
+        memset(&w, 0, sizeof w), memset(&o, 0, sizeof o);
+        REQUIRE(open_model(small(n_mtp)));
+        dsv3_grammar *grammar = any_json();
+        w.grammar = grammar, w.random = n_mtp;
+        o.n_pages = 8, o.max_batch = 7 + 20 * (n_mtp - 1), o.n_threads = 1;
+        for (int y = 0; y < 2; y++)
+            CHECK_OK(dsv3_workspace_open(&w.ws[y], model, &o, &e), e);
+        for (uint32_t i = 0; i < steps && w.ws[1]; i++) {
+            twin_step(&w);
+            if (test_now.failures) {
+                printf("    %u layers, operation %u\n", (unsigned)n_mtp, (unsigned)i);
+                break;
+            }
+        }
+        for (int i = 0; i < 10; i++) printf("%u ", w.done[i]); printf("full %u\n", w.full);
+        for (int i = 0; i < 10; i++)
+            CHECK(w.done[i] > steps / 100);
+        CHECK(w.full > steps / 60);
+        if (getenv("DSV3_PROMPTS"))
+            printf("beside others, %u layers: %u operations, pages short in %u\n", (unsigned)n_mtp, (unsigned)steps,
+                   (unsigned)w.full);
+        for (int y = 0; y < 2; y++) {
+            for (uint32_t i = 0; i < SLOTS; i++)
+                dsv3_session_close(w.s[y][i]);
+            CHECK(w.ws[y] && w.ws[y]->n_free == o.n_pages);
+            dsv3_workspace_close(w.ws[y]);
+            free(w.f[y].data);
+        }
+#ifndef DSV3_NO_TOKENIZER
+        dsv3_grammar_close(grammar);
+#endif
+        close_model();
+    }
+}
+
+#ifndef DSV3_NO_TOKENIZER
+
+/* Each under a schema, or a mask, of its own: alone, drafted beside the others, and token by token in one batch. */
+TEST(masked_together)
+{
+    static const char *const schemas[] = {"{\"type\":\"array\",\"items\":{\"enum\":[1,2,30]},\"maxItems\":6}",
+                                          "{\"type\":\"object\",\"additionalProperties\":{\"type\":\"boolean\"}}",
+                                          "{\"enum\":[\"abcdefabcdef\",\"abcdee\"]}", NULL};
+    enum { N = 5 };
+    REQUIRE(open_model(small(1)));
+    const dsv3_tokenizer *tok;
+    const uint32_t words = (dsv3_model_config(model)->vocab_size + 31) / 32;
+    dsv3_grammar *grammars[N] = {NULL, NULL, NULL, NULL, NULL};
+    dsv3_workspace *ws = NULL;
+    dsv3_workspace_opts o;
+    uint64_t accepted = 0;
+    CHECK_OK(dsv3_model_tokenizer(model, &tok, &e), e);
+    for (int k = 0; k < 4; k++)
+        CHECK_OK(dsv3_grammar_open(&grammars[k], tok, schemas[k], schemas[k] ? strlen(schemas[k]) : 0, NULL, &e), e);
+    memset(&o, 0, sizeof o);
+    o.n_pages = 12, o.max_batch = 16, o.n_threads = 1;
+    REQUIRE(CHECK_OK(dsv3_workspace_open(&ws, model, &o, &e), e));
+    for (uint32_t p = 0; p < n_prompts(6); p++) {
+        dsv3_session *s[N], *b[N];
+        dsv3_session_opts so;
+        dsv3_generate_opts g[N];
+        dsv3_grammar_state state[N];
+        outcome plain[N], drafted[N];
+        uint32_t written[N], live = N;
+        int32_t prompt[8];
+        memset(written, 0, sizeof written);
+        for (int k = 0; k < N; k++) {
+            const drafting *d = &draftings[(p + (uint32_t)k) % (N_DRAFTINGS - 1)];
+            tiny_ids(prompt, 8, dsv3_model_config(model)->vocab_size, p * N + (uint32_t)k);
+            way(&g[k], grammars[k] ? GRAMMAR : MASK, grammars[k], p);
+            g[k].ignore_eos = true, g[k].max_tokens = 24;
+            if (p % 3 == 2)
+                g[k].sample.temperature = 0;
+            memset(&so, 0, sizeof so);
+            so.max_tokens = 64, so.max_batch = 8, so.n_threads = 1;
+            run(&plain[k], &so, &g[k], prompt, 8);
+            memset(&so, 0, sizeof so);
+            so.workspace = ws, so.max_tokens = 64;
+            b[k] = session(&so, prompt, 8);
+            so.n_draft = d->n, so.drafter = d->who;
+            s[k] = session(&so, prompt, 8);
+            if (grammars[k])
+                dsv3_grammar_start(grammars[k], &state[k]);
+        }
+        for (int k = N - 1; k >= 0; k--) {
+            go(&drafted[k], s[k], &g[k], UINT32_MAX, UINT32_MAX);
+            if (!CHECK(equal(&plain[k], &drafted[k])))
+                printf("    prompt %u, schema %d, drafted\n", (unsigned)p, k);
+            accepted += drafted[k].stats.accepted;
+        }
+        while (live) { /* a token for each, then one pass for all */
+            dsv3_batch_item items[N];
+            int32_t next[N];
+            memset(items, 0, sizeof items);
+            live = 0;
+            for (int k = 0; k < N; k++) {
+                uint32_t mask[64], some = 0;
+                dsv3_sample sample;
+                dsv3_sample_opts how = g[k].sample;
+                memset(mask, 0, sizeof mask);
+                if (written[k] >= plain[k].stats.n_generated)
+                    continue;
+                if (grammars[k])
+                    dsv3_grammar_mask(grammars[k], &state[k], mask);
+                else
+                    odd_mask(NULL, dsv3_session_tokens(b[k]), dsv3_session_length(b[k]), mask);
+                if (grammars[k])
+                    mask[0] &= ~2u; /* the end of text, which ignore_eos leaves out */
+                for (uint32_t i = 0; i < words; i++)
+                    some |= mask[i];
+                CHECK(some);
+                how.mask = mask;
+                if (!CHECK_OK(dsv3_session_sample(b[k], &how, &sample, &e), e))
+                    return;
+                if (grammars[k])
+                    CHECK(dsv3_grammar_accept(grammars[k], &state[k], sample.token));
+                next[live] = sample.token, written[k]++;
+                items[live].session = b[k], items[live].tokens = &next[live], items[live].count = 1;
+                live++;
+            }
+            CHECK_OK(dsv3_batch(items, live, &e), e);
+        }
+        for (int k = 0; k < N; k++) {
+            outcome end;
+            look(&end, b[k]);
+            CHECK(end.n == plain[k].n && memcmp(end.ids, plain[k].ids, end.n * sizeof(int32_t)) == 0);
+            CHECK(end.logits == plain[k].logits);
+            dsv3_session_close(s[k]), dsv3_session_close(b[k]);
+        }
+    }
+    CHECK(accepted > 10);
+    dsv3_workspace_close(ws);
+    for (int k = 0; k < 4; k++)
+        dsv3_grammar_close(grammars[k]);
+    close_model();
+}
+#endif
+
+/* Written down at every token of a drafted text, read by a session that guesses otherwise, and on. */
+TEST(saved_in_the_middle)
+{
+    int32_t ids[6];
+    file f;
+    outcome plain, a, b;
+    dsv3_generate_opts g, rest;
+    dsv3_session_opts so;
+    memset(&f, 0, sizeof f), memset(&so, 0, sizeof so);
+    REQUIRE(open_model(small(2)));
+    tiny_ids(ids, 6, dsv3_model_config(model)->vocab_size, 12);
+    way(&g, PENALTIES, NULL, 9);
+    so.max_tokens = 64, so.max_batch = 8, so.n_threads = 1;
+    run(&plain, &so, &g, ids, 6);
+    for (uint32_t at = 1; at < g.max_tokens; at++) {
+        so.n_draft = 3, so.drafter = at % 2 ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_LOOKUP;
+        dsv3_session *x = session(&so, ids, 6);
+        so.n_draft = at % 3 + 1, so.drafter = at % 4 < 2 ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_LOOKUP;
+        dsv3_session *y = session(&so, ids, 2);
+        rest = g, rest.max_tokens = at;
+        go(&a, x, &rest, UINT32_MAX, UINT32_MAX);
+        CHECK_OK(save(&x, 1, &f), e);
+        CHECK_OK(dsv3_session_rewind(y, 0, &e), e);
+        CHECK_OK(load(&y, 1, &f), e);
+        rest.max_tokens = g.max_tokens - at;
+        go(&a, x, &rest, UINT32_MAX, UINT32_MAX);
+        go(&b, y, &rest, UINT32_MAX, UINT32_MAX);
+        CHECK(equal(&a, &b));
+        CHECK(b.n == plain.n && memcmp(b.ids, plain.ids, b.n * sizeof(int32_t)) == 0 && b.logits == plain.logits);
+        dsv3_session_close(x), dsv3_session_close(y);
+    }
+    free(f.data);
+    close_model();
+}
+
+/* One page for all: where plain steps find room, drafts do, and both end at the same token. */
+TEST(no_room)
+{
+    int32_t ids[60];
+    dsv3_generate_opts g;
+    REQUIRE(open_model(small(1)));
+    way(&g, SAMPLED, NULL, 3);
+    g.ignore_eos = true;
+    for (uint32_t n = 40; n <= 60; n += 4)
+        for (int d = 0; d < N_DRAFTINGS; d++) {
+            outcome out[2];
+            oracle o = {NULL, 0, 0, 0, false};
+            tiny_ids(ids, n, dsv3_model_config(model)->vocab_size, n);
+            for (int y = 0; y < 2; y++) {
+                dsv3_workspace *ws = NULL;
+                dsv3_workspace_opts wo;
+                dsv3_session_opts so;
+                hearer h = {0, 0, UINT32_MAX, UINT32_MAX, NULL};
+                memset(&wo, 0, sizeof wo), memset(&so, 0, sizeof so), memset(&out[y], 0, sizeof out[y]);
+                wo.n_pages = 1, wo.max_batch = 16, wo.n_threads = 1;
+                CHECK_OK(dsv3_workspace_open(&ws, model, &wo, &e), e);
+                so.workspace = ws, so.max_tokens = 128;
+                if (y)
+                    so.n_draft = draftings[d].n, so.drafter = draftings[d].who, so.draft_fn = know, so.draft_user = &o;
+                dsv3_session *s = session(&so, ids, n);
+                g.token_fn = hear, g.user = &h;
+                out[y].result = dsv3_generate(s, NULL, 0, &g, &out[y].stats, &e);
+                out[y].said = h.hash, out[y].n = (uint32_t)dsv3_session_length(s);
+                memcpy(out[y].ids, dsv3_session_tokens(s), out[y].n * sizeof(int32_t));
+                dsv3_session_close(s);
+                dsv3_workspace_close(ws);
+            }
+            CHECK(equal(&out[0], &out[1]));
+            CHECK(out[0].result == (n > 41 ? DSV3_ERROR_CACHE_FULL : DSV3_OK));
+        }
+    close_model();
+}
+
 // ---- Memory and options ----------------------------------------------------------------------------------
 
 TEST(memory)
@@ -661,5 +1054,12 @@ TEST(lookup)
     CHECK_EQ_UINT(dsv3__mtp_lookup(tokens, 2, 5), 0);
 }
 
+#ifndef DSV3_NO_TOKENIZER
+#define TOKENIZED , RUN(masked_together)
+#else
+#define TOKENIZED
+#endif
+
 TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside),
-          RUN(nonsense), RUN(broken_guess), RUN(memory), RUN(options), RUN(lookup))
+          RUN(beside_others), RUN(saved_in_the_middle), RUN(no_room), RUN(nonsense), RUN(broken_guess), RUN(memory),
+          RUN(options), RUN(lookup) TOKENIZED)
