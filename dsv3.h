@@ -186,7 +186,7 @@
    wrong, or were cut off by a stop, an error or a cancellation, leave nothing behind.
    Guesses come from the checkpoint's layer of multi-token prediction (DSV3_DRAFTER_MTP), which picks by the sampler's own
    options and random numbers; from what followed the same words before (LOOKUP), which takes no weights and suits texts
-   that repeat their prompt; or from the host. With a mask_fn they are made without it. A session with MTP holds max_batch
+   that repeat their prompt; or from the host. A mask_fn is asked for tokens, not for guesses behind the first. A session with MTP holds max_batch
    states more; every session caches the layer, where the model was not opened with no_mtp. A pass over a few rows reads
    the experts of all of them, so that guesses can cost more than they bring: with DSV3_DRAFT_AUTO the session measures
    both, stops guessing where it does not pay, and tries again with a hundredth of the time. The clock decides how many are
@@ -19404,8 +19404,10 @@ static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err
         s->ws->running = true;
         bool go_on = o->mask_fn(o->user, s->tokens, s->n_tokens, host);
         s->ws->running = false;
-        if (!go_on)
+        if (!go_on || dsv3__atomic_load(&s->cancel)) {
+            dsv3__atomic_store(&s->cancel, 0);
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by mask_fn");
+        }
     }
     for (uint32_t i = 0; i < words; i++)
         mask[i] &= host[i];
@@ -19431,9 +19433,12 @@ static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv
     uint32_t saved = dsv3__fp_enter();
     dsv3_result r = dsv3__mtp_guess(&s->ws->work, &s->mtp, &like, s->tokens, s->n_tokens, j, s->ws->sampling, &ok,
                                     s->ws->rows, s->ws->asked, err);
-    if (!r && ok && g->o->grammar) {
-        ok = dsv3__gen_grammar_mask(g, &g->draft, s->ws->masks, (s->m->config.vocab_size + 31) / 32);
-        how.mask = s->ws->masks;
+    if (!r && ok && j == 0 && (g->o->grammar || g->o->mask_fn)) {
+        how.mask = s->ws->masks; /* made for this position already */
+    } else if (!r && ok && g->o->grammar) {
+        const uint32_t words = (s->m->config.vocab_size + 31) / 32;
+        ok = dsv3__gen_grammar_mask(g, &g->draft, s->ws->masks + words, words);
+        how.mask = s->ws->masks + words;
     }
     if (!r && ok)
         *token = dsv3__ses_pick(s, &how, s->n_tokens + j);
@@ -19665,14 +19670,14 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
             dsv3__atomic_store(&s->cancel, 0);
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled behind %u generated tokens", stats->n_generated);
         }
-        if (s->max_draft && !s->logits_valid)
-            DSV3__TRY(dsv3__gen_ahead(g, stats, err));
         if (g->o->grammar || g->o->mask_fn) {
             DSV3__TRY(dsv3__gen_mask(g, &stats->stop, err));
             if (stats->stop != DSV3_STOP_NONE)
                 break;
             how.mask = s->ws->masks;
         }
+        if (s->max_draft && !s->logits_valid && dsv3__smp_opts_ok(&how))
+            DSV3__TRY(dsv3__gen_ahead(g, stats, err));
         g->pushed = false;
         DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
         g->pushed = true;

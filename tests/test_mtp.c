@@ -344,6 +344,7 @@ static void stopped(uint32_t n_mtp)
     int32_t ids[8];
     dsv3_generate_opts g;
     outcome plain, a, b;
+    const uint32_t step = getenv("DSV3_PROMPTS") ? 1 : 4;
     REQUIRE(open_model(small(n_mtp)));
     tiny_ids(ids, 8, dsv3_model_config(model)->vocab_size, 5);
     way(&g, SAMPLED, NULL, 4);
@@ -358,7 +359,7 @@ static void stopped(uint32_t n_mtp)
         so.n_draft = middles[d].n, so.drafter = middles[d].who, so.draft_fn = know, so.draft_user = &o;
         so.max_batch = 5;
         o.ids = plain.ids, o.n = plain.n, o.right = 70, o.random = 1, o.nonsense = false;
-        for (uint32_t at = (uint32_t)d; at < 24; at += getenv("DSV3_PROMPTS") ? 1 : 3)
+        for (uint32_t at = 0; at < 24; at++)
             for (int cancel = 0; cancel < 2; cancel++) {
                 dsv3_session *x = session(&none, ids, 8), *y = session(&so, ids, 8);
                 go(&a, x, &g, cancel ? UINT32_MAX : at, cancel ? at : UINT32_MAX);
@@ -366,7 +367,7 @@ static void stopped(uint32_t n_mtp)
                 CHECK(a.result == b.result && (at == 23 || a.result == (cancel ? DSV3_ERROR_CANCELLED : DSV3_OK)));
                 CHECK(equal(&a, &b));
                 dsv3__atomic_store(&x->cancel, 0), dsv3__atomic_store(&y->cancel, 0);
-                for (uint32_t back = b.n; back > 0; back -= back > 4 ? 4 : 1) { /* taken back, and on */
+                for (uint32_t back = b.n; back > 0; back -= back > step ? step : 1) { /* taken back, and on */
                     CHECK_OK(dsv3_session_rewind(x, back, &e), e);
                     CHECK_OK(dsv3_session_rewind(y, back, &e), e);
                     if (back % 2) {
@@ -679,7 +680,8 @@ static void twin_step(twins *w)
             out[y].said = h[y].hash + out[y].stats.n_generated * 16 + (uint64_t)out[y].stats.stop;
         }
     }
-    CHECK(r[0] == r[1] && out[0].said == out[1].said);
+    if (!CHECK(r[0] == r[1] && out[0].said == out[1].said))
+        printf("    operation %u on a session of %u tokens: %d, drafted %d\n", (unsigned)op, (unsigned)n, r[0], r[1]);
     w->done[op] += r[0] == DSV3_OK, w->full += r[0] == DSV3_ERROR_CACHE_FULL;
     if (op == 6 && r[0] == DSV3_OK) {
         CHECK_BYTES(w->f[1].data, w->f[1].n, w->f[0].data, w->f[0].n); /* drafts leave no trace */
@@ -705,7 +707,7 @@ static void twin_step(twins *w)
 /* Forks, batches, snapshots, rewinds, stops and cancellations beside other sessions, in workspaces that are often full. */
 TEST(beside_others)
 {
-    const uint32_t steps = n_prompts(15) * 100;
+    const uint32_t steps = n_prompts(5) * 100;
     for (uint32_t n_mtp = 1; n_mtp <= 2; n_mtp++) {
         twins w;
         dsv3_workspace_opts o;
@@ -723,9 +725,8 @@ TEST(beside_others)
                 break;
             }
         }
-        for (int i = 0; i < 10; i++) printf("%u ", w.done[i]); printf("full %u\n", w.full);
         for (int i = 0; i < 10; i++)
-            CHECK(w.done[i] > steps / 100);
+            CHECK(w.done[i] > steps / 150);
         CHECK(w.full > steps / 60);
         if (getenv("DSV3_PROMPTS"))
             printf("beside others, %u layers: %u operations, pages short in %u\n", (unsigned)n_mtp, (unsigned)steps,
