@@ -186,11 +186,17 @@
    wrong, or were cut off by a stop, an error or a cancellation, leave nothing behind.
    Guesses come from the checkpoint's layer of multi-token prediction (DSV3_DRAFTER_MTP), which picks by the sampler's own
    options and random numbers; from what followed the same words before (LOOKUP), which takes no weights and suits texts
-   that repeat their prompt; or from the host. A mask_fn is asked for tokens, not for guesses behind the first. A session with MTP holds max_batch
-   states more; every session caches the layer, where the model was not opened with no_mtp. A pass over a few rows reads
-   the experts of all of them, so that guesses can cost more than they bring: with DSV3_DRAFT_AUTO the session measures
-   both, stops guessing where it does not pay, and tries again with a hundredth of the time. The clock decides how many are
-   guessed, never what is written. dsv3_stats says how many were made and right.
+   that repeat their prompt; or from the host. A grammar steers them; a mask_fn is asked for tokens alone, which serves the
+   first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
+   was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
+   they bring: with DSV3_DRAFT_AUTO the session measures both, stops guessing where it does not pay, and tries again with a
+   hundredth of the time. The clock decides how many are guessed, never what is written. dsv3_stats says how many were made
+   and right.
+   Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
+   too. dsv3_batch advances sessions that draft beside others; it takes tokens, so that it guesses none. A snapshot holds
+   nothing of drafts: any session may go on from it, whoever guesses there; the prediction layer begins anew behind it, and
+   is right less often at first. Guesses take free pages of the workspace while they are verified, never one that a token
+   needs: where there is none, fewer are made, and CACHE_FULL comes where it would come without them.
 
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
