@@ -707,7 +707,7 @@ static void twin_step(twins *w)
 /* Forks, batches, snapshots, rewinds, stops and cancellations beside other sessions, in workspaces that are often full. */
 TEST(beside_others)
 {
-    const uint32_t steps = n_prompts(5) * 100;
+    const uint32_t steps = n_prompts(15) * 100;
     for (uint32_t n_mtp = 1; n_mtp <= 2; n_mtp++) {
         twins w;
         dsv3_workspace_opts o;
