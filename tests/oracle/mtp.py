@@ -151,11 +151,11 @@ class Predictor:
         return out
 
     @torch.no_grad()
-    def guess(self, ids, depth):
-        """Greedy guesses behind ids, the last of which the main model has not seen: [depth] ids.
+    def guess(self, states, ids, depth):
+        """Greedy guesses behind ids, the last of which the main model has not seen (states: of all others): [depth] ids.
 
-        Everything is run anew for each guess, layer by layer over all rows: slow, and plain to see."""
-        states, ids, own, guesses = self.states(ids[:-1]), list(ids), [], []
+        Every layer is run anew for each guess, over all rows: slow, and plain to see."""
+        ids, own, guesses = list(ids), [], []
         last = len(self.layers) - 1
         for j in range(depth):
             below = states
@@ -182,7 +182,7 @@ def drafted(program, directory, ids, depth):
     """Ids and stats of a greedy run of the program with `depth` guesses at once."""
     text = " ".join(map(str, ids)).encode()
     out = program.run("generate", directory, "-", "--ids", "--greedy", "-n", STEPS, "--json", "--compute", "f32", "--ignore-eos",
-                      "--draft", depth, "--drafter", "mtp", input=text)
+                      "--threads", 1, "--draft", depth, "--drafter", "mtp", input=text)
     lines = [json.loads(line) for line in out.decode().split("\n") if line]
     return [line["id"] for line in lines[:-1]], lines[-1]["stats"]
 
@@ -190,9 +190,10 @@ def drafted(program, directory, ids, depth):
 def simulate(predictor, ids, written, depth):
     """(guessed, right) of a greedy run that writes `written`, by the reference's guesses."""
     text, n, total, right = list(ids) + written, len(ids) + 1, 0, 0
+    states = predictor.states(text)                    # causal: those of a beginning are its own
     while n < len(text):                               # token n - 1 is written, not yet run
         k = min(depth, len(text) - n - 1)
-        guesses = predictor.guess(text[:n], k) if k > 0 and n > predictor.n else []
+        guesses = predictor.guess(states[:n - 1], text[:n], k) if k > 0 and n > predictor.n else []
         held = 0
         while held < len(guesses) and guesses[held] == text[n + held]:
             held += 1
@@ -224,7 +225,7 @@ def check(work, program, report):
             path = os.path.join(work, "mtp.f32")
             args = [] if batch is None else ["--rows", batch]
             program.run("logits", directory, "--ids", program._ids_file(ids), "--out", os.path.join(work, "logits.f32"),
-                        "--mtp", path, "--compute", "f32", *args)
+                        "--mtp", path, "--compute", "f32", "--threads", 1, *args)
             ours = np.frombuffer(read_bytes(path), "<f4").reshape(want.shape)
             worst = max(worst, compare.distance(ours, want))
         report.check(f"{spec.name}: prediction logits", worst <= compare.TOLERANCE, f"{worst:.1e}")
