@@ -82,6 +82,15 @@ static inline const char *test_shared(void)
     return test_now.shared;
 }
 
+/* FNV-1a of n bytes, to tell one result from another. */
+static inline uint64_t hash_of(const void *bytes, size_t n)
+{
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)bytes)[i]) * 0x100000001B3u;
+    return hash;
+}
+
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif

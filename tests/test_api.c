@@ -1,6 +1,4 @@
 /* The public calls as a stranger meets them: null pointers, options of wrong sizes, defaults, what is said when all is well. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"

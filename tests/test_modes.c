@@ -2,10 +2,10 @@
    promises, in double; bits of a row against the same row alone, whatever rows, threads, executor and kernels. Nothing
    private of the header is used. */
 #ifdef TEST_EMULATE_AVX512
+    #define DSV3_IMPLEMENTATION
+    #define DSV3_STATIC
     #include "emulate_avx512.h"
 #endif
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"

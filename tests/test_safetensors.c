@@ -1,6 +1,4 @@
 /* The floor st: safetensors headers and the index of shards. Files that lie are refused; what they say is named. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"
@@ -53,7 +51,7 @@ static uint64_t logits_hash(void)
     memset(&out, 0, sizeof out);
     out.logits = logits;
     if (CHECK_OK(dsv3_session_open(&s, model, NULL, &e), e) && CHECK_OK(dsv3_session_append(s, ids, 5, &out, &e), e))
-        hash = dsv3__hash(0, logits, sizeof(float) * 5 * dsv3_model_config(model)->vocab_size);
+        hash = hash_of(logits, sizeof(float) * 5 * dsv3_model_config(model)->vocab_size);
     dsv3_session_close(s);
     free(logits);
     return hash;

@@ -61,7 +61,7 @@ SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quanti
             "drafts", "tokenizer", "kimi", "chat", "cache", "schema", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
-BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
+BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 150), ("fp8-ragged", 530), ("fp8-odd", 150))
 TRANSCRIBED = ("t1", "v2-lite", "fp8", "fp8-ue8m0")
 MUTATION_FACTOR = 100
 
