@@ -930,7 +930,7 @@ TEST(logits_of_a_model)
     int32_t ids[N];
     for (size_t d = 0; d < (TEST_SANITIZED ? 1 : COUNT(dtypes)); d++) {
         tiny t;
-        tiny_opts o = d ? tiny_default() : tiny_blocks();
+        tiny_opts o = d || TEST_SANITIZED ? tiny_default() : tiny_blocks();
         o.dtype = dtypes[d];
         tiny_build(&t, &o);
         tiny_ids(ids, N, o.vocab, 7);
