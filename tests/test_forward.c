@@ -428,7 +428,7 @@ TEST(families)
     o.n_dense = 3;
     agrees("all dense", o, plain);
     o = tiny_default();
-    o.n_dense = 0, o.n_shared = 0, o.mtp = true, o.n_shards = 3;
+    o.n_dense = 0, o.n_shared = 0, o.mtp = 1, o.n_shards = 3;
     agrees("no dense layer, no shared expert, a prediction layer beside", o, plain);
 }
 

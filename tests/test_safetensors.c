@@ -140,10 +140,13 @@ TEST(views_into_the_file)
 TEST(tensors_of_a_reader_without_pointers)
 {
     tiny_opts o = tiny_default();
-    o.mtp = true;
+    dsv3_model_opts mo;
+    memset(&mo, 0, sizeof mo);
+    mo.no_mtp = true;
+    o.mtp = 1;
     build(o);
     t.read_mode = true;
-    REQUIRE(CHECK_OK(tiny_open(&t, &model, NULL, &e), e));
+    REQUIRE(CHECK_OK(tiny_open(&t, &model, &mo, &e), e));
     CHECK(t.n_reads > 0);
     CHECK_EQ_UINT(dsv3_model_tensor_count(model), t.n_tensors);
     size_t without = 0;
