@@ -41,10 +41,10 @@ static dsv3_matmul_opts options(dsv3_isa isa, mode m)
 }
 
 #ifdef TEST_EMULATE_AVX512 /* slow; of the others scalar is what all are compared with */
-static const dsv3_isa isas[] = {DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16};
+static const dsv3_isa isas[] = {DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX};
 #else
 static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
+                                DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
 #endif
 
 // ---- Weights ---------------------------------------------------------------------------------------------
