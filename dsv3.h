@@ -2703,8 +2703,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 }
 // =============================================================================
 // >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx_vnni, _avx512, _avx512_vnni,
-//          _avx512_bf16, _avx512_amx, _neon. A level borrows what it has no better one of (`make help`: which). Needs num, cpu.
-//          Nothing here knows the model, a tensor or a thread.
+//          _avx512_bf16, _avx512_amx, _neon. A level borrows what it has no better one of (`make help`: which).
+//          Needs num, cpu. Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
 /* ORDER OF SUMMATION. Every dot product here has 64 chains. Position i of a row belongs to chain i mod 64; a chain is

@@ -337,7 +337,8 @@ static void option_set(const char *command, const option *o, const char *arg)
                 *(dsv3_isa *)o->value = isas[i];
                 return;
             }
-        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx or neon, found '%s'",
+        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx or neon, "
+              "found '%s'",
               command, arg);
     }
     case OPTION_COMPUTE:
