@@ -71,6 +71,14 @@
    - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
    the library. Close sessions before their model.
 
+   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights eight times as fast
+   as AVX-512 does. Linux lends them to a process that asks, and this library asks, with the isa AUTO too, when a model
+   is opened, or dsv3_matmul called, whose products are of codes of 8 bits; never for other weights, nor with isa
+   AVX512_VNNI. It cannot be taken back, and holds for the whole process: a thread that has used tiles carries 8 KB more
+   of state, which the kernel puts on the stack (or the alternate stack) when it delivers a signal, and from then on
+   sigaltstack refuses stacks below about 12 KB; sysconf(_SC_SIGSTKSZ) knows. Where the system refuses, AUTO goes without.
+   Tiles are released after each product, so they cost nothing when threads are switched.
+
    SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
    and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of
    its own. A session opened without one has a workspace to itself.
@@ -215,6 +223,7 @@
        DSV3_NO_STDIO            no file access: a dsv3_reader is required
        DSV3_NO_SIMD             scalar kernels only
        DSV3_NO_AVX512           up to AVX2
+       DSV3_NO_AMX              no tile registers: see TILES above
        DSV3_NO_TOKENIZER        no tokenizer and no conversations: ids only
        DSV3_REGRESSION          for tests: small tables, so that rare paths are common
 */
@@ -367,6 +376,7 @@ typedef enum dsv3_isa {
     DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
     DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
     DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
+    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI and AMX INT8, on Linux: see TILES above */
     DSV3_ISA_NEON = 16,       /* aarch64, with its dot products of bytes where the CPU has them */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
@@ -1934,6 +1944,12 @@ static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given
 #define DSV3__AVX512 0
 #define DSV3__VNNI   0
 #endif
+#if DSV3__AVX512 && DSV3__VNNI && !defined(DSV3_NO_AMX) && \
+    ((defined(__linux__) && !defined(__ILP32__)) || defined(DSV3__SIMD_PROVIDED))
+#define DSV3__AMX 1
+#else
+#define DSV3__AMX 0
+#endif
 
 #if DSV3__AVX2 && !defined(DSV3__SIMD_PROVIDED) /* tests bring emulated intrinsics */
 #include <immintrin.h>
@@ -1966,6 +1982,7 @@ DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
     case DSV3_ISA_AVX_VNNI: return "avx-vnni";
     case DSV3_ISA_AVX512_VNNI: return "avx512-vnni";
     case DSV3_ISA_AVX512_BF16: return "avx512-bf16";
+    case DSV3_ISA_AVX512_AMX: return "avx512-amx";
     case DSV3_ISA_NEON: return "neon";
     default: return "?";
     }
@@ -1981,6 +1998,7 @@ static uint32_t dsv3__cpu_levels(void)
     const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL: leaf 7, ebx */
     const unsigned vbmi = 1u << 1, vnni = 1u << 11;                                    /* leaf 7, ecx */
     const unsigned vex_vnni = 1u << 4, bf16 = 1u << 5;                                 /* leaf 7.1, eax */
+    const unsigned amx = 1u << 24 | 1u << 25;                                          /* TILE, INT8: leaf 7, edx */
     uint32_t levels = 1u << DSV3_ISA_SCALAR;
     unsigned a, b, c, d, more = 0, xcr0, high;
     if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !DSV3__CPU_HAS(c, avx))
@@ -1993,7 +2011,7 @@ static uint32_t dsv3__cpu_levels(void)
         __get_cpuid_count(7, 1, &more, &b1, &c1, &d1);
     }
 #ifdef DSV3__SIMD_PROVIDED /* emulated */
-    b |= avx512, c |= vbmi | vnni, more |= vex_vnni | bf16, xcr0 |= 0xE0;
+    b |= avx512, c |= vbmi | vnni, d |= amx, more |= vex_vnni | bf16, xcr0 |= 0x600E0;
 #endif
     levels |= 1u << DSV3_ISA_AVX2;
     if (DSV3__VNNI && DSV3__CPU_HAS(more, vex_vnni))
@@ -2006,6 +2024,8 @@ static uint32_t dsv3__cpu_levels(void)
     levels |= 1u << DSV3_ISA_AVX512_VNNI;
     if (DSV3__CPU_HAS(c, vbmi) && DSV3__CPU_HAS(more, bf16))
         levels |= 1u << DSV3_ISA_AVX512_BF16;
+    if (DSV3__AMX && DSV3__CPU_HAS(d, amx) && DSV3__CPU_HAS(xcr0, 0x60000))
+        levels |= 1u << DSV3_ISA_AVX512_AMX;
     return levels;
 }
 #else
@@ -2042,11 +2062,27 @@ static bool dsv3__cpu_fast_bf16(void)
 #endif
 }
 
+/* May this process use the tile registers? Linux lends them to one that asks, for all its threads and for good: 8 KB of
+   state, which a thread has from its first tile on, and which signal frames must then have room for. It refuses where a
+   thread's alternate signal stack is too small for that, where a filter forbids the call, and before version 5.16. */
+static bool dsv3__cpu_lend_tiles(void)
+{
+#if defined(DSV3__SIMD_PROVIDED)
+    return true;
+#elif DSV3__AMX /* the C library has no name for it: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+#else
+    return false;
+#endif
+}
+
 /* The fastest level there is. */
 static dsv3_isa dsv3__cpu_best(void)
 {
-    static const dsv3_isa order[] = {DSV3_ISA_NEON,   DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI,
-                                     DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,    DSV3_ISA_AVX2};
+    static const dsv3_isa order[] = {DSV3_ISA_NEON,   DSV3_ISA_AVX512_AMX, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI,
+                                     DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,   DSV3_ISA_AVX2};
     const uint32_t levels = dsv3__cpu_levels();
     for (size_t i = 0; i < DSV3__COUNT(order); i++)
         if ((levels >> order[i] & 1) && (order[i] != DSV3_ISA_AVX512_BF16 || dsv3__cpu_fast_bf16()))
@@ -2667,8 +2703,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 }
 // =============================================================================
 // >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx_vnni, _avx512, _avx512_vnni,
-//          _avx512_bf16, _neon. A level borrows what it has no better one of (`make help`: which). Needs num, cpu.
-//          Nothing here knows the model, a tensor or a thread.
+//          _avx512_bf16, _avx512_amx, _neon. A level borrows what it has no better one of (`make help`: which).
+//          Needs num, cpu. Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
 /* ORDER OF SUMMATION. Every dot product here has 64 chains. Position i of a row belongs to chain i mod 64; a chain is
@@ -2707,6 +2743,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__TARGET_AVX512_VNNI DSV3__TARGET("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define DSV3__TARGET_AVX512_BF16 \
     DSV3__TARGET("avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512_AMX \
+    DSV3__TARGET("amx-tile,amx-int8,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 /* Unrolled completely whatever the -O: an array of registers must not live in memory. */
@@ -2740,6 +2778,31 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
 #endif
 
+/* Of tiles, named by their numbers. As asm, since gcc 12's intrinsics do not say that a load reads memory. */
+#if DSV3__AMX && !defined(DSV3__TILE_DOT)
+#define DSV3__TILES_BEGIN(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#define DSV3__TILES_END()         __asm__ volatile("tilerelease")
+#define DSV3__TILE_ZERO(t)        __asm__ volatile("tilezero %%tmm" #t:)
+#define DSV3__TILE_LOAD(t, p, stride)                                                  \
+    __asm__ volatile("tileloadd {(%0, %1, 1), %%tmm" #t "|%%tmm" #t ", [%0 + %1 * 1]}" \
+                     :                                                                 \
+                     : "r"((const void *)(p)), "r"((size_t)(stride))                   \
+                     : "memory")
+#define DSV3__TILE_STORE(t, p, stride)                                                  \
+    __asm__ volatile("tilestored {%%tmm" #t ", (%0, %1, 1)|[%0 + %1 * 1], %%tmm" #t "}" \
+                     :                                                                  \
+                     : "r"((void *)(p)), "r"((size_t)(stride))                          \
+                     : "memory")
+#define DSV3__TILE_DOT(sum, w, x) /* signed bytes times signed bytes */ \
+    __asm__ volatile("tdpbssd {%%tmm" #x ", %%tmm" #w ", %%tmm" #sum "|%%tmm" #sum ", %%tmm" #w ", %%tmm" #x "}" :)
+#endif
+
+/* Bytes of scratch for `bytes` with n_x rows of x of k columns: their codes, and scales, by 16 rows. */
+DSV3__INLINE size_t dsv3__k_bytes_scratch(size_t n_x, size_t k)
+{
+    return (n_x + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
+}
+
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
 typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k);
 
@@ -2770,7 +2833,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
                  and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
                  w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)], and behind it as many int32: 128 times the
-                 sum of the group's codes.
+                 sum of the group's codes. scratch: [dsv3__k_bytes_scratch(n_x, k)] bytes, 64-aligned is best.
    tile_add      sum [4][tile_x][lanes], one register of chains of each of 4 rows of w times n_x <= tile_x rows of x, go on
                  over `steps` blocks, from +0 if `first`: sum[i][j] += sum over s of w[i][s * w_step] times
                  x[j][s * x_step], a register each. So for n_w such groups of rows, sum_next floats and w_next floats apart.
@@ -2826,16 +2889,17 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
     X(float, to_bytes, (int8_t * codes, const float *x, size_t n, int32_t *sum))                          \
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
-       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))
+       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
 #define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
     dsv3_isa isa;
-    uint32_t lanes;  /* 4, 8 or 16 */
-    uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
-    bool pair_words; /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
-    float up;        /* a power of two: of x in dot_fp8_pairs, where codes are decoded as their value / up */
+    uint32_t lanes;      /* 4, 8 or 16 */
+    uint32_t tile_x;     /* rows of x in a tile: 3 or 6 */
+    uint32_t bytes_rows; /* rows of either side that `bytes` is best given at a time */
+    bool pair_words;     /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
+    float up;            /* a power of two: of x in dot_fp8_pairs, where codes are decoded as their value / up */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;
 #undef DSV3__KERN_FIELD
@@ -3087,8 +3151,9 @@ static float dsv3__k_to_bytes_scalar(int8_t *codes, const float *x, size_t n, in
 
 static void dsv3__k_bytes_scalar(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
                                  size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
-                                 size_t group)
+                                 size_t group, void *scratch)
 {
+    (void)scratch;
     const size_t n_groups = (k + group - 1) / group;
     for (size_t i = 0; i < n_w; i++, w += w_stride, w_scale += n_groups)
         for (size_t j = 0; j < n_x; j++) {
@@ -3783,8 +3848,10 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_wx_avx2(float *out, size_t out
 
 DSV3__TARGET_AVX2 static void dsv3__k_bytes_avx2(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
                                                  const float *w_scale, size_t n_w, const int8_t *const *x,
-                                                 const float *const *x_scale, size_t n_x, size_t k, size_t group)
+                                                 const float *const *x_scale, size_t n_x, size_t k, size_t group,
+                                                 void *scratch)
 {
+    (void)scratch;
     const size_t n_groups = (k + group - 1) / group;
     for (size_t j = 0, t; j < n_x; j += t) {
         t = n_x - j < 4 ? n_x - j : 4;
@@ -4251,8 +4318,9 @@ DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_row_avx_vnni(int32_t *sum, const
 DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_avx_vnni(float *out, size_t out_stride, const int8_t *w,
                                                          size_t w_stride, const float *w_scale, size_t n_w,
                                                          const int8_t *const *x, const float *const *x_scale,
-                                                         size_t n_x, size_t k, size_t group)
+                                                         size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx_vnni, dsv3__k_bytes_row_avx_vnni, 2, out, out_stride, w, w_stride,
                        w_scale, n_w, x, x_scale, n_x, k, group);
 }
@@ -5090,11 +5158,183 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum,
 DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_t out_stride, const int8_t *w,
                                                                size_t w_stride, const float *w_scale, size_t n_w,
                                                                const int8_t *const *x, const float *const *x_scale,
-                                                               size_t n_x, size_t k, size_t group)
+                                                               size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx512_vnni, dsv3__k_bytes_row_avx512_vnni, 6, out, out_stride, w, w_stride,
                        w_scale, n_w, x, x_scale, n_x, k, group);
 }
+
+#if DSV3__AMX
+// ---- AMX INT8 --------------------------------------------------------------------------------------------------
+
+/* Eight registers of 16 rows of 64 bytes, and one instruction that multiplies two of them: 16 rows of w by 16 of x, 64
+   columns of each, 16,384 products of signed bytes in 16 cycles, eight times as many as vpdpbusd makes. Sums are exact, so
+   the bits are the others'. The rows of w are loaded as they lie; the other operand has the words of 4 columns of 16 rows
+   side by side, so rows of x are turned that way first, once for all rows of w that they meet here. */
+
+/* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_turn_avx512_amx(void *to, size_t to_stride, const void *const *from,
+                                                                  size_t n)
+{
+    for (size_t c = 0; c < n; c += 4) {
+        __m512i r[4], lo01, lo23, hi01, hi23, words[4];
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) { /* 4 words of rows q, 4 + q, 8 + q, 12 + q */
+#define DSV3__PART(row) _mm_loadu_si128((const __m128i *)(const void *)((const uint8_t *)from[row] + 4 * c))
+            r[q] = _mm512_castsi128_si512(DSV3__PART(q));
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(4 + q), 1);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(8 + q), 2);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(12 + q), 3);
+#undef DSV3__PART
+        }
+        lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+        lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+        words[0] = _mm512_unpacklo_epi64(lo01, lo23), words[1] = _mm512_unpackhi_epi64(lo01, lo23);
+        words[2] = _mm512_unpacklo_epi64(hi01, hi23), words[3] = _mm512_unpackhi_epi64(hi01, hi23);
+        for (size_t q = 0; q < dsv3__min(n - c, 4); q++)
+            _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
+    }
+}
+
+/* sum [32][32] = 32 rows of w times 16 X of x, n columns. x: turned, x_step bytes from 64 columns to the next. Of w `rows`
+   are there, the others count as zeros. For each 64 columns `fetch` lines are asked for, from *next on. X is a constant. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void
+dsv3__k_bytes_tile_x_avx512_amx(int32_t (*sum)[32], const int8_t *w, size_t w_stride, size_t rows, const uint8_t *x,
+                                size_t x_step, size_t n, const uint8_t **next, size_t fetch, const int X)
+{
+    const uint8_t *ahead = *next;
+    int8_t edge[32][64];
+    DSV3__TILE_ZERO(0);
+    DSV3__TILE_ZERO(2);
+    if (X > 1) {
+        DSV3__TILE_ZERO(1);
+        DSV3__TILE_ZERO(3);
+    }
+    if (rows < 32 || n % 64)
+        memset(edge, 0, sizeof edge);
+    for (size_t c = 0; c < n; c += 64, x += x_step) {
+        const int8_t *from = w + c;
+        size_t stride = w_stride;
+        if (DSV3__UNLIKELY(rows < 32 || n - c < 64)) {
+            for (size_t i = 0; i < rows; i++) {
+                memset(edge[i], 0, 64);
+                memcpy(edge[i], w + i * w_stride + c, dsv3__min(n - c, 64));
+            }
+            from = edge[0], stride = 64;
+        }
+        DSV3__TILE_LOAD(6, x, 64);
+        DSV3__TILE_LOAD(4, from, stride);
+        DSV3__TILE_DOT(0, 4, 6);
+        if (X > 1) {
+            DSV3__TILE_LOAD(7, x + 1024, 64);
+            DSV3__TILE_DOT(1, 4, 7);
+        }
+        DSV3__TILE_LOAD(5, from + 16 * stride, stride);
+        DSV3__TILE_DOT(2, 5, 6);
+        if (X > 1)
+            DSV3__TILE_DOT(3, 5, 7);
+        for (size_t i = 0; i < fetch; i++, ahead += 64)
+            DSV3__FETCH(ahead);
+    }
+    *next = ahead;
+    DSV3__TILE_STORE(0, sum[0], sizeof sum[0]);
+    DSV3__TILE_STORE(2, sum[16], sizeof sum[0]);
+    if (X > 1) {
+        DSV3__TILE_STORE(1, sum[0] + 16, sizeof sum[0]);
+        DSV3__TILE_STORE(3, sum[16] + 16, sizeof sum[0]);
+    }
+}
+
+DSV3__TARGET_AVX512_AMX DSV3__NOINLINE static void
+dsv3__k_bytes_tile_avx512_amx(int32_t (*sum)[32], const int8_t *w, size_t w_stride, size_t rows, const uint8_t *x,
+                              size_t x_step, size_t n, const uint8_t **next, size_t fetch, bool two)
+{
+    if (two)
+        dsv3__k_bytes_tile_x_avx512_amx(sum, w, w_stride, rows, x, x_step, n, next, fetch, 2);
+    else
+        dsv3__k_bytes_tile_x_avx512_amx(sum, w, w_stride, rows, x, x_step, n, next, fetch, 1);
+}
+
+/* Fewer rows of x than this are not worth turning. */
+#define DSV3__TILES_FEW 7
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t out_stride, const int8_t *w,
+                                                             size_t w_stride, const float *w_scale, size_t n_w,
+                                                             const int8_t *const *x, const float *const *x_scale,
+                                                             size_t n_x, size_t k, size_t group, void *scratch)
+{
+    static const uint8_t shapes[64] = {1,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0, /* palette 1 */
+                                       64, 0,  64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 64, 0, /* bytes of a row */
+                                       0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,
+                                       16, 16, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0,  0}; /* rows */
+    const size_t n_groups = (k + group - 1) / group, tiles = (n_x + 15) / 16, steps = (k + 63) / 64;
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
+    uint8_t *turned = (uint8_t *)scratch;                                    /* [steps][tiles][16][16][4] */
+    float *xs = (float *)(void *)(turned + steps * tiles * 1024), y[32][32]; /* [n_groups][16 tiles] */
+    const void *from[16];
+    int32_t sum[32][32];
+    if (n_x < DSV3__TILES_FEW || (group % 64 && group < k)) {
+        dsv3__k_bytes_avx512_vnni(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, scratch);
+        return;
+    }
+    for (size_t t = 0; t < tiles; t++) {
+        for (size_t s = 0; s < steps; s++) {
+            for (size_t j = 0; j < 16; j++) /* rows that are not there repeat the last */
+                from[j] = x[dsv3__min(16 * t + j, n_x - 1)] + 64 * s;
+            dsv3__k_turn_avx512_amx(turned + (s * tiles + t) * 1024, 64, from, 16);
+        }
+        for (size_t g = 0; g < n_groups; g++)
+            for (size_t j = 0; j < 16; j++)
+                xs[(g * tiles + t) * 16 + j] = x_scale[dsv3__min(16 * t + j, n_x - 1)][g];
+    }
+    DSV3__TILES_BEGIN(&shapes);
+    for (size_t i = 0; i < n_w; i += 32) {
+        const size_t rows = dsv3__min(n_w - i, 32), pairs = (tiles + 1) / 2;
+        const uint8_t *next = (const uint8_t *)(w + (i + 32) * w_stride);
+        for (size_t t = 0; t < tiles; t += 2) {
+            const size_t two = dsv3__min(tiles - t, 2);
+            memset(y, 0, sizeof y);
+            for (size_t g = 0; g < n_groups; g++) {
+                dsv3__k_bytes_tile_avx512_amx(
+                    sum, w + i * w_stride + g * group, w_stride, rows, turned + (g * group / 64 * tiles + t) * 1024,
+                    tiles * 1024, dsv3__min(k - g * group, group), &next, (32 + pairs - 1) / pairs, two > 1);
+                for (size_t b = 0; b < two; b++) {
+                    const __m512 s = _mm512_loadu_ps(xs + (g * tiles + t + b) * 16);
+                    for (size_t r = 0; r < rows; r++) {
+                        __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sum[r] + 16 * b));
+                        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(w_scale[(i + r) * n_groups + g]), s);
+                        _mm512_storeu_ps(y[r] + 16 * b, _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(y[r] + 16 * b)));
+                    }
+                }
+            }
+            for (size_t b = 0; b < 2 * two; b++) { /* 16 rows of w and of x each */
+                const size_t r0 = b / two * 16, j0 = (t + b % two) * 16;
+                float *to = out + j0 * out_stride + i + r0;
+                float some[16][16];
+                if (r0 >= rows)
+                    break;
+                for (size_t r = 0; r < 16; r++) {
+                    float *row = y[r0 + r] + b % two * 16;
+                    const __m512 v = _mm512_loadu_ps(row);
+                    const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+                    if (DSV3__UNLIKELY(number != 0xFFFF))
+                        _mm512_storeu_ps(row, _mm512_mask_mov_ps(nan, number, v));
+                    from[r] = row;
+                }
+                if (rows - r0 >= 16) {
+                    dsv3__k_turn_avx512_amx(to, out_stride * sizeof(float), from, dsv3__min(n_x - j0, 16));
+                    continue;
+                }
+                dsv3__k_turn_avx512_amx(some, sizeof some[0], from, 16);
+                for (size_t j = 0; j < dsv3__min(n_x - j0, 16); j++)
+                    memcpy(to + j * out_stride, some[j], (rows - r0) * sizeof(float));
+            }
+        }
+    }
+    DSV3__TILES_END();
+}
+#endif // DSV3__AMX
 
 // ---- AVX-512 BF16, VBMI: pairs as words of two bf16 --------------------------------------------------------------
 
@@ -5832,15 +6072,17 @@ DSV3__INLINE void dsv3__k_bytes_any_neon(float *out, size_t out_stride, const in
 
 static void dsv3__k_bytes_neon(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
                                size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
-                               size_t group)
+                               size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, false);
 }
 
 static void dsv3__k_bytes_neon_dot(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
                                    const float *w_scale, size_t n_w, const int8_t *const *x,
-                                   const float *const *x_scale, size_t n_x, size_t k, size_t group)
+                                   const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, true);
 }
 
@@ -6066,16 +6308,18 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
 
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
-static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
+static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, 32, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
 #if DSV3__AVX2
 #define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
-static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, 8, 3, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
+static const dsv3__kern dsv3__kern_avx2 = {
+    DSV3_ISA_AVX2, 8, 3, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
 #if DSV3__VNNI
 #define DSV3__KERN_AVX_VNNI(ret, op, args) dsv3__k_##op##_avx_vnni,
 static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI,
                                                8,
                                                3,
+                                               32,
                                                false,
                                                DSV3__TWO_120,
                                                DSV3__KERN_COMMON(DSV3__KERN_AVX2) DSV3__KERN_PAIRS(DSV3__KERN_AVX2)
@@ -6087,7 +6331,7 @@ static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI,
 #if DSV3__AVX512
 #define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
 static const dsv3__kern dsv3__kern_avx512 = {
-    DSV3_ISA_AVX512, 16, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
+    DSV3_ISA_AVX512, 16, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
 #if DSV3__VNNI
 #define DSV3__KERN_AVX512_VNNI(ret, op, args) dsv3__k_##op##_avx512_vnni,
 #define DSV3__KERN_AVX512_BF16(ret, op, args) dsv3__k_##op##_avx512_bf16,
@@ -6095,17 +6339,32 @@ static const dsv3__kern dsv3__kern_avx512_vnni = {
     DSV3_ISA_AVX512_VNNI,
     16,
     6,
+    32,
     false,
     DSV3__TWO_120,
     DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
 static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16,
                                                   16,
                                                   6,
+                                                  32,
                                                   true,
                                                   1,
                                                   DSV3__KERN_COMMON(DSV3__KERN_AVX512)
                                                       DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
                                                           DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
+#if DSV3__AMX
+#define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
+#define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
+static const dsv3__kern dsv3__kern_avx512_amx = {
+    DSV3_ISA_AVX512_AMX,
+    16,
+    6,
+    128,
+    false,
+    DSV3__TWO_120,
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_AMX)};
+#undef DSV3__KERN_AVX512_AMX
+#endif
 #undef DSV3__KERN_AVX512_VNNI
 #undef DSV3__KERN_AVX512_BF16
 #endif
@@ -6114,10 +6373,11 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16,
 
 #if DSV3__NEON
 #define DSV3__KERN_NEON(ret, op, args) dsv3__k_##op##_neon,
-static const dsv3__kern dsv3__kern_neon = {DSV3_ISA_NEON, 4, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+static const dsv3__kern dsv3__kern_neon = {
+    DSV3_ISA_NEON, 4, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
 #define dsv3__k_bytes_neon dsv3__k_bytes_neon_dot /* the one that differs */
 static const dsv3__kern dsv3__kern_neon_dot = {
-    DSV3_ISA_NEON, 4, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+    DSV3_ISA_NEON, 4, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
 #undef dsv3__k_bytes_neon
 #undef DSV3__KERN_NEON
 #endif
@@ -6141,6 +6401,9 @@ static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
 #if DSV3__AVX512 && DSV3__VNNI
     case DSV3_ISA_AVX512_VNNI: return &dsv3__kern_avx512_vnni;
     case DSV3_ISA_AVX512_BF16: return &dsv3__kern_avx512_bf16;
+#endif
+#if DSV3__AMX
+    case DSV3_ISA_AVX512_AMX: return &dsv3__kern_avx512_amx;
 #endif
     default: return &dsv3__kern_scalar;
     }
@@ -6219,6 +6482,19 @@ DSV3__INLINE bool dsv3__mm_is_bytes(dsv3__form form)
     return form == DSV3__FORM_BYTES || form == DSV3__FORM_BYTES_128;
 }
 
+/* Before k multiplies codes of 8 bits: where it wants tile registers, this process must have them. If the system does not
+   lend them, AUTO goes without; a level that was asked for by name is an error. */
+static dsv3_result dsv3__mm_permit(const dsv3__kern **k, dsv3_isa wanted, dsv3_error *err)
+{
+    if ((*k)->isa != DSV3_ISA_AVX512_AMX || dsv3__cpu_lend_tiles())
+        return DSV3_OK;
+    if (wanted != DSV3_ISA_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_CPU,
+                          "isa %s: the system does not lend this process tile registers", dsv3_isa_name(wanted));
+    *k = dsv3__kern_get(DSV3_ISA_AVX512_VNNI);
+    return DSV3_OK;
+}
+
 /* Floats from a packed row of k values to the next: whole blocks of 128, and 64 more, so that neighbouring rows (a tile
    reads several in step) do not fall into the same cache sets. */
 DSV3__INLINE size_t dsv3__mm_pad(size_t k)
@@ -6242,7 +6518,8 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
    columns of it, into registers in the order in which tiles read them: all registers 0 of the panel (16 KB: half of a small
    L1), then its registers 1, and so on. Of every such part, x of at most DSV3__MM_TOKENS rows streams past it from L2. */
 #define DSV3__MM_FEW     4
-#define DSV3__MM_BYTES   32 /* rows of either side that meet at a time as codes of 8 bits */
+#define DSV3__MM_BYTES   128    /* the most rows of either side that meet at a time as codes of 8 bits */
+#define DSV3__MM_CODES   524288 /* as many of them at a time */
 #define DSV3__MM_CHUNK   2048
 #define DSV3__MM_TOKENS  96
 #define DSV3__MM_ROUNDED 196608 /* floats of x rounded at a time */
@@ -6368,8 +6645,10 @@ DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
     const size_t at_least = 6 * dsv3__mm_pad(k), most = DSV3__MM_TOKENS * dsv3__mm_pad(k);
     const size_t up_to = most < DSV3__MM_ROUNDED ? most : DSV3__MM_ROUNDED;
     const size_t tiles = decoded + sums + (at_least > up_to ? at_least : up_to);
-    const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k);
-    return dsv3__mm_pad((k + 63) / 64) + (tiles > few ? tiles : few);
+    const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k), floats = tiles > few ? tiles : few;
+    const size_t codes = 32 * dsv3__mm_pad(k), scales = DSV3__MM_BYTES * ((k + 127) / 128) + 16;
+    const size_t bytes = scales + (codes > DSV3__MM_CODES ? codes : DSV3__MM_CODES) / 64 * (64 / sizeof(float) + 1);
+    return dsv3__mm_pad((k + 63) / 64) + (floats > bytes ? floats : bytes);
 }
 
 /* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
@@ -6552,24 +6831,27 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), group = form == DSV3__FORM_BYTES ? cols : 128;
     const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
+    const size_t most = k->bytes_rows, fit = DSV3__MM_CODES / padded / 32 * 32;
+    const size_t tokens = dsv3__min(fit > 32 ? fit : 32, most);
+    float *scratch = panel + (most * n_groups + 15) / 16 * 16;
     const int8_t *codes[DSV3__MM_BYTES];
     const float *x_scale[DSV3__MM_BYTES];
-    for (uint64_t r = r0; r < r1; r += DSV3__MM_BYTES) {
-        const size_t rows = (size_t)(r1 - r < DSV3__MM_BYTES ? r1 - r : DSV3__MM_BYTES);
+    for (uint64_t r = r0; r < r1; r += most) {
+        const size_t rows = (size_t)(r1 - r < most ? r1 - r : most);
         for (size_t i = 0; i < rows; i++) /* [rows, n_groups] */
             for (size_t g = 0; g < n_groups; g++)
                 panel[i * n_groups + g] =
                     w->scale ? dsv3__num_get(w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride + g)
                              : 1;
         for (size_t j = 0, t; j < n; j += t) {
-            t = dsv3__min(n - j, DSV3__MM_BYTES);
+            t = dsv3__min(n - j, tokens);
             for (size_t i = 0; i < t; i++) {
                 const float *row = x + (index ? index[j + i] : j + i) * x_stride;
                 codes[i] = (const int8_t *)(const void *)row;
                 x_scale[i] = row + padded / 4;
             }
             k->bytes(out + (size_t)(r - r0) + j * out_stride, out_stride, (const int8_t *)dsv3__ten_row(w, r),
-                     (size_t)w->row_stride, panel, rows, codes, x_scale, t, cols, group);
+                     (size_t)w->row_stride, panel, rows, codes, x_scale, t, cols, group, scratch);
         }
     }
 }
@@ -6808,6 +7090,8 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
     c.mode.powers = w->scale_dtype == DSV3_DTYPE_F8_E8M0;
     c.w = w;
     const dsv3__form form = dsv3__mm_form(&c.mode, w);
+    if (dsv3__mm_is_bytes(form))
+        DSV3__TRY(dsv3__mm_permit(&c.mode.k, opts->isa, err));
     c.n = dsv3__min(n, DSV3__MM_BATCH);
     c.x_stride = dsv3__mm_pad(cols);
     c.panel_floats = dsv3__mm_panel_floats(cols);
@@ -8789,6 +9073,7 @@ struct dsv3_model {
     dsv3__mm_mode mode;  /* of linear maps */
     dsv3__mm_mode exact; /* of the router and of attention's: f32 */
     uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
+    bool bytes;          /* weights are multiplied as codes of 8 bits */
     bool read_ahead;
     dsv3__st st;
     dsv3__layer *layers;     /* [num_hidden_layers + n_mtp] */
@@ -8843,7 +9128,9 @@ static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *na
         DSV3__TRY(dsv3__wt_load(m, scale, err));
         view->scale = scale->data;
     }
-    return dsv3__ten_check(view, name, true, err);
+    DSV3__TRY(dsv3__ten_check(view, name, true, err));
+    m->bytes |= dsv3__mm_is_bytes(dsv3__mm_form(&m->mode, view));
+    return DSV3_OK;
 }
 
 /* model.layers.<layer>.<part>, printed in one place. */
@@ -20535,6 +20822,10 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     m->mode.powers = strcmp(m->config.scale_fmt, "ue8m0") == 0;
     DSV3__TRY(dsv3__wt_bind(m, o->no_mtp, err));
     dsv3__wt_forms(m);
+    if (m->bytes) {
+        DSV3__TRY(dsv3__mm_permit(&m->k, o->isa, err));
+        m->mode.k = m->exact.k = m->k;
+    }
     if (m->st.progress_total > m->st.progress_done) /* tensors that nobody needs were not read */
         DSV3__TRY(dsv3__st_report(&m->st, m->st.progress_total - m->st.progress_done, err));
     DSV3__TRY(

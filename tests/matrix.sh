@@ -68,7 +68,7 @@ done
 
 # ---- 1. Compiles without a warning ----
 
-switches="default NO_THREADS NO_SIMD NO_AVX512 NO_STDIO STATIC NO_TOKENIZER"
+switches="default NO_THREADS NO_SIMD NO_AVX512 NO_AMX NO_STDIO STATIC NO_TOKENIZER"
 rows=()
 for cc in "${compilers[@]}"; do
     for std in c99 c11 c++11 c++17; do

@@ -20,6 +20,18 @@
 #include <sys/stat.h>
 #include <time.h>
 
+/* Kernels run fifteen times slower then: tests that repeat them may take each way once. */
+#define TEST_SANITIZED 0
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    #undef TEST_SANITIZED
+    #define TEST_SANITIZED 1
+#elif defined(__has_feature)
+    #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+        #undef TEST_SANITIZED
+        #define TEST_SANITIZED 1
+    #endif
+#endif
+
 #define TEST_MAX_MESSAGES 12 /* of one test; the rest is only counted */
 
 typedef struct test_entry {

@@ -7,14 +7,6 @@
 #if defined(__linux__) && !defined(DSV3_NO_THREADS)
     #include <sys/resource.h>
 #endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-    #define SANITIZED 1
-#elif defined(__has_feature)
-    #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-        #define SANITIZED 1
-    #endif
-#endif
-
 static tiny t;
 static dsv3_model *model;
 static dsv3_session *s;
@@ -283,7 +275,7 @@ TEST(unsupported_cpu)
 /* A machine without room for another stack. */
 TEST(thread)
 {
-#if defined(__linux__) && defined(RLIMIT_AS) && !defined(SANITIZED) && !defined(DSV3_NO_THREADS)
+#if defined(__linux__) && defined(RLIMIT_AS) && !TEST_SANITIZED && !defined(DSV3_NO_THREADS)
     unsigned long pages = 0;
     struct rlimit old, small;
     dsv3_session_opts o;

@@ -96,7 +96,7 @@ TEST(same_bits_for_rows_threads_and_kernels)
     for (int k = 0; k < N_VARIANTS; k++) {
         int32_t ids[N], *experts = NULL, *expected_experts = NULL;
         float *logits = NULL, *expected = NULL;
-        for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512_BF16; isa++) {
+        for (int isa = DSV3_ISA_SCALAR; isa <= DSV3_ISA_AVX512_AMX; isa++) {
             if (!dsv3_isa_supported((dsv3_isa)isa) || !open_model(variant(k), (dsv3_isa)isa))
                 continue;
             CHECK_EQ_INT(dsv3_model_isa(model), isa);

@@ -175,7 +175,7 @@ class Run:
 
     def bits(self, names):
         isas, rows = cpu_isas(), []
-        for isa in ("avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16"):
+        for isa in ("avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16", "avx512-amx"):
             if isa not in isas:
                 self.report.skip(f"same bits: {isa}", "this CPU does not have it")
         for name, length in BITS:
