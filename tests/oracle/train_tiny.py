@@ -15,6 +15,7 @@ per-expert tensor names, V3's tokenizer pipeline.
     python tests/oracle/train_tiny.py --dense  --out build/dense      # same active size, no experts
     python tests/oracle/train_tiny.py --no-bias --out build/nobias    # router bias kept at 0
     python tests/oracle/train_tiny.py --bigram                       # the baseline's loss
+    python tests/oracle/train_tiny.py --chat examples/tiny --out build/chat   # a last stage: conversations
 
 The texts (--corpus, by default ../shared/corpus beside the repository) are
 tales.txt, whose lines are joined into paragraphs; tinyshakespeare.txt can be
@@ -23,6 +24,10 @@ are held out. The length of a run is --steps (deterministic for one seed, thread
 count and torch build) or --minutes (the schedule follows the clock). Progress
 goes to stderr; one JSON line on stdout at the end. How the shipped model was
 made, with all its figures: tiny_report.md.
+
+The last stage, --chat DIR, begins with the stored weights of DIR. Every other row holds conversations that
+tiny_talk.py makes of the same tales; on the plain rows the model is held to what DIR itself says (--hold), so
+that it learns no more of these few texts, nor forgets them.
 """
 import argparse
 import json
@@ -45,6 +50,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 
+import tiny_talk
+
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 
@@ -53,6 +60,7 @@ MARKERS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜
 TAIL_MARKERS = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
 VOCAB = 4096
 BLOCK = 128
+SHOW = ["Tell me of a fox", "Tell me a tale of a king and a mirror"]      # asked now and then during --chat
 CONTEXT = 512           # length of a training row; the last part of a run uses LONG
 LONG = 2048
 
@@ -203,6 +211,49 @@ class Rows:
         return rows
 
 
+class TalkRows:
+    """Rows of whole conversations, each seeing itself alone: ids, what is learned, the causal mask, positions."""
+
+    def __init__(self, tales, tok, seed):
+        marks = dict(zip(("user", "assistant", "think", "end_think"), range(VOCAB - len(TAIL_MARKERS), VOCAB)))
+        self.talks = tiny_talk.Talks(tales, seed)
+        self.spelled = tiny_talk.Spelled(tok, self.talks, dict(marks, bos=BOS, eos=EOS))
+        self.pool = []
+
+    def row(self, length):
+        """Those of a pool that fill the row best; what does not fit the row at all is cut."""
+        ids, learn, begins = [], [], []
+        while len(ids) <= length:
+            while len(self.pool) < 16:
+                self.pool.append(self.spelled.one(12 if length > CONTEXT and not self.pool else None))
+            room = length + 1 - len(ids)
+            fitting = [c for c in self.pool if len(c[0]) <= room]
+            if ids and not fitting:
+                break
+            chosen = self.pool[0] if not ids else max(fitting, key=lambda c: len(c[0]))
+            self.pool.remove(chosen)
+            begins.append(len(ids))
+            ids, learn = ids + chosen[0][:room], learn + chosen[1][:room]
+        begins.append(len(ids))
+        pad = length + 1 - len(ids)
+        part = torch.bucketize(torch.arange(length + 1), torch.tensor(begins), right=True)
+        position = torch.arange(length + 1) - torch.tensor([0, *begins])[part]
+        return torch.tensor(ids + [PAD] * pad), torch.tensor(learn + [False] * pad), part, position
+
+    def join(self, plain, flip):
+        """The last rows of `plain` replaced by conversations: ids, learned, additive mask of [n, 1, length, length], positions."""
+        n, length = plain.shape[0], plain.shape[1] - 1
+        rows = [(r, r != BOS, torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n // 2]]
+        rows += [self.row(length) for _ in range(n - n // 2)]
+        talk = torch.arange(n) >= n // 2
+        if flip:                                   # the MTP layer learns from the first rows of a step
+            rows, talk = rows[::-1], talk.flip(0)
+        ids, learn, part, position = (torch.stack(c) for c in zip(*rows))
+        part = part[:, :-1]
+        see = (part[:, :, None] == part[:, None, :]).tril()
+        return ids, learn, torch.zeros(see.shape).masked_fill(~see, -math.inf)[:, None], position[:, :-1], talk
+
+
 def held_stream(held, tok):
     ids = []
     for enc in tok.encode_batch(held, add_special_tokens=False):
@@ -253,12 +304,11 @@ class MTP(nn.Module):
         self.layer = v3.DeepseekV3DecoderLayer(config, config.num_hidden_layers)
         self.norm = v3.DeepseekV3RMSNorm(d, eps)
 
-    def forward(self, model, h, next_ids):
+    def forward(self, model, h, next_ids, mask=None, pos=None):
         e = model.model.embed_tokens(next_ids)
         u = self.eh_proj(torch.cat([self.enorm(e), self.hnorm(h)], -1))
-        pos = torch.arange(u.shape[1])[None]
-        mask = None                                # sdpa: causal without a mask
-        if model.config._attn_implementation == "eager":
+        pos = torch.arange(u.shape[1])[None] if pos is None else pos
+        if mask is None and model.config._attn_implementation == "eager":       # sdpa: causal without a mask
             mask = torch.full((u.shape[1], u.shape[1]), -math.inf).triu(1)[None, None]
         rope = model.model.rotary_emb(u, pos)
         return self.norm(self.layer(u, attention_mask=mask, position_ids=pos, position_embeddings=rope))
@@ -291,8 +341,10 @@ class Load:
                 for i, c in self.counts.items() if c.sum() > 0}
 
 
-def cross_entropy(model, h, targets, reduction="mean"):
+def cross_entropy(model, h, targets, learn=None, reduction="mean"):
     targets = targets.masked_fill(targets == BOS, -100)        # BOS is given, never predicted
+    if learn is not None:
+        targets = targets.masked_fill(~learn, -100)
     return F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
@@ -322,6 +374,30 @@ def evaluate(model, stream, n_bytes, length=CONTEXT, mtp=True, load=None):
     if mtp:
         out.update(mtp_loss=mtp_nll / mtp_n, mtp_accept=same / mtp_n)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
+
+
+@torch.no_grad()
+def evaluate_talk(model, spelled, n=80):
+    """Loss of the replies in conversations of one turn: what the assistant says, its thoughts and its end included."""
+    model.eval()
+    nll = count = 0
+    for ids, learn in (spelled.one(1) for _ in range(n)):
+        ids, learn = torch.tensor(ids)[None], torch.tensor(learn)[None]
+        h = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+        nll += cross_entropy(model, h, ids[:, 1:], learn[:, 1:], "sum").item()
+        count += learn[:, 1:].sum().item()
+    model.train()
+    return round(nll / count, 4)
+
+
+@torch.no_grad()
+def tell(model, tok, question, n, temperature=0.0, seed=1):
+    """A reply to one question, in V3's markup."""
+    ids = [BOS, VOCAB - 4] + tok.encode(question, add_special_tokens=False).ids + [VOCAB - 3]
+    model.eval()
+    out = sample(model, tok, ids, n, temperature, 0.9 if temperature else 0.0, seed)[len(ids):]
+    model.train()
+    return tok.decode(out, skip_special_tokens=False)
 
 
 # ---------------------------------------------------------------- numbers as they are stored
@@ -529,14 +605,15 @@ def start_from_bigram(model, train_ids, steps):
 def sample(model, tok, prompt, n, temperature, top_p, seed):
     """Plain sampling with transformers' cache."""
     rng = torch.Generator().manual_seed(seed)
-    ids = [BOS] + tok.encode(prompt, add_special_tokens=False).ids
+    ids = prompt if isinstance(prompt, list) else [BOS] + tok.encode(prompt, add_special_tokens=False).ids
+    ids = list(ids)
     x, cache = torch.tensor([ids]), None
     for _ in range(n):
         r = model(x, cache=cache, use_cache=True)
         cache = r.cache
         p = (r.logits[0, -1] / max(temperature, 1e-4)).softmax(-1)
         s, order = p.sort(descending=True)
-        s[(s.cumsum(0) - s) >= top_p] = 0
+        s[(s.cumsum(0) - s) >= max(top_p, 1e-9)] = 0
         t = order[torch.multinomial(s, 1, generator=rng)].item()
         ids.append(t)
         if t == EOS:
@@ -552,11 +629,15 @@ def train(args, tales, held, tok_json):
     tok = Tokenizer.from_str(json.dumps(tok_json))
     model = build(args.dense, dropout=args.dropout, attention=args.attention, experts=args.experts)
     model.train()
-    load, seen = Load(model), 0
+    load, seen, talk = Load(model), 0, None
+    if args.chat:
+        teacher = load_checked(args.chat)
+        model.load_state_dict(teacher.state_dict())
+        talk = TalkRows(tales, tok, args.seed)
     plays = read_plays(args.corpus) if args.plays else []
     rows = Rows(tales, plays, tok_json, args.bpe_dropout, args.bpe_until, args.plays, args.seed)
     stream, n_bytes = held_stream(held, tok), sum(len(t.encode()) for t in held)
-    if args.start and not args.resume and not args.tune:
+    if args.start and not args.resume and not args.tune and not args.chat:
         start_from_bigram(model, held_stream(tales, tok), args.start)
     groups = {"tables": [], "matrices": [], "norms": []}
     for name, p in model.named_parameters():
@@ -578,12 +659,15 @@ def train(args, tales, held, tok_json):
         rng_state, rows.epochs = state["rows"]             # what was left of the epoch is passed over
         rows.rng.setstate(rng_state)
         torch.set_rng_state(state["torch"])
+        if talk:
+            talk.talks.rng.setstate(state["talk"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
     begun = seen
 
     def save_state():
         torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.rng.getstate(), rows.epochs),
-                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve), args.state)
+                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve,
+                        talk=talk and talk.talks.rng.getstate()), args.state)
 
     while True:
         progress = (time.time() - start) / 60 / args.minutes if args.minutes else step / args.steps
@@ -599,12 +683,27 @@ def train(args, tales, held, tok_json):
         if stored:
             stored.__enter__()
         load.reset()
-        x, y = ids[:, :-1], ids[:, 1:]
-        h = model.model(x, use_cache=False).last_hidden_state
-        main = cross_entropy(model, h, y)
-        half = (len(x) + 1) // 2                   # the MTP layer learns from every other row: its head is dear
-        ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:]), y[:half, 1:])
-        (main + args.mtp * ahead).backward()
+        learn = torch.ones_like(ids, dtype=torch.bool)
+        mask = position = mask_ahead = position_ahead = None
+        half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
+        if talk:
+            ids, learn, mask, position, is_talk = talk.join(ids, step % 2)
+            mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
+        x, y, learn = ids[:, :-1], ids[:, 1:], learn[:, 1:]
+        h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:], mask_ahead, position_ahead),
+                              y[:half, 1:], learn[:half, 1:])
+        if talk:
+            with torch.no_grad():
+                old = teacher.lm_head(teacher.model(x[~is_talk], use_cache=False).last_hidden_state).log_softmax(-1)
+            new = model.lm_head(h[~is_talk]).log_softmax(-1)
+            held_to = (old.exp() * (old - new)).sum(-1).mean()
+            main = cross_entropy(model, h[is_talk], y[is_talk], learn[is_talk])
+            loss = main + args.hold * held_to + args.mtp * ahead
+        else:
+            main = cross_entropy(model, h, y, learn)
+            loss = main + args.mtp * ahead
+        loss.backward()
         if stored:
             stored.__exit__()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -618,11 +717,16 @@ def train(args, tales, held, tok_json):
         if step % args.eval_every == 0:
             r = evaluate(model, stream, n_bytes, load=load)
             curve.append(dict(step=step, loss=r["loss"], balance=load.table()))
+            if talk:
+                r["talk"] = curve[-1]["talk"] = evaluate_talk(model, TalkRows(held, tok, args.seed).spelled)
+                for q in SHOW:
+                    say(f"  > {q}\n  {tell(model, tok, q, 160)}\n  * {tell(model, tok, q, 160, 0.6)}")
             say(f"  step {step}: held out {r}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
             load.reset()
         if time.time() - last_say > 20:
             last_say = time.time()
-            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} "
+            moved = f"moved {held_to.item():.3f} " if talk else ""
+            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} {moved}"
                 f"{(seen - begun) / (time.time() - start):.0f} tokens/s {time.time() - start:.0f} s")
         if args.export_minutes and time.time() - last_export > 60 * args.export_minutes:
             last_export = time.time()
@@ -689,6 +793,8 @@ def main():
     a.add_argument("--export-minutes", type=float, default=0, help="export (and write --state) this often on the way")
     a.add_argument("--state", default="train_tiny.state")
     a.add_argument("--resume", metavar="STATE", help="go on from a state file")
+    a.add_argument("--chat", metavar="DIR", help="a last stage: conversations, from the stored weights of DIR")
+    a.add_argument("--hold", type=float, default=1.0, help="--chat: weight of the distance to DIR on plain rows")
     a.add_argument("--tune", metavar="STATE", help="a new, short run that starts with the weights of a state file")
     a.add_argument("--temperature", type=float, default=0.6)
     a.add_argument("--top-p", type=float, default=0.9)
