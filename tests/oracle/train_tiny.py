@@ -60,7 +60,6 @@ MARKERS = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜
 TAIL_MARKERS = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
 VOCAB = 4096
 BLOCK = 128
-SHOW = ["Tell me of a fox", "Tell me a tale of a king and a mirror"]      # asked now and then during --chat
 CONTEXT = 512           # length of a training row; the last part of a run uses LONG
 LONG = 2048
 
@@ -240,13 +239,15 @@ class TalkRows:
         position = torch.arange(length + 1) - torch.tensor([0, *begins])[part]
         return torch.tensor(ids + [PAD] * pad), torch.tensor(learn + [False] * pad), part, position
 
-    def join(self, plain, flip):
-        """The last rows of `plain` replaced by conversations: ids, learned, additive mask of [n, 1, length, length], positions."""
+    def join(self, plain, step):
+        """Conversations in place of plain rows, of half of them in even steps and of all in odd ones: ids, learned, additive
+        mask of [n, 1, length, length], positions, which rows are conversations."""
         n, length = plain.shape[0], plain.shape[1] - 1
-        rows = [(r, r != BOS, torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n // 2]]
-        rows += [self.row(length) for _ in range(n - n // 2)]
-        talk = torch.arange(n) >= n // 2
-        if flip:                                   # the MTP layer learns from the first rows of a step
+        n_plain = (n + 1) // 2 if step % 2 == 0 else 0
+        rows = [(r, r != BOS, torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n_plain]]
+        rows += [self.row(length) for _ in range(n - n_plain)]
+        talk = torch.arange(n) >= n_plain
+        if step % 4 == 0:                          # the MTP layer learns from the first rows of a step
             rows, talk = rows[::-1], talk.flip(0)
         ids, learn, part, position = (torch.stack(c) for c in zip(*rows))
         part = part[:, :-1]
@@ -388,16 +389,6 @@ def evaluate_talk(model, spelled, n=80):
         count += learn[:, 1:].sum().item()
     model.train()
     return round(nll / count, 4)
-
-
-@torch.no_grad()
-def tell(model, tok, question, n, temperature=0.0, seed=1):
-    """A reply to one question, in V3's markup."""
-    ids = [BOS, VOCAB - 4] + tok.encode(question, add_special_tokens=False).ids + [VOCAB - 3]
-    model.eval()
-    out = sample(model, tok, ids, n, temperature, 0.9 if temperature else 0.0, seed)[len(ids):]
-    model.train()
-    return tok.decode(out, skip_special_tokens=False)
 
 
 # ---------------------------------------------------------------- numbers as they are stored
@@ -605,15 +596,14 @@ def start_from_bigram(model, train_ids, steps):
 def sample(model, tok, prompt, n, temperature, top_p, seed):
     """Plain sampling with transformers' cache."""
     rng = torch.Generator().manual_seed(seed)
-    ids = prompt if isinstance(prompt, list) else [BOS] + tok.encode(prompt, add_special_tokens=False).ids
-    ids = list(ids)
+    ids = [BOS] + tok.encode(prompt, add_special_tokens=False).ids
     x, cache = torch.tensor([ids]), None
     for _ in range(n):
         r = model(x, cache=cache, use_cache=True)
         cache = r.cache
         p = (r.logits[0, -1] / max(temperature, 1e-4)).softmax(-1)
         s, order = p.sort(descending=True)
-        s[(s.cumsum(0) - s) >= max(top_p, 1e-9)] = 0
+        s[(s.cumsum(0) - s) >= top_p] = 0
         t = order[torch.multinomial(s, 1, generator=rng)].item()
         ids.append(t)
         if t == EOS:
@@ -662,11 +652,12 @@ def train(args, tales, held, tok_json):
         if talk:
             talk.talks.rng.setstate(state["talk"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
-    begun = seen
+        start -= state.get("elapsed", 0)
+    begun, woke = seen, time.time()
 
     def save_state():
         torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.rng.getstate(), rows.epochs),
-                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve,
+                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve, elapsed=time.time() - start,
                         talk=talk and talk.talks.rng.getstate()), args.state)
 
     while True:
@@ -676,7 +667,7 @@ def train(args, tales, held, tok_json):
         long = progress > 1 - args.long
         length = LONG if long else CONTEXT
         ids = rows.take(max(1, args.batch * CONTEXT // length), length, progress)
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = min(1, (step + 1) / args.warm) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in opt.param_groups:
             group["lr"] = args.lr * group["pace"] * max(rate, 0.01)
         stored = Stored(model) if progress > 1 - args.qat else None
@@ -687,22 +678,22 @@ def train(args, tales, held, tok_json):
         mask = position = mask_ahead = position_ahead = None
         half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
         if talk:
-            ids, learn, mask, position, is_talk = talk.join(ids, step % 2)
+            ids, learn, mask, position, is_talk = talk.join(ids, step)
             mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
         x, y, learn = ids[:, :-1], ids[:, 1:], learn[:, 1:]
         h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
         ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:], mask_ahead, position_ahead),
                               y[:half, 1:], learn[:half, 1:])
-        if talk:
+        loss = args.mtp * ahead
+        if not talk or is_talk.any():
+            main = cross_entropy(model, h[is_talk], y[is_talk], learn[is_talk]) if talk else cross_entropy(model, h, y)
+            loss = loss + main
+        if talk and not is_talk.all():
             with torch.no_grad():
                 old = teacher.lm_head(teacher.model(x[~is_talk], use_cache=False).last_hidden_state).log_softmax(-1)
             new = model.lm_head(h[~is_talk]).log_softmax(-1)
-            held_to = (old.exp() * (old - new)).sum(-1).mean()
-            main = cross_entropy(model, h[is_talk], y[is_talk], learn[is_talk])
-            loss = main + args.hold * held_to + args.mtp * ahead
-        else:
-            main = cross_entropy(model, h, y, learn)
-            loss = main + args.mtp * ahead
+            moved = (old.exp() * (old - new)).sum(-1).mean()
+            loss = loss + args.hold * moved
         loss.backward()
         if stored:
             stored.__exit__()
@@ -719,15 +710,13 @@ def train(args, tales, held, tok_json):
             curve.append(dict(step=step, loss=r["loss"], balance=load.table()))
             if talk:
                 r["talk"] = curve[-1]["talk"] = evaluate_talk(model, TalkRows(held, tok, args.seed).spelled)
-                for q in SHOW:
-                    say(f"  > {q}\n  {tell(model, tok, q, 160)}\n  * {tell(model, tok, q, 160, 0.6)}")
             say(f"  step {step}: held out {r}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
             load.reset()
         if time.time() - last_say > 20:
             last_say = time.time()
-            moved = f"moved {held_to.item():.3f} " if talk else ""
-            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} {moved}"
-                f"{(seen - begun) / (time.time() - start):.0f} tokens/s {time.time() - start:.0f} s")
+            far = f"moved {moved.item():.3f} " if talk else ""
+            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} {far}"
+                f"{(seen - begun) / (time.time() - woke):.0f} tokens/s {time.time() - start:.0f} s")
         if args.export_minutes and time.time() - last_export > 60 * args.export_minutes:
             last_export = time.time()
             export(model, tok_json, args.out, args.sampling)
@@ -774,6 +763,7 @@ def main():
     a.add_argument("--threads", type=int, default=1)
     a.add_argument("--batch", type=int, default=2, help=f"rows of {CONTEXT} tokens a step")
     a.add_argument("--lr", type=float, default=4e-3)
+    a.add_argument("--warm", type=int, default=100, help="steps in which the learning rate rises")
     a.add_argument("--decay", type=float, default=0.1)
     a.add_argument("--dropout", type=float, default=0.1)
     a.add_argument("--bpe-dropout", type=float, default=0.05)
