@@ -113,7 +113,7 @@ def cut(text, low, high, rng):
 class Talks:
     """tales: as train_tiny.read_tales gives them. books: how many of them are Grimm's, how many Andersen's."""
 
-    def __init__(self, tales, seed, other=0.45, think=1 / 3):
+    def __init__(self, tales, seed, other=0.75, think=1 / 3):
         self.rng, self.other, self.think = random.Random(seed), other, think
         self.fables, self.passages = [], []                # (subjects, text, moral) and (paragraphs, at)
         for tale in tales:
@@ -311,26 +311,40 @@ class Talks:
 
 
 class Spelled:
-    """Conversations as ids, and which of them are learned: what the assistant says. V3's and R1's markup."""
+    """Conversations as ids, and how much each is to be learned: what the assistant says, and most of all the words by which
+    it takes up the subject: they are few, and everything else hangs on them. V3's and R1's markup."""
 
-    def __init__(self, tok, talks, ids):
-        self.tok, self.talks, self.id = tok, talks, ids     # ids: bos, eos, user, assistant, think, end_think
+    def __init__(self, tok, talks, ids, subject=4.0):
+        self.tok, self.talks, self.id, self.subject = tok, talks, ids, subject     # ids of bos, eos, user, ...
 
     def text(self, s):
         return self.tok.encode(s, add_special_tokens=False).ids
 
-    def one(self, turns=None):
-        ids, learn = [self.id["bos"]], [False]
+    def said(self, text, question):
+        """Ids and weights of what the assistant says."""
+        asked, enc = set(nouns(question)), self.tok.encode(text, add_special_tokens=False)
+        spans = [m.span() for m in re.finditer(r"[A-Za-z]+", text) if NOUNS.get(m[0].lower()) in asked]
+        on = lambda a, b: any(a < y and b > x for x, y in spans)
+        return enc.ids, [self.subject if on(a, b) else 1.0 for a, b in enc.offsets]
 
-        def put(more, learned):
+    def one(self, turns=None, opening=0):
+        """opening: one turn, of whose reply only so many tokens are there, and no end."""
+        ids, weights = [self.id["bos"]], [0.0]
+
+        def put(more, w=1.0):
             ids.extend(more)
-            learn.extend([learned] * len(more))
-        for q, thought, reply in self.talks.conversation(turns or self.talks.turns()):
-            put([self.id["user"]] + self.text(q) + [self.id["assistant"]], False)
+            weights.extend(w if isinstance(w, list) else [w] * len(more))
+        for q, thought, reply in self.talks.conversation(1 if opening else turns or self.talks.turns()):
+            put([self.id["user"]] + self.text(q) + [self.id["assistant"]], 0.0)
             if thought:
-                put([self.id["think"]] + self.text("\n") + self.text(thought + "\n") + [self.id["end_think"]], True)
-                put(self.text("\n\n" + reply), True)
-            else:
-                put(self.text(reply), True)
-            put([self.id["eos"]], True)
-        return ids, learn
+                put([self.id["think"]] + self.text("\n"))
+                put(*self.said(thought + "\n", q))
+                put([self.id["end_think"]])
+                reply = "\n\n" + reply
+            said, w = self.said(reply, q)
+            if opening:
+                put(said[:opening], w[:opening])
+                break
+            put(said, w)
+            put([self.id["eos"]])
+        return ids, weights

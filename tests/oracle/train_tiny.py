@@ -211,7 +211,8 @@ class Rows:
 
 
 class TalkRows:
-    """Rows of whole conversations, each seeing itself alone: ids, what is learned, the causal mask, positions."""
+    """Rows of whole conversations, each seeing itself alone. Early on most rows hold beginnings of replies only: that is
+    where a reply takes up its subject, and that the model must learn to look it up is lost among all the other words."""
 
     def __init__(self, tales, tok, seed):
         marks = dict(zip(("user", "assistant", "think", "end_think"), range(VOCAB - len(TAIL_MARKERS), VOCAB)))
@@ -219,33 +220,36 @@ class TalkRows:
         self.spelled = tiny_talk.Spelled(tok, self.talks, dict(marks, bos=BOS, eos=EOS))
         self.pool = []
 
-    def row(self, length):
+    def row(self, length, openings):
         """Those of a pool that fill the row best; what does not fit the row at all is cut."""
-        ids, learn, begins = [], [], []
+        ids, learn, begins, short = [], [], [], self.talks.rng.random() < openings
         while len(ids) <= length:
-            while len(self.pool) < 16:
-                self.pool.append(self.spelled.one(12 if length > CONTEXT and not self.pool else None))
             room = length + 1 - len(ids)
-            fitting = [c for c in self.pool if len(c[0]) <= room]
-            if ids and not fitting:
-                break
-            chosen = self.pool[0] if not ids else max(fitting, key=lambda c: len(c[0]))
-            self.pool.remove(chosen)
+            if short:
+                chosen = self.spelled.one(opening=20)
+            else:
+                while len(self.pool) < 16:
+                    self.pool.append(self.spelled.one(12 if length > CONTEXT and not self.pool else None))
+                fitting = [c for c in self.pool if len(c[0]) <= room]
+                if ids and not fitting:
+                    break
+                chosen = self.pool[0] if not ids else max(fitting, key=lambda c: len(c[0]))
+                self.pool.remove(chosen)
             begins.append(len(ids))
             ids, learn = ids + chosen[0][:room], learn + chosen[1][:room]
         begins.append(len(ids))
         pad = length + 1 - len(ids)
         part = torch.bucketize(torch.arange(length + 1), torch.tensor(begins), right=True)
         position = torch.arange(length + 1) - torch.tensor([0, *begins])[part]
-        return torch.tensor(ids + [PAD] * pad), torch.tensor(learn + [False] * pad), part, position
+        return torch.tensor(ids + [PAD] * pad), torch.tensor(learn + [0.0] * pad), part, position
 
-    def join(self, plain, step):
-        """Conversations in place of plain rows, of half of them in even steps and of all in odd ones: ids, learned, additive
-        mask of [n, 1, length, length], positions, which rows are conversations."""
+    def join(self, plain, step, openings):
+        """Conversations in place of plain rows, of half of them in even steps and of all in odd ones: ids, weights,
+        additive mask of [n, 1, length, length], positions, which rows are conversations."""
         n, length = plain.shape[0], plain.shape[1] - 1
         n_plain = (n + 1) // 2 if step % 2 == 0 else 0
-        rows = [(r, r != BOS, torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n_plain]]
-        rows += [self.row(length) for _ in range(n - n_plain)]
+        rows = [(r, (r != BOS).float(), torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n_plain]]
+        rows += [self.row(length, openings) for _ in range(n - n_plain)]
         talk = torch.arange(n) >= n_plain
         if step % 4 == 0:                          # the MTP layer learns from the first rows of a step
             rows, talk = rows[::-1], talk.flip(0)
@@ -342,10 +346,11 @@ class Load:
                 for i, c in self.counts.items() if c.sum() > 0}
 
 
-def cross_entropy(model, h, targets, learn=None, reduction="mean"):
+def cross_entropy(model, h, targets, weights=None, reduction="mean"):
     targets = targets.masked_fill(targets == BOS, -100)        # BOS is given, never predicted
-    if learn is not None:
-        targets = targets.masked_fill(~learn, -100)
+    if weights is not None:
+        each = F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return (each * weights.flatten()).sum() / (weights.sum() if reduction == "mean" else 1)
     return F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
@@ -379,16 +384,17 @@ def evaluate(model, stream, n_bytes, length=CONTEXT, mtp=True, load=None):
 
 @torch.no_grad()
 def evaluate_talk(model, spelled, n=80):
-    """Loss of the replies in conversations of one turn: what the assistant says, its thoughts and its end included."""
+    """Loss of the replies in conversations of one turn, thoughts and end included; and of the words that name the subject."""
     model.eval()
-    nll = count = 0
-    for ids, learn in (spelled.one(1) for _ in range(n)):
-        ids, learn = torch.tensor(ids)[None], torch.tensor(learn)[None]
+    nll = count = named_nll = named = 0
+    for ids, weights in (spelled.one(1) for _ in range(n)):
+        ids, weights = torch.tensor(ids)[None], torch.tensor(weights)[None, 1:]
         h = model.model(ids[:, :-1], use_cache=False).last_hidden_state
-        nll += cross_entropy(model, h, ids[:, 1:], learn[:, 1:], "sum").item()
-        count += learn[:, 1:].sum().item()
+        loss = lambda w: cross_entropy(model, h, ids[:, 1:], w.float(), "sum").item()
+        nll, count = nll + loss(weights > 0), count + (weights > 0).sum().item()
+        named_nll, named = named_nll + loss(weights > 1), named + (weights > 1).sum().item()
     model.train()
-    return round(nll / count, 4)
+    return dict(talk_loss=round(nll / count, 4), subject_loss=round(named_nll / named, 4))
 
 
 # ---------------------------------------------------------------- numbers as they are stored
@@ -674,19 +680,19 @@ def train(args, tales, held, tok_json):
         if stored:
             stored.__enter__()
         load.reset()
-        learn = torch.ones_like(ids, dtype=torch.bool)
+        weights = torch.ones(ids.shape)
         mask = position = mask_ahead = position_ahead = None
         half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
         if talk:
-            ids, learn, mask, position, is_talk = talk.join(ids, step)
+            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.15, 0.8 - 1.3 * progress))
             mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
-        x, y, learn = ids[:, :-1], ids[:, 1:], learn[:, 1:]
+        x, y, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
         ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:], mask_ahead, position_ahead),
-                              y[:half, 1:], learn[:half, 1:])
+                              y[:half, 1:], weights[:half, 1:])
         loss = args.mtp * ahead
         if not talk or is_talk.any():
-            main = cross_entropy(model, h[is_talk], y[is_talk], learn[is_talk]) if talk else cross_entropy(model, h, y)
+            main = cross_entropy(model, h[is_talk], y[is_talk], weights[is_talk]) if talk else cross_entropy(model, h, y)
             loss = loss + main
         if talk and not is_talk.all():
             with torch.no_grad():
@@ -709,7 +715,8 @@ def train(args, tales, held, tok_json):
             r = evaluate(model, stream, n_bytes, load=load)
             curve.append(dict(step=step, loss=r["loss"], balance=load.table()))
             if talk:
-                r["talk"] = curve[-1]["talk"] = evaluate_talk(model, TalkRows(held, tok, args.seed).spelled)
+                curve[-1].update(evaluate_talk(model, TalkRows(held, tok, args.seed).spelled))
+                r.update(curve[-1])
             say(f"  step {step}: held out {r}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
             load.reset()
         if time.time() - last_say > 20:
