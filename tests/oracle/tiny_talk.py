@@ -338,10 +338,16 @@ class Spelled:
             put([self.id["user"]] + self.text(q) + [self.id["assistant"]], 0.0)
             if thought:
                 put([self.id["think"]] + self.text("\n"))
-                put(*self.said(thought + "\n", q))
+                said, w = self.said(thought + "\n", q)
+                if opening:
+                    put(said[:opening + 3], w[:opening + 3])
+                    break
+                put(said, w)
                 put([self.id["end_think"]])
                 reply = "\n\n" + reply
             said, w = self.said(reply, q)
+            if opening and max(w[:opening]) <= 1:
+                return self.one(opening=opening)           # does not come to its subject so soon
             if opening:
                 put(said[:opening], w[:opening])
                 break

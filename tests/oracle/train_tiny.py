@@ -226,7 +226,7 @@ class TalkRows:
         while len(ids) <= length:
             room = length + 1 - len(ids)
             if short:
-                chosen = self.spelled.one(opening=20)
+                chosen = self.spelled.one(opening=self.talks.rng.choice((5, 6, 8, 12)))
             else:
                 while len(self.pool) < 16:
                     self.pool.append(self.spelled.one(12 if length > CONTEXT and not self.pool else None))
@@ -684,7 +684,7 @@ def train(args, tales, held, tok_json):
         mask = position = mask_ahead = position_ahead = None
         half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
         if talk:
-            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.15, 0.8 - 1.3 * progress))
+            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.1, min(1, 2.3 - 3 * progress)))
             mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
         x, y, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
