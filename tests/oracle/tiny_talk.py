@@ -328,29 +328,31 @@ class Spelled:
         return enc.ids, [self.subject if on(a, b) else 1.0 for a, b in enc.offsets]
 
     def one(self, turns=None, opening=0):
-        """opening: one turn, of whose reply only so many tokens are there, and no end."""
-        ids, weights = [self.id["bos"]], [0.0]
+        """opening: one turn, of whose reply only so many tokens are there, among them the subject, and no end."""
+        thinks = self.talks.rng.random() < self.talks.think
+        while True:
+            ids, weights = [self.id["bos"]], [0.0]
 
-        def put(more, w=1.0):
-            ids.extend(more)
-            weights.extend(w if isinstance(w, list) else [w] * len(more))
-        for q, thought, reply in self.talks.conversation(1 if opening else turns or self.talks.turns()):
-            put([self.id["user"]] + self.text(q) + [self.id["assistant"]], 0.0)
-            if thought:
-                put([self.id["think"]] + self.text("\n"))
-                said, w = self.said(thought + "\n", q)
+            def put(more, w=1.0):
+                ids.extend(more)
+                weights.extend(w if isinstance(w, list) else [w] * len(more))
+            talk = self.talks.conversation(1 if opening else turns or self.talks.turns())
+            for q, thought, reply in talk:
+                put([self.id["user"]] + self.text(q) + [self.id["assistant"]], 0.0)
+                if thought:
+                    put([self.id["think"]] + self.text("\n"))
+                    said, w = self.said(thought + "\n", q)
+                    if opening:
+                        put(said[:opening + 3], w[:opening + 3])
+                        break
+                    put(said, w)
+                    put([self.id["end_think"]])
+                    reply = "\n\n" + reply
+                said, w = self.said(reply, q)
                 if opening:
-                    put(said[:opening + 3], w[:opening + 3])
+                    put(said[:opening], w[:opening])
                     break
                 put(said, w)
-                put([self.id["end_think"]])
-                reply = "\n\n" + reply
-            said, w = self.said(reply, q)
-            if opening and max(w[:opening]) <= 1:
-                return self.one(opening=opening)           # does not come to its subject so soon
-            if opening:
-                put(said[:opening], w[:opening])
-                break
-            put(said, w)
-            put([self.id["eos"]])
-        return ids, weights
+                put([self.id["eos"]])
+            if not opening or (bool(talk[0][1]) == thinks and max(weights) > 1):
+                return ids, weights

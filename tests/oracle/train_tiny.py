@@ -212,7 +212,7 @@ class Rows:
 
 class TalkRows:
     """Rows of whole conversations, each seeing itself alone. Early on most rows hold beginnings of replies only: that is
-    where a reply takes up its subject, and that the model must learn to look it up is lost among all the other words."""
+    where a reply takes up its subject, and what it takes to look it up is not learned from whole replies alone."""
 
     def __init__(self, tales, tok, seed):
         marks = dict(zip(("user", "assistant", "think", "end_think"), range(VOCAB - len(TAIL_MARKERS), VOCAB)))
@@ -684,7 +684,7 @@ def train(args, tales, held, tok_json):
         mask = position = mask_ahead = position_ahead = None
         half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
         if talk:
-            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.1, min(1, 2.3 - 3 * progress)))
+            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.1, 1.2 - 2.5 * progress))
             mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
         x, y, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
