@@ -275,7 +275,6 @@ class Run:
         if self.wanted("tiny"):
             row = tiny.check(self.o.tiny, self.program, self.report)
             self.out["tiny"] = [row] if row else []
-            self.out["converse"] = tiny.converse(self.o.tiny, self.program, self.report) if row else []
         if self.wanted("matmul"):
             self.out["matmul"] = matmul_modes.check(self.o.lib, self.report)
             self.report.say("matmul: done")
@@ -337,11 +336,6 @@ class Run:
                             ("tensors equal", "equal", ">"), ("read back by, or written as", "readers", "<"),
                             ("positions", "positions", ">"), ("error", lambda r: number(r["error"]), ">"),
                             ("median row from the source", lambda r: number(r["moved"]), ">")], self.out["quantize"]))
-        if self.out.get("converse"):
-            print(table(f"examples/tiny converses, greedy, at most {tiny.ANSWER} tokens: shares of the answers", [
-                ("markup", "markup", "<"), ("answers", "answers", ">"), ("end by themselves", lambda r: f"{r['ended']:.2f}", ">"),
-                ("speak of the subject", lambda r: f"{r['subject']:.2f}", ">"),
-                ("think first", lambda r: f"{r['thought']:.2f}", ">")], self.out["converse"]))
         if self.out.get("matmul"):
             print(matmul_modes.table(self.out["matmul"]))
         if self.out.get("published") or self.out.get("fidelity"):

@@ -689,7 +689,7 @@ def train(args, tales, held, tok_json):
         x, y, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
         h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
         ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:], mask_ahead, position_ahead),
-                              y[:half, 1:], weights[:half, 1:])
+                              y[:half, 1:], weights[:half, 1:] if talk else None)
         loss = args.mtp * ahead
         if not talk or is_talk.any():
             main = cross_entropy(model, h[is_talk], y[is_talk], weights[is_talk]) if talk else cross_entropy(model, h, y)
