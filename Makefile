@@ -37,9 +37,10 @@ build/%: examples/%.c $(HEADERS)
 run: build/dsv3 ## builds the program and lets the small model in examples/tiny tell a tale
 	@{ printf 'Once upon a time there was a'; build/dsv3 generate examples/tiny 'Once upon a time there was a' -n 200 --seed 11; } | fold -s -w 100
 
-build/test/%: tests/%.c $(HEADERS)
+# Tests that look inside have the implementation in them; those of the public calls alone take it from the library.
+build/test/%: tests/%.c build/libdsv3.a $(HEADERS)
 	@mkdir -p $(@D)
-	$(COMPILE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+	$(COMPILE) -o $@ $< build/libdsv3.a $(LDFLAGS) $(LDLIBS)
 
 test: build/dsv3 $(TESTS:tests/%.c=build/test/%) ## all tests: no Python, no network
 	@DSV3=build/dsv3 sh tests/run.sh -s "$(SHARED)" $(TESTS:tests/%.c=build/test/%) tests/cli.sh
@@ -99,9 +100,16 @@ build/libdsv3.a: build/lib/dsv3.o
 
 lib: build/libdsv3.so build/libdsv3.a ## a shared and a static library, for other languages (examples/ffi.py)
 
-build/sanitize/%: tests/%.c $(HEADERS)
+build/sanitize/dsv3.o: build/lib/dsv3.c dsv3.h
 	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(SANITIZE) -o $@ $< $(LDFLAGS) $(LDLIBS)
+	$(CC) $(STD) -I. $(SANITIZE) -c -o $@ $<
+
+build/sanitize/libdsv3.a: build/sanitize/dsv3.o
+	$(AR) rcs $@ $<
+
+build/sanitize/%: tests/%.c build/sanitize/libdsv3.a $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -I. $(SANITIZE) -o $@ $< build/sanitize/libdsv3.a $(LDFLAGS) $(LDLIBS)
 
 build/sanitize/dsv3: examples/dsv3.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -113,9 +121,16 @@ SANITIZED := $(filter-out build/sanitize/test_modes_emulated,$(TESTS:tests/%.c=b
 sanitize: build/sanitize/dsv3 $(SANITIZED) ## all tests under ASan and UBSan
 	@DSV3=build/sanitize/dsv3 sh tests/run.sh -s "$(SHARED)" $(SANITIZED) tests/cli.sh
 
-build/tsan/%: tests/%.c $(HEADERS)
+build/tsan/dsv3.o: build/lib/dsv3.c dsv3.h
 	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(TSAN) -o $@ $< $(LDFLAGS) $(LDLIBS)
+	$(CC) $(STD) -I. $(TSAN) -c -o $@ $<
+
+build/tsan/libdsv3.a: build/tsan/dsv3.o
+	$(AR) rcs $@ $<
+
+build/tsan/%: tests/%.c build/tsan/libdsv3.a $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(STD) -I. $(TSAN) -o $@ $< build/tsan/libdsv3.a $(LDFLAGS) $(LDLIBS)
 
 tsan: $(TSAN_TESTS:tests/%.c=build/tsan/%) ## the tests with threads under TSan
 	@sh tests/run.sh -s "$(SHARED)" $(TSAN_TESTS:tests/%.c=build/tsan/%)

@@ -26,17 +26,17 @@
        base   compiler, sizes, unaligned loads            mla    multi-head latent attention, the cache row
        err    one error struct, one formatter             moe    router and experts
        mem    the caller's allocator, limits              fwd    the model, n rows at once
-       os     files, time, cores                          split  where a text is cut before merging
-       cpu    instruction sets, floating-point state      bpe    byte-pair merging
-       thr    atomics, parallel-for                       tok    tokenizer: text to ids and back
-       num    scalar formats: E4M3, E8M0, F16, BF16, I8   chat   conversations to ids, replies to their parts
-       ten    the quantized tensor                        gram   JSON and JSON Schema to masks over tokens
-       kern   inner loops, per instruction set            smp    logits to a token
-       mm     matrix products over quantized tensors      ws     what sessions share: pages, scratch, threads
-       json   a bounded pull reader                       ses    a timeline: tokens, pages, generation
-       st     safetensors, shards, index                  snap   sessions written down and read again
-       cfg    config.json, checked once                   api    the public calls
-       wt     names to weights
+       os     files, time, cores                          mtp    multi-token prediction: guesses
+       cpu    instruction sets, floating-point state      split  where a text is cut before merging
+       thr    atomics, parallel-for                       bpe    byte-pair merging
+       num    scalar formats: E4M3, E8M0, F16, BF16, I8   tok    tokenizer: text to ids and back
+       ten    the quantized tensor                        chat   conversations to ids, replies to their parts
+       kern   inner loops, per instruction set            gram   JSON and JSON Schema to masks over tokens
+       mm     matrix products over quantized tensors      smp    logits to a token
+       json   a bounded pull reader                       ws     what sessions share: pages, scratch, threads
+       st     safetensors, shards, index                  ses    a timeline: tokens, pages, generation
+       cfg    config.json, checked once                   snap   sessions written down and read again
+       wt     names to weights                            api    the public calls
        nn     norm, rotary positions, linear maps, gated MLPs
 
    WHICH MODELS. DeepSeek-V3, R1, V3.1 (model_type deepseek_v3; FP8 128 x 128 with weight_scale_inv, also ue8m0; INT8 as
@@ -70,6 +70,14 @@
    dsv3_session_cancel may be called from any thread, also from a signal handler. A session has its own threads (n_threads
    - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
    the library. Close sessions before their model.
+
+   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights eight times as fast
+   as AVX-512 does. Linux lends them to a process that asks, and this library asks, with the isa AUTO too, when a model
+   is opened, or dsv3_matmul called, whose products are of codes of 8 bits; never for other weights, nor with isa
+   AVX512_VNNI. It cannot be taken back, and holds for the whole process: a thread that has used tiles carries 8 KB more
+   of state, which the kernel puts on the stack (or the alternate stack) when it delivers a signal, and from then on
+   sigaltstack refuses stacks below about 12 KB; sysconf(_SC_SIGSTKSZ) knows. Where the system refuses, AUTO goes without.
+   Tiles are released after each product, so they cost nothing when threads are switched.
 
    SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
    and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of
@@ -179,6 +187,25 @@
    A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
    an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
 
+   DRAFTS. With dsv3_session_opts.n_draft, dsv3_generate guesses tokens ahead and runs them with the last one in one pass:
+   reading the weights once may give several tokens. The text stays the same to the bit, for every seed, temperature,
+   penalty, mask, grammar and stop: what is sampled at a position is a function of its logits and its own random number,
+   and a guess counts only where it is what has just been sampled. So does all the rest of a session: guesses that were
+   wrong, or were cut off by a stop, an error or a cancellation, leave nothing behind.
+   Guesses come from the checkpoint's layer of multi-token prediction (DSV3_DRAFTER_MTP), which picks by the sampler's own
+   options and random numbers; from what followed the same words before (LOOKUP), which takes no weights and suits texts
+   that repeat their prompt; or from the host. A grammar steers them; a mask_fn is asked for tokens alone, which serves the
+   first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
+   was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
+   they bring: with DSV3_DRAFT_AUTO the session measures both, stops guessing where it does not pay, and tries again with a
+   hundredth of the time. The clock decides how many are guessed, never what is written. dsv3_stats says how many were made
+   and right.
+   Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
+   too. dsv3_batch advances sessions that draft beside others; it takes tokens, so that it guesses none. A snapshot holds
+   nothing of drafts: any session may go on from it, whoever guesses there; the prediction layer begins anew behind it, and
+   is right less often at first. Guesses take free pages of the workspace while they are verified, never one that a token
+   needs: where there is none, fewer are made, and CACHE_FULL comes where it would come without them.
+
    EMBEDDING, FFI. No varargs, unions, bit-fields or structs by value in the interface; enums are 32 bits; options may be
    zeroed; struct_size lets a binding state which layout it was written for. Text is UTF-8 as pointer and length.
    examples/ffi.py drives the shared library (make lib) from Python's ctypes.
@@ -196,6 +223,7 @@
        DSV3_NO_STDIO            no file access: a dsv3_reader is required
        DSV3_NO_SIMD             scalar kernels only
        DSV3_NO_AVX512           up to AVX2
+       DSV3_NO_AMX              no tile registers: see TILES above
        DSV3_NO_TOKENIZER        no tokenizer and no conversations: ids only
        DSV3_REGRESSION          for tests: small tables, so that rare paths are common
 */
@@ -348,6 +376,7 @@ typedef enum dsv3_isa {
     DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
     DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
     DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
+    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI and AMX INT8, on Linux: see TILES above */
     DSV3_ISA_NEON = 16,       /* aarch64, with its dot products of bytes where the CPU has them */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
@@ -779,6 +808,7 @@ typedef struct dsv3_model_opts {
     dsv3_compute compute;     /* Default: AUTO */
     bool no_mmap;             /* read the weights into memory instead of mapping them; for files of a directory */
     bool read_ahead;          /* ask the system for experts when the router has chosen them: see MEMORY above */
+    bool no_mtp;              /* leave the layers of multi-token prediction alone: sessions cache a layer less */
     uint64_t memory_limit;    /* bytes this model may allocate (mapped files do not count); 0: none */
     dsv3_allocator allocator; /* Default: malloc */
     dsv3_reader reader;       /* Default: files of the directory. With a reader `dir` is ignored and may be NULL */
@@ -817,6 +847,7 @@ DSV3_API void dsv3_model_close(dsv3_model *model); /* NULL is fine; after its se
 DSV3_API const dsv3_config *dsv3_model_config(const dsv3_model *model);
 DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model);         /* what AUTO became */
 DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model); /* INT8 where AUTO was asked for */
+DSV3_API uint32_t dsv3_model_mtp(const dsv3_model *model); /* layers of multi-token prediction that can be used; 0 */
 
 /* The model's tokenizer, owned by it. TOKENIZER if the checkpoint has none that is known; the message says why. */
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error);
@@ -896,6 +927,17 @@ DSV3_API void dsv3_workspace_info_get(const dsv3_workspace *workspace, dsv3_work
 DSV3_API dsv3_result dsv3_workspace_experts(dsv3_workspace *workspace, uint64_t *counts, size_t cap, bool reset,
                                             dsv3_error *error);
 
+#define DSV3_DRAFT_AUTO 0xFFFFFFFFu
+
+/* Who guesses tokens for dsv3_generate: see DRAFTS above. */
+typedef enum dsv3_drafter {
+    DSV3_DRAFTER_AUTO = 0,   /* MTP where the checkpoint has such a layer, else LOOKUP */
+    DSV3_DRAFTER_MTP = 1,    /* the checkpoint's own layers of multi-token prediction */
+    DSV3_DRAFTER_LOOKUP = 2, /* what followed the longest ending that the session has seen before */
+    DSV3_DRAFTER_HOST = 3,   /* draft_fn */
+    DSV3_DRAFTER_FORCE_32BIT = 0x7fffffff
+} dsv3_drafter;
+
 typedef struct dsv3_session_opts {
     uint32_t struct_size;     /* 0, or the caller's sizeof */
     uint32_t max_tokens;      /* length of the timeline, at most 2^30. Default: min(4096, max_position_embeddings) */
@@ -911,6 +953,12 @@ typedef struct dsv3_session_opts {
        are ignored then. Default: a workspace of the session's own, with pages for max_tokens */
     dsv3_workspace *workspace;
     uint32_t reserve_pages; /* with a workspace: pages set aside for this session (CACHE_FULL if there are fewer) */
+    uint32_t n_draft;       /* tokens that dsv3_generate guesses and verifies in one pass, at most 16. Default: none.
+                                 DSV3_DRAFT_AUTO: as many as have paid so far */
+    dsv3_drafter drafter;   /* Default: AUTO. INVALID_OPTIONS: MTP without such a layer */
+    /* DSV3_DRAFTER_HOST: writes up to `cap` guesses behind tokens [n_tokens], returns how many. Anything may be guessed */
+    size_t (*draft_fn)(void *user, const int32_t *tokens, size_t n_tokens, int32_t *draft, size_t cap);
+    void *draft_user;
 } dsv3_session_opts;
 
 /* What an append gives back beside the session's own logits; every field optional. */
@@ -920,6 +968,9 @@ typedef struct dsv3_outputs {
     size_t n_logit_rows;        /* with logit_rows */
     float *logits;              /* [n_logit_rows (or count), vocab_size] out */
     int32_t *experts; /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
+    /* [count, dsv3_model_mtp, vocab_size] out: what prediction layer k says of the token that comes next too, but from the
+       model's state k + 1 tokens before; zeros where there is none. The session must draft with MTP */
+    float *draft_logits;
 } dsv3_outputs;
 
 /* Errors: INVALID_ARGUMENT, INVALID_OPTIONS, OUT_OF_MEMORY, MEMORY_LIMIT, THREAD, CACHE_FULL. */
@@ -1111,6 +1162,9 @@ typedef struct dsv3_stats {
     double prompt_seconds; /* appending the prompt */
     double decode_seconds; /* everything behind it */
     dsv3_stop stop;
+    uint64_t drafted;     /* tokens guessed and verified */
+    uint64_t accepted;    /* of them, those that were right */
+    double draft_seconds; /* of decode_seconds, making the guesses */
 } dsv3_stats;
 
 /* The one call: appends the prompt and continues it, token by token, into the session.
@@ -1276,6 +1330,7 @@ static uint64_t dsv3__hash(uint64_t seed, const void *data, size_t n)
        dsv3__mla_forward   [n, hidden_size] -> [n, hidden_size]; writes one latent and one k_pe a row into the cache
        dsv3__moe_forward   [n, hidden_size] -> [n, hidden_size]; a dense layer is one MLP for all rows
      dsv3__fwd_logits    hidden state of the rows that ask -> logits [n, vocab_size]
+     dsv3__mtp_guess     state and token [1] -> logits of the token after next, for dsv3__gen_draft: ids to verify
      dsv3_grammar_mask   a place in a text that must fit a schema -> the tokens that may come, a bit each
      dsv3__smp_pick      logits [vocab_size] -> a token
      dsv3_token_bytes    a token -> bytes */
@@ -1889,6 +1944,12 @@ static dsv3_result dsv3__os_reader(dsv3_reader *reader, const dsv3_reader *given
 #define DSV3__AVX512 0
 #define DSV3__VNNI   0
 #endif
+#if DSV3__AVX512 && DSV3__VNNI && !defined(DSV3_NO_AMX) && \
+    ((defined(__linux__) && !defined(__ILP32__)) || defined(DSV3__SIMD_PROVIDED))
+#define DSV3__AMX 1
+#else
+#define DSV3__AMX 0
+#endif
 
 #if DSV3__AVX2 && !defined(DSV3__SIMD_PROVIDED) /* tests bring emulated intrinsics */
 #include <immintrin.h>
@@ -1921,6 +1982,7 @@ DSV3_API const char *dsv3_isa_name(dsv3_isa isa)
     case DSV3_ISA_AVX_VNNI: return "avx-vnni";
     case DSV3_ISA_AVX512_VNNI: return "avx512-vnni";
     case DSV3_ISA_AVX512_BF16: return "avx512-bf16";
+    case DSV3_ISA_AVX512_AMX: return "avx512-amx";
     case DSV3_ISA_NEON: return "neon";
     default: return "?";
     }
@@ -1936,6 +1998,7 @@ static uint32_t dsv3__cpu_levels(void)
     const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL: leaf 7, ebx */
     const unsigned vbmi = 1u << 1, vnni = 1u << 11;                                    /* leaf 7, ecx */
     const unsigned vex_vnni = 1u << 4, bf16 = 1u << 5;                                 /* leaf 7.1, eax */
+    const unsigned amx = 1u << 24 | 1u << 25;                                          /* TILE, INT8: leaf 7, edx */
     uint32_t levels = 1u << DSV3_ISA_SCALAR;
     unsigned a, b, c, d, more = 0, xcr0, high;
     if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !DSV3__CPU_HAS(c, avx))
@@ -1948,7 +2011,7 @@ static uint32_t dsv3__cpu_levels(void)
         __get_cpuid_count(7, 1, &more, &b1, &c1, &d1);
     }
 #ifdef DSV3__SIMD_PROVIDED /* emulated */
-    b |= avx512, c |= vbmi | vnni, more |= vex_vnni | bf16, xcr0 |= 0xE0;
+    b |= avx512, c |= vbmi | vnni, d |= amx, more |= vex_vnni | bf16, xcr0 |= 0x600E0;
 #endif
     levels |= 1u << DSV3_ISA_AVX2;
     if (DSV3__VNNI && DSV3__CPU_HAS(more, vex_vnni))
@@ -1961,6 +2024,8 @@ static uint32_t dsv3__cpu_levels(void)
     levels |= 1u << DSV3_ISA_AVX512_VNNI;
     if (DSV3__CPU_HAS(c, vbmi) && DSV3__CPU_HAS(more, bf16))
         levels |= 1u << DSV3_ISA_AVX512_BF16;
+    if (DSV3__AMX && DSV3__CPU_HAS(d, amx) && DSV3__CPU_HAS(xcr0, 0x60000))
+        levels |= 1u << DSV3_ISA_AVX512_AMX;
     return levels;
 }
 #else
@@ -1997,11 +2062,27 @@ static bool dsv3__cpu_fast_bf16(void)
 #endif
 }
 
+/* May this process use the tile registers? Linux lends them to one that asks, for all its threads and for good: 8 KB of
+   state, which a thread has from its first tile on, and which signal frames must then have room for. It refuses where a
+   thread's alternate signal stack is too small for that, where a filter forbids the call, and before version 5.16. */
+static bool dsv3__cpu_lend_tiles(void)
+{
+#if defined(DSV3__SIMD_PROVIDED)
+    return true;
+#elif DSV3__AMX /* the C library has no name for it: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+    long result;
+    __asm__ volatile("syscall" : "=a"(result) : "a"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+#else
+    return false;
+#endif
+}
+
 /* The fastest level there is. */
 static dsv3_isa dsv3__cpu_best(void)
 {
-    static const dsv3_isa order[] = {DSV3_ISA_NEON,   DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI,
-                                     DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,    DSV3_ISA_AVX2};
+    static const dsv3_isa order[] = {DSV3_ISA_NEON,   DSV3_ISA_AVX512_AMX, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_VNNI,
+                                     DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI,   DSV3_ISA_AVX2};
     const uint32_t levels = dsv3__cpu_levels();
     for (size_t i = 0; i < DSV3__COUNT(order); i++)
         if ((levels >> order[i] & 1) && (order[i] != DSV3_ISA_AVX512_BF16 || dsv3__cpu_fast_bf16()))
@@ -2622,7 +2703,7 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 }
 // =============================================================================
 // >>kern   The inner loops, once per operation: contract, then _scalar, _avx2, _avx_vnni, _avx512, _avx512_vnni,
-//          _avx512_bf16, _neon. A level borrows what it has no better one of (`make help`: which). Needs num, cpu.
+//          _avx512_bf16, _avx512_amx, _neon. A level borrows what it has no better one of (`make help`: which). Needs num, cpu.
 //          Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
@@ -2662,6 +2743,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__TARGET_AVX512_VNNI DSV3__TARGET("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define DSV3__TARGET_AVX512_BF16 \
     DSV3__TARGET("avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define DSV3__TARGET_AVX512_AMX \
+    DSV3__TARGET("amx-tile,amx-int8,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 /* Unrolled completely whatever the -O: an array of registers must not live in memory. */
@@ -2695,6 +2778,31 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
 #endif
 
+/* Of tiles, named by their numbers. As asm, since gcc 12's intrinsics do not say that a load reads memory. */
+#if DSV3__AMX && !defined(DSV3__TILE_DOT)
+#define DSV3__TILES_BEGIN(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#define DSV3__TILES_END()         __asm__ volatile("tilerelease")
+#define DSV3__TILE_ZERO(t)        __asm__ volatile("tilezero %%tmm" #t:)
+#define DSV3__TILE_LOAD(t, p, stride)                                                  \
+    __asm__ volatile("tileloadd {(%0, %1, 1), %%tmm" #t "|%%tmm" #t ", [%0 + %1 * 1]}" \
+                     :                                                                 \
+                     : "r"((const void *)(p)), "r"((size_t)(stride))                   \
+                     : "memory")
+#define DSV3__TILE_STORE(t, p, stride)                                                  \
+    __asm__ volatile("tilestored {%%tmm" #t ", (%0, %1, 1)|[%0 + %1 * 1], %%tmm" #t "}" \
+                     :                                                                  \
+                     : "r"((void *)(p)), "r"((size_t)(stride))                          \
+                     : "memory")
+#define DSV3__TILE_DOT(sum, w, x) /* signed bytes times signed bytes */ \
+    __asm__ volatile("tdpbssd {%%tmm" #x ", %%tmm" #w ", %%tmm" #sum "|%%tmm" #sum ", %%tmm" #w ", %%tmm" #x "}" :)
+#endif
+
+/* Bytes of scratch for `bytes` with n_x rows of x of k columns: their codes, and scales, by 16 rows. */
+DSV3__INLINE size_t dsv3__k_bytes_scratch(size_t n_x, size_t k)
+{
+    return (n_x + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
+}
+
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
 typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k);
 
@@ -2725,7 +2833,7 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
                  and row j < n_x of x (x[j] [ceil64(k)], zeros behind k), `group` columns to a scale (INT8 above):
                  w_scale [n_w, ceil(k / group)], x_scale[j] [ceil(k / group)], and behind it as many int32: 128 times the
-                 sum of the group's codes.
+                 sum of the group's codes. scratch: [dsv3__k_bytes_scratch(n_x, k)] bytes, 64-aligned is best.
    tile_add      sum [4][tile_x][lanes], one register of chains of each of 4 rows of w times n_x <= tile_x rows of x, go on
                  over `steps` blocks, from +0 if `first`: sum[i][j] += sum over s of w[i][s * w_step] times
                  x[j][s * x_step], a register each. So for n_w such groups of rows, sum_next floats and w_next floats apart.
@@ -2781,16 +2889,17 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
     X(float, to_bytes, (int8_t * codes, const float *x, size_t n, int32_t *sum))                          \
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
-       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group))
+       const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
 #define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
     dsv3_isa isa;
-    uint32_t lanes;  /* 4, 8 or 16 */
-    uint32_t tile_x; /* rows of x in a tile: 3 or 6 */
-    bool pair_words; /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
-    float up;        /* a power of two: of x in dot_fp8_pairs, where codes are decoded as their value / up */
+    uint32_t lanes;      /* 4, 8 or 16 */
+    uint32_t tile_x;     /* rows of x in a tile: 3 or 6 */
+    uint32_t bytes_rows; /* rows of either side that `bytes` is best given at a time */
+    bool pair_words;     /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
+    float up;            /* a power of two: of x in dot_fp8_pairs, where codes are decoded as their value / up */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;
 #undef DSV3__KERN_FIELD
@@ -3042,8 +3151,9 @@ static float dsv3__k_to_bytes_scalar(int8_t *codes, const float *x, size_t n, in
 
 static void dsv3__k_bytes_scalar(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
                                  size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
-                                 size_t group)
+                                 size_t group, void *scratch)
 {
+    (void)scratch;
     const size_t n_groups = (k + group - 1) / group;
     for (size_t i = 0; i < n_w; i++, w += w_stride, w_scale += n_groups)
         for (size_t j = 0; j < n_x; j++) {
@@ -3738,8 +3848,10 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_wx_avx2(float *out, size_t out
 
 DSV3__TARGET_AVX2 static void dsv3__k_bytes_avx2(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
                                                  const float *w_scale, size_t n_w, const int8_t *const *x,
-                                                 const float *const *x_scale, size_t n_x, size_t k, size_t group)
+                                                 const float *const *x_scale, size_t n_x, size_t k, size_t group,
+                                                 void *scratch)
 {
+    (void)scratch;
     const size_t n_groups = (k + group - 1) / group;
     for (size_t j = 0, t; j < n_x; j += t) {
         t = n_x - j < 4 ? n_x - j : 4;
@@ -4206,8 +4318,9 @@ DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_row_avx_vnni(int32_t *sum, const
 DSV3__TARGET_AVX_VNNI static void dsv3__k_bytes_avx_vnni(float *out, size_t out_stride, const int8_t *w,
                                                          size_t w_stride, const float *w_scale, size_t n_w,
                                                          const int8_t *const *x, const float *const *x_scale,
-                                                         size_t n_x, size_t k, size_t group)
+                                                         size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx_vnni, dsv3__k_bytes_row_avx_vnni, 2, out, out_stride, w, w_stride,
                        w_scale, n_w, x, x_scale, n_x, k, group);
 }
@@ -5045,11 +5158,183 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum,
 DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_t out_stride, const int8_t *w,
                                                                size_t w_stride, const float *w_scale, size_t n_w,
                                                                const int8_t *const *x, const float *const *x_scale,
-                                                               size_t n_x, size_t k, size_t group)
+                                                               size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx512_vnni, dsv3__k_bytes_row_avx512_vnni, 6, out, out_stride, w, w_stride,
                        w_scale, n_w, x, x_scale, n_x, k, group);
 }
+
+#if DSV3__AMX
+// ---- AMX INT8 --------------------------------------------------------------------------------------------------
+
+/* Eight registers of 16 rows of 64 bytes, and one instruction that multiplies two of them: 16 rows of w by 16 of x, 64
+   columns of each, 16,384 products of signed bytes in 16 cycles, eight times as many as vpdpbusd makes. Sums are exact, so
+   the bits are the others'. The rows of w are loaded as they lie; the other operand has the words of 4 columns of 16 rows
+   side by side, so rows of x are turned that way first, once for all rows of w that they meet here. */
+
+/* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_turn_avx512_amx(void *to, size_t to_stride, const void *const *from,
+                                                                  size_t n)
+{
+    for (size_t c = 0; c < n; c += 4) {
+        __m512i r[4], lo01, lo23, hi01, hi23, words[4];
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) { /* 4 words of rows q, 4 + q, 8 + q, 12 + q */
+#define DSV3__PART(row) _mm_loadu_si128((const __m128i *)(const void *)((const uint8_t *)from[row] + 4 * c))
+            r[q] = _mm512_castsi128_si512(DSV3__PART(q));
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(4 + q), 1);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(8 + q), 2);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(12 + q), 3);
+#undef DSV3__PART
+        }
+        lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+        lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+        words[0] = _mm512_unpacklo_epi64(lo01, lo23), words[1] = _mm512_unpackhi_epi64(lo01, lo23);
+        words[2] = _mm512_unpacklo_epi64(hi01, hi23), words[3] = _mm512_unpackhi_epi64(hi01, hi23);
+        for (size_t q = 0; q < dsv3__min(n - c, 4); q++)
+            _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
+    }
+}
+
+/* sum [32][32] = 32 rows of w times 16 X of x, n columns. x: turned, x_step bytes from 64 columns to the next. Of w `rows`
+   are there, the others count as zeros. For each 64 columns `fetch` lines are asked for, from *next on. X is a constant. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void
+dsv3__k_bytes_tile_x_avx512_amx(int32_t (*sum)[32], const int8_t *w, size_t w_stride, size_t rows, const uint8_t *x,
+                                size_t x_step, size_t n, const uint8_t **next, size_t fetch, const int X)
+{
+    const uint8_t *ahead = *next;
+    int8_t edge[32][64];
+    DSV3__TILE_ZERO(0);
+    DSV3__TILE_ZERO(2);
+    if (X > 1) {
+        DSV3__TILE_ZERO(1);
+        DSV3__TILE_ZERO(3);
+    }
+    if (rows < 32 || n % 64)
+        memset(edge, 0, sizeof edge);
+    for (size_t c = 0; c < n; c += 64, x += x_step) {
+        const int8_t *from = w + c;
+        size_t stride = w_stride;
+        if (DSV3__UNLIKELY(rows < 32 || n - c < 64)) {
+            for (size_t i = 0; i < rows; i++) {
+                memset(edge[i], 0, 64);
+                memcpy(edge[i], w + i * w_stride + c, dsv3__min(n - c, 64));
+            }
+            from = edge[0], stride = 64;
+        }
+        DSV3__TILE_LOAD(6, x, 64);
+        DSV3__TILE_LOAD(4, from, stride);
+        DSV3__TILE_DOT(0, 4, 6);
+        if (X > 1) {
+            DSV3__TILE_LOAD(7, x + 1024, 64);
+            DSV3__TILE_DOT(1, 4, 7);
+        }
+        DSV3__TILE_LOAD(5, from + 16 * stride, stride);
+        DSV3__TILE_DOT(2, 5, 6);
+        if (X > 1)
+            DSV3__TILE_DOT(3, 5, 7);
+        for (size_t i = 0; i < fetch; i++, ahead += 64)
+            DSV3__FETCH(ahead);
+    }
+    *next = ahead;
+    DSV3__TILE_STORE(0, sum[0], sizeof sum[0]);
+    DSV3__TILE_STORE(2, sum[16], sizeof sum[0]);
+    if (X > 1) {
+        DSV3__TILE_STORE(1, sum[0] + 16, sizeof sum[0]);
+        DSV3__TILE_STORE(3, sum[16] + 16, sizeof sum[0]);
+    }
+}
+
+DSV3__TARGET_AVX512_AMX DSV3__NOINLINE static void
+dsv3__k_bytes_tile_avx512_amx(int32_t (*sum)[32], const int8_t *w, size_t w_stride, size_t rows, const uint8_t *x,
+                              size_t x_step, size_t n, const uint8_t **next, size_t fetch, bool two)
+{
+    if (two)
+        dsv3__k_bytes_tile_x_avx512_amx(sum, w, w_stride, rows, x, x_step, n, next, fetch, 2);
+    else
+        dsv3__k_bytes_tile_x_avx512_amx(sum, w, w_stride, rows, x, x_step, n, next, fetch, 1);
+}
+
+/* Fewer rows of x than this are not worth turning. */
+#define DSV3__TILES_FEW 7
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t out_stride, const int8_t *w,
+                                                             size_t w_stride, const float *w_scale, size_t n_w,
+                                                             const int8_t *const *x, const float *const *x_scale,
+                                                             size_t n_x, size_t k, size_t group, void *scratch)
+{
+    static const uint8_t shapes[64] = {1,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0, /* palette 1 */
+                                       64, 0,  64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 64, 0, /* bytes of a row */
+                                       0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,
+                                       16, 16, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0,  0}; /* rows */
+    const size_t n_groups = (k + group - 1) / group, tiles = (n_x + 15) / 16, steps = (k + 63) / 64;
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
+    uint8_t *turned = (uint8_t *)scratch;                                    /* [steps][tiles][16][16][4] */
+    float *xs = (float *)(void *)(turned + steps * tiles * 1024), y[32][32]; /* [n_groups][16 tiles] */
+    const void *from[16];
+    int32_t sum[32][32];
+    if (n_x < DSV3__TILES_FEW || (group % 64 && group < k)) {
+        dsv3__k_bytes_avx512_vnni(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, scratch);
+        return;
+    }
+    for (size_t t = 0; t < tiles; t++) {
+        for (size_t s = 0; s < steps; s++) {
+            for (size_t j = 0; j < 16; j++) /* rows that are not there repeat the last */
+                from[j] = x[dsv3__min(16 * t + j, n_x - 1)] + 64 * s;
+            dsv3__k_turn_avx512_amx(turned + (s * tiles + t) * 1024, 64, from, 16);
+        }
+        for (size_t g = 0; g < n_groups; g++)
+            for (size_t j = 0; j < 16; j++)
+                xs[(g * tiles + t) * 16 + j] = x_scale[dsv3__min(16 * t + j, n_x - 1)][g];
+    }
+    DSV3__TILES_BEGIN(&shapes);
+    for (size_t i = 0; i < n_w; i += 32) {
+        const size_t rows = dsv3__min(n_w - i, 32), pairs = (tiles + 1) / 2;
+        const uint8_t *next = (const uint8_t *)(w + (i + 32) * w_stride);
+        for (size_t t = 0; t < tiles; t += 2) {
+            const size_t two = dsv3__min(tiles - t, 2);
+            memset(y, 0, sizeof y);
+            for (size_t g = 0; g < n_groups; g++) {
+                dsv3__k_bytes_tile_avx512_amx(
+                    sum, w + i * w_stride + g * group, w_stride, rows, turned + (g * group / 64 * tiles + t) * 1024,
+                    tiles * 1024, dsv3__min(k - g * group, group), &next, (32 + pairs - 1) / pairs, two > 1);
+                for (size_t b = 0; b < two; b++) {
+                    const __m512 s = _mm512_loadu_ps(xs + (g * tiles + t + b) * 16);
+                    for (size_t r = 0; r < rows; r++) {
+                        __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sum[r] + 16 * b));
+                        __m512 scale = _mm512_mul_ps(_mm512_set1_ps(w_scale[(i + r) * n_groups + g]), s);
+                        _mm512_storeu_ps(y[r] + 16 * b, _mm512_fmadd_ps(v, scale, _mm512_loadu_ps(y[r] + 16 * b)));
+                    }
+                }
+            }
+            for (size_t b = 0; b < 2 * two; b++) { /* 16 rows of w and of x each */
+                const size_t r0 = b / two * 16, j0 = (t + b % two) * 16;
+                float *to = out + j0 * out_stride + i + r0;
+                float some[16][16];
+                if (r0 >= rows)
+                    break;
+                for (size_t r = 0; r < 16; r++) {
+                    float *row = y[r0 + r] + b % two * 16;
+                    const __m512 v = _mm512_loadu_ps(row);
+                    const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+                    if (DSV3__UNLIKELY(number != 0xFFFF))
+                        _mm512_storeu_ps(row, _mm512_mask_mov_ps(nan, number, v));
+                    from[r] = row;
+                }
+                if (rows - r0 >= 16) {
+                    dsv3__k_turn_avx512_amx(to, out_stride * sizeof(float), from, dsv3__min(n_x - j0, 16));
+                    continue;
+                }
+                dsv3__k_turn_avx512_amx(some, sizeof some[0], from, 16);
+                for (size_t j = 0; j < dsv3__min(n_x - j0, 16); j++)
+                    memcpy(to + j * out_stride, some[j], (rows - r0) * sizeof(float));
+            }
+        }
+    }
+    DSV3__TILES_END();
+}
+#endif // DSV3__AMX
 
 // ---- AVX-512 BF16, VBMI: pairs as words of two bf16 --------------------------------------------------------------
 
@@ -5787,15 +6072,17 @@ DSV3__INLINE void dsv3__k_bytes_any_neon(float *out, size_t out_stride, const in
 
 static void dsv3__k_bytes_neon(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
                                size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
-                               size_t group)
+                               size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, false);
 }
 
 static void dsv3__k_bytes_neon_dot(float *out, size_t out_stride, const int8_t *w, size_t w_stride,
                                    const float *w_scale, size_t n_w, const int8_t *const *x,
-                                   const float *const *x_scale, size_t n_x, size_t k, size_t group)
+                                   const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch)
 {
+    (void)scratch;
     dsv3__k_bytes_any_neon(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, true);
 }
 
@@ -6021,16 +6308,18 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
 
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
-static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
+static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, 32, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
 #if DSV3__AVX2
 #define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
-static const dsv3__kern dsv3__kern_avx2 = {DSV3_ISA_AVX2, 8, 3, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
+static const dsv3__kern dsv3__kern_avx2 = {
+    DSV3_ISA_AVX2, 8, 3, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX2)};
 #if DSV3__VNNI
 #define DSV3__KERN_AVX_VNNI(ret, op, args) dsv3__k_##op##_avx_vnni,
 static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI,
                                                8,
                                                3,
+                                               32,
                                                false,
                                                DSV3__TWO_120,
                                                DSV3__KERN_COMMON(DSV3__KERN_AVX2) DSV3__KERN_PAIRS(DSV3__KERN_AVX2)
@@ -6042,7 +6331,7 @@ static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI,
 #if DSV3__AVX512
 #define DSV3__KERN_AVX512(ret, op, args) dsv3__k_##op##_avx512,
 static const dsv3__kern dsv3__kern_avx512 = {
-    DSV3_ISA_AVX512, 16, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
+    DSV3_ISA_AVX512, 16, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_AVX512)};
 #if DSV3__VNNI
 #define DSV3__KERN_AVX512_VNNI(ret, op, args) dsv3__k_##op##_avx512_vnni,
 #define DSV3__KERN_AVX512_BF16(ret, op, args) dsv3__k_##op##_avx512_bf16,
@@ -6050,17 +6339,32 @@ static const dsv3__kern dsv3__kern_avx512_vnni = {
     DSV3_ISA_AVX512_VNNI,
     16,
     6,
+    32,
     false,
     DSV3__TWO_120,
     DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
 static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16,
                                                   16,
                                                   6,
+                                                  32,
                                                   true,
                                                   1,
                                                   DSV3__KERN_COMMON(DSV3__KERN_AVX512)
                                                       DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
                                                           DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
+#if DSV3__AMX
+#define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
+#define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
+static const dsv3__kern dsv3__kern_avx512_amx = {
+    DSV3_ISA_AVX512_AMX,
+    16,
+    6,
+    128,
+    false,
+    DSV3__TWO_120,
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_AMX)};
+#undef DSV3__KERN_AVX512_AMX
+#endif
 #undef DSV3__KERN_AVX512_VNNI
 #undef DSV3__KERN_AVX512_BF16
 #endif
@@ -6069,10 +6373,11 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16,
 
 #if DSV3__NEON
 #define DSV3__KERN_NEON(ret, op, args) dsv3__k_##op##_neon,
-static const dsv3__kern dsv3__kern_neon = {DSV3_ISA_NEON, 4, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+static const dsv3__kern dsv3__kern_neon = {
+    DSV3_ISA_NEON, 4, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
 #define dsv3__k_bytes_neon dsv3__k_bytes_neon_dot /* the one that differs */
 static const dsv3__kern dsv3__kern_neon_dot = {
-    DSV3_ISA_NEON, 4, 6, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
+    DSV3_ISA_NEON, 4, 6, 32, false, DSV3__TWO_120, DSV3__KERN_OPS(DSV3__KERN_NEON)};
 #undef dsv3__k_bytes_neon
 #undef DSV3__KERN_NEON
 #endif
@@ -6096,6 +6401,9 @@ static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
 #if DSV3__AVX512 && DSV3__VNNI
     case DSV3_ISA_AVX512_VNNI: return &dsv3__kern_avx512_vnni;
     case DSV3_ISA_AVX512_BF16: return &dsv3__kern_avx512_bf16;
+#endif
+#if DSV3__AMX
+    case DSV3_ISA_AVX512_AMX: return &dsv3__kern_avx512_amx;
 #endif
     default: return &dsv3__kern_scalar;
     }
@@ -6174,6 +6482,19 @@ DSV3__INLINE bool dsv3__mm_is_bytes(dsv3__form form)
     return form == DSV3__FORM_BYTES || form == DSV3__FORM_BYTES_128;
 }
 
+/* Before k multiplies codes of 8 bits: where it wants tile registers, this process must have them. If the system does not
+   lend them, AUTO goes without; a level that was asked for by name is an error. */
+static dsv3_result dsv3__mm_permit(const dsv3__kern **k, dsv3_isa wanted, dsv3_error *err)
+{
+    if ((*k)->isa != DSV3_ISA_AVX512_AMX || dsv3__cpu_lend_tiles())
+        return DSV3_OK;
+    if (wanted != DSV3_ISA_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_UNSUPPORTED_CPU,
+                          "isa %s: the system does not lend this process tile registers", dsv3_isa_name(wanted));
+    *k = dsv3__kern_get(DSV3_ISA_AVX512_VNNI);
+    return DSV3_OK;
+}
+
 /* Floats from a packed row of k values to the next: whole blocks of 128, and 64 more, so that neighbouring rows (a tile
    reads several in step) do not fall into the same cache sets. */
 DSV3__INLINE size_t dsv3__mm_pad(size_t k)
@@ -6197,7 +6518,8 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
    columns of it, into registers in the order in which tiles read them: all registers 0 of the panel (16 KB: half of a small
    L1), then its registers 1, and so on. Of every such part, x of at most DSV3__MM_TOKENS rows streams past it from L2. */
 #define DSV3__MM_FEW     4
-#define DSV3__MM_BYTES   32 /* rows of either side that meet at a time as codes of 8 bits */
+#define DSV3__MM_BYTES   128    /* the most rows of either side that meet at a time as codes of 8 bits */
+#define DSV3__MM_CODES   524288 /* as many of them at a time */
 #define DSV3__MM_CHUNK   2048
 #define DSV3__MM_TOKENS  96
 #define DSV3__MM_ROUNDED 196608 /* floats of x rounded at a time */
@@ -6323,8 +6645,10 @@ DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
     const size_t at_least = 6 * dsv3__mm_pad(k), most = DSV3__MM_TOKENS * dsv3__mm_pad(k);
     const size_t up_to = most < DSV3__MM_ROUNDED ? most : DSV3__MM_ROUNDED;
     const size_t tiles = decoded + sums + (at_least > up_to ? at_least : up_to);
-    const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k);
-    return dsv3__mm_pad((k + 63) / 64) + (tiles > few ? tiles : few);
+    const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k), floats = tiles > few ? tiles : few;
+    const size_t codes = 32 * dsv3__mm_pad(k), scales = DSV3__MM_BYTES * ((k + 127) / 128) + 16;
+    const size_t bytes = scales + (codes > DSV3__MM_CODES ? codes : DSV3__MM_CODES) / 64 * (64 / sizeof(float) + 1);
+    return dsv3__mm_pad((k + 63) / 64) + (floats > bytes ? floats : bytes);
 }
 
 /* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
@@ -6507,24 +6831,27 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), group = form == DSV3__FORM_BYTES ? cols : 128;
     const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
+    const size_t most = k->bytes_rows, fit = DSV3__MM_CODES / padded / 32 * 32;
+    const size_t tokens = dsv3__min(fit > 32 ? fit : 32, most);
+    float *scratch = panel + (most * n_groups + 15) / 16 * 16;
     const int8_t *codes[DSV3__MM_BYTES];
     const float *x_scale[DSV3__MM_BYTES];
-    for (uint64_t r = r0; r < r1; r += DSV3__MM_BYTES) {
-        const size_t rows = (size_t)(r1 - r < DSV3__MM_BYTES ? r1 - r : DSV3__MM_BYTES);
+    for (uint64_t r = r0; r < r1; r += most) {
+        const size_t rows = (size_t)(r1 - r < most ? r1 - r : most);
         for (size_t i = 0; i < rows; i++) /* [rows, n_groups] */
             for (size_t g = 0; g < n_groups; g++)
                 panel[i * n_groups + g] =
                     w->scale ? dsv3__num_get(w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride + g)
                              : 1;
         for (size_t j = 0, t; j < n; j += t) {
-            t = dsv3__min(n - j, DSV3__MM_BYTES);
+            t = dsv3__min(n - j, tokens);
             for (size_t i = 0; i < t; i++) {
                 const float *row = x + (index ? index[j + i] : j + i) * x_stride;
                 codes[i] = (const int8_t *)(const void *)row;
                 x_scale[i] = row + padded / 4;
             }
             k->bytes(out + (size_t)(r - r0) + j * out_stride, out_stride, (const int8_t *)dsv3__ten_row(w, r),
-                     (size_t)w->row_stride, panel, rows, codes, x_scale, t, cols, group);
+                     (size_t)w->row_stride, panel, rows, codes, x_scale, t, cols, group, scratch);
         }
     }
 }
@@ -6763,6 +7090,8 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
     c.mode.powers = w->scale_dtype == DSV3_DTYPE_F8_E8M0;
     c.w = w;
     const dsv3__form form = dsv3__mm_form(&c.mode, w);
+    if (dsv3__mm_is_bytes(form))
+        DSV3__TRY(dsv3__mm_permit(&c.mode.k, opts->isa, err));
     c.n = dsv3__min(n, DSV3__MM_BATCH);
     c.x_stride = dsv3__mm_pad(cols);
     c.panel_floats = dsv3__mm_panel_floats(cols);
@@ -8723,6 +9052,18 @@ typedef struct dsv3__layer {
     dsv3__mlp *experts;      /* [n_routed_experts], inter = moe_intermediate_size */
 } dsv3__layer;
 
+#define DSV3__MTP_MAX 4 /* prediction layers that are used; published checkpoints have one */
+
+/* What stands around a layer of multi-token prediction: see >>mtp. */
+typedef struct dsv3__predictor {
+    dsv3_tensor enorm;   /* [hidden_size] of the embedding */
+    dsv3_tensor hnorm;   /* [hidden_size] of the state below */
+    dsv3_tensor eh_proj; /* [hidden_size, 2 * hidden_size]: columns of the embedding, then of the state */
+    dsv3_tensor norm;    /* [hidden_size] shared_head.norm */
+    dsv3_tensor embed;   /* [vocab_size, hidden_size] and */
+    dsv3_tensor head;    /* [vocab_size, hidden_size]: its own copies, or the model's */
+} dsv3__predictor;
+
 struct dsv3_model {
     dsv3__mem mem;
     dsv3_logger logger;
@@ -8732,9 +9073,13 @@ struct dsv3_model {
     dsv3__mm_mode mode;  /* of linear maps */
     dsv3__mm_mode exact; /* of the router and of attention's: f32 */
     uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
+    bool bytes;          /* weights are multiplied as codes of 8 bits */
     bool read_ahead;
     dsv3__st st;
-    dsv3__layer *layers;  /* [num_hidden_layers] */
+    dsv3__layer *layers;     /* [num_hidden_layers + n_mtp] */
+    uint32_t n_mtp;          /* layers of multi-token prediction, behind the others; 0: none, or none wanted */
+    bool any_dense, any_moe; /* among all layers */
+    dsv3__predictor mtp[DSV3__MTP_MAX];
     dsv3_tensor embed;    /* [vocab_size, hidden_size] */
     dsv3_tensor norm;     /* [hidden_size] */
     dsv3_tensor head;     /* [vocab_size, hidden_size] */
@@ -8783,7 +9128,9 @@ static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *na
         DSV3__TRY(dsv3__wt_load(m, scale, err));
         view->scale = scale->data;
     }
-    return dsv3__ten_check(view, name, true, err);
+    DSV3__TRY(dsv3__ten_check(view, name, true, err));
+    m->bytes |= dsv3__mm_is_bytes(dsv3__mm_form(&m->mode, view));
+    return DSV3_OK;
 }
 
 /* model.layers.<layer>.<part>, printed in one place. */
@@ -8878,7 +9225,66 @@ static dsv3_result dsv3__wt_q_lora(dsv3_model *m, dsv3_error *err)
     return DSV3_OK;
 }
 
-static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
+static dsv3_result dsv3__wt_layer(dsv3_model *m, uint32_t i, bool moe, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    dsv3__layer *l = &m->layers[i];
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->input_norm, i, "input_layernorm", c->hidden_size, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &l->post_norm, i, "post_attention_layernorm", c->hidden_size, 0, err));
+    DSV3__TRY(dsv3__wt_attention(m, l, i, err));
+    l->moe = moe;
+    *(moe ? &m->any_moe : &m->any_dense) = true;
+    if (moe)
+        return dsv3__wt_moe(m, l, i, err);
+    l->has_mlp = true;
+    return dsv3__wt_mlp(m, &l->mlp, i, "mlp", c->intermediate_size, err);
+}
+
+/* Is model.layers.<layer>.<part>.weight there? */
+static bool dsv3__wt_has(const dsv3_model *m, uint32_t layer, const char *part)
+{
+    dsv3__wt_name name;
+    dsv3__format(name.text, sizeof name.text, "model.layers.%u.%s.weight", (uint64_t)layer, part);
+    return dsv3__st_find(&m->st, name.text) != NULL;
+}
+
+/* How many layers of multi-token prediction can be used: those that config.json speaks of and the files hold, which some
+   published sets leave out. One with experts where no other layer has them has no configuration, nor has the reverse. */
+static uint32_t dsv3__wt_count_mtp(const dsv3_model *m)
+{
+    const dsv3_config *c = &m->config;
+    uint32_t n = 0;
+    while (n < c->num_nextn_predict_layers && n < DSV3__MTP_MAX) {
+        bool moe = dsv3__wt_has(m, c->num_hidden_layers + n, "mlp.gate");
+        if (!dsv3__wt_has(m, c->num_hidden_layers + n, "eh_proj") ||
+            (moe ? !c->n_routed_experts : c->intermediate_size < 1 || c->intermediate_size > 1u << 24))
+            break;
+        n++;
+    }
+    return n;
+}
+
+/* Prediction layer k. Whether it has experts is seen by its tensors (JoyAI's is dense). Embedding and head are stored with
+   it in DeepSeek's files, equal to the model's (README_WEIGHTS.md); what is left out is the model's. */
+static dsv3_result dsv3__wt_mtp(dsv3_model *m, uint32_t k, dsv3_error *err)
+{
+    const dsv3_config *c = &m->config;
+    const uint32_t i = c->num_hidden_layers + k;
+    const uint64_t dim = c->hidden_size;
+    dsv3__predictor *p = &m->mtp[k];
+    p->embed = m->embed, p->head = m->head;
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->enorm, i, "enorm", dim, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->hnorm, i, "hnorm", dim, 0, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->eh_proj, i, "eh_proj", dim, 2 * dim, err));
+    DSV3__TRY(dsv3__wt_layer_tensor(m, &p->norm, i, "shared_head.norm", dim, 0, err));
+    if (dsv3__wt_has(m, i, "embed_tokens"))
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &p->embed, i, "embed_tokens", c->vocab_size, dim, err));
+    if (dsv3__wt_has(m, i, "shared_head.head"))
+        DSV3__TRY(dsv3__wt_layer_tensor(m, &p->head, i, "shared_head.head", c->vocab_size, dim, err));
+    return dsv3__wt_layer(m, i, dsv3__wt_has(m, i, "mlp.gate"), err);
+}
+
+static dsv3_result dsv3__wt_bind(dsv3_model *m, bool no_mtp, dsv3_error *err)
 {
     const dsv3_config *c = &m->config;
     void *layers;
@@ -8891,22 +9297,15 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, dsv3_error *err)
         m->head = m->embed;
     else
         DSV3__TRY(dsv3__wt_get(m, &m->head, "lm_head.weight", c->vocab_size, c->hidden_size, err));
-    DSV3__TRY(dsv3__mem_alloc(&m->mem, &layers, c->num_hidden_layers * sizeof(dsv3__layer), "layers", err));
-    memset(layers, 0, c->num_hidden_layers * sizeof(dsv3__layer));
+    m->n_mtp = no_mtp ? 0 : dsv3__wt_count_mtp(m);
+    uint64_t bytes = (c->num_hidden_layers + m->n_mtp) * sizeof(dsv3__layer);
+    DSV3__TRY(dsv3__mem_alloc(&m->mem, &layers, bytes, "layers", err));
+    memset(layers, 0, (size_t)bytes);
     m->layers = (dsv3__layer *)layers;
-    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
-        dsv3__layer *l = &m->layers[i];
-        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->input_norm, i, "input_layernorm", c->hidden_size, 0, err));
-        DSV3__TRY(dsv3__wt_layer_tensor(m, &l->post_norm, i, "post_attention_layernorm", c->hidden_size, 0, err));
-        DSV3__TRY(dsv3__wt_attention(m, l, i, err));
-        l->moe = i >= c->first_k_dense_replace;
-        if (l->moe) {
-            DSV3__TRY(dsv3__wt_moe(m, l, i, err));
-        } else {
-            l->has_mlp = true;
-            DSV3__TRY(dsv3__wt_mlp(m, &l->mlp, i, "mlp", c->intermediate_size, err));
-        }
-    }
+    for (uint32_t i = 0; i < c->num_hidden_layers; i++)
+        DSV3__TRY(dsv3__wt_layer(m, i, i >= c->first_k_dense_replace, err));
+    for (uint32_t k = 0; k < m->n_mtp; k++)
+        DSV3__TRY(dsv3__wt_mtp(m, k, err));
     return DSV3_OK;
 }
 
@@ -8915,7 +9314,9 @@ static void dsv3__wt_forms(dsv3_model *m)
 {
     const dsv3_config *c = &m->config;
     m->forms = 1u << dsv3__mm_form(&m->mode, &m->head);
-    for (uint32_t i = 0; i < c->num_hidden_layers; i++) {
+    for (uint32_t k = 0; k < m->n_mtp; k++)
+        m->forms |= 1u << dsv3__mm_form(&m->mode, &m->mtp[k].head);
+    for (uint32_t i = 0; i < c->num_hidden_layers + m->n_mtp; i++) {
         const dsv3__layer *l = &m->layers[i];
         m->forms |= 1u << dsv3__mm_form(&m->mode, &l->kv_a);
         m->forms |= 1u << dsv3__mm_form(&m->mode, c->q_lora_rank ? &l->q_a : &l->q_b);
@@ -8932,7 +9333,7 @@ static void dsv3__wt_forms(dsv3_model *m)
 
 static void dsv3__wt_unbind(dsv3_model *m)
 {
-    for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers; i++)
+    for (uint32_t i = 0; m->layers && i < m->config.num_hidden_layers + m->n_mtp; i++)
         dsv3__mem_free(&m->mem, m->layers[i].experts);
     dsv3__mem_free(&m->mem, m->layers);
     for (uint64_t i = 0; i < m->st.n_tensors; i++)
@@ -8961,7 +9362,7 @@ static bool dsv3__wt_is_bad(const dsv3_tensor *t)
     return false;
 }
 
-/* Not a layer behind the last, as those of multi-token prediction are. */
+/* Not a layer behind the last, as those of multi-token prediction are: logits do not come from them. */
 static bool dsv3__wt_runs(const dsv3_model *m, const char *name)
 {
     static const char layers[] = "model.layers.";
@@ -9057,7 +9458,7 @@ typedef struct dsv3__work {
     bool plain; /* both parts f32: rows [DSV3_PAGE_TOKENS, cache_stride], read where they lie */
     dsv3__cache_part latent, rope_key;
     uint64_t *counts; /* [n_moe_layers, n_routed_experts] rows that went through each */
-    size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride;
+    size_t x_stride, q_a_stride, q_stride, kv_stride, o_stride, eh_stride;
     float *x;                /* [n, x_stride] the residual stream */
     float *xn[DSV3__FORMS];  /* [n, x_stride] normalised, in each form that m->forms names */
     float *norm;             /* [hidden_size or q_lora_rank or kv_lora_rank] the norm's weights as f32 */
@@ -9066,6 +9467,7 @@ typedef struct dsv3__work {
     float *q;                /* [n, q_stride] queries of all heads: nope, then rope */
     float *kv;               /* [n, kv_stride] latent and k_pe before norm and rotation */
     float *o;                /* [n, o_stride] attention's values of all heads */
+    float *eh;               /* [n, eh_stride] embedding and state that meet in eh_proj, >>mtp */
     float *rope;             /* [n, qk_rope_head_dim] cos of each pair, then sin */
     float *router;           /* [n, n_routed_experts] router logits */
     float *router_bias;      /* [n_routed_experts] the layer's, as f32 */
@@ -9094,10 +9496,11 @@ static void *dsv3__carve(uint8_t *base, uint64_t *used, uint64_t count, uint64_t
     return p;
 }
 
-static size_t dsv3__work_widest(const dsv3_config *c)
+static size_t dsv3__work_widest(const dsv3_model *m)
 {
-    size_t widest = c->hidden_size, v = (size_t)c->num_attention_heads * c->v_head_dim;
-    size_t inter = c->first_k_dense_replace ? c->intermediate_size : 0;
+    const dsv3_config *c = &m->config;
+    size_t widest = (size_t)c->hidden_size * (m->n_mtp ? 2 : 1), v = (size_t)c->num_attention_heads * c->v_head_dim;
+    size_t inter = m->any_dense ? c->intermediate_size : 0;
     size_t shared = (size_t)c->n_shared_experts * c->moe_intermediate_size;
     widest = widest > v ? widest : v;
     widest = widest > inter ? widest : inter;
@@ -9115,8 +9518,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     const dsv3_config *c = &m->config;
     const uint64_t f = sizeof(float), n = max_batch;
     uint64_t used = 0, h_moe = 0, h_dense = 0, slots = n * c->num_experts_per_tok, experts = c->n_routed_experts;
-    bool moe = c->first_k_dense_replace < c->num_hidden_layers;
-    size_t widest = dsv3__work_widest(c);
+    bool moe = m->any_moe;
+    size_t widest = dsv3__work_widest(m);
     memset(w, 0, sizeof *w);
     w->m = m;
     w->max_batch = max_batch;
@@ -9126,12 +9529,13 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->q_stride = (size_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
     w->kv_stride = dsv3__mm_pad((size_t)c->kv_lora_rank + c->qk_rope_head_dim);
     w->o_stride = dsv3__mm_pad((size_t)c->num_attention_heads * c->v_head_dim);
+    w->eh_stride = m->n_mtp ? dsv3__mm_pad(2 * (size_t)c->hidden_size) : 0;
     if (!moe)
         slots = experts = 0;
     if (moe)
         h_moe = slots * dsv3__mm_pad(c->moe_intermediate_size) +
                 n * (c->n_shared_experts ? dsv3__mm_pad((size_t)c->n_shared_experts * c->moe_intermediate_size) : 0);
-    if (c->first_k_dense_replace)
+    if (m->any_dense)
         h_dense = n * dsv3__mm_pad(c->intermediate_size);
     w->x = (float *)dsv3__carve(base, &used, n * w->x_stride, f);
     for (uint32_t form = 0; form < DSV3__FORMS; form++)
@@ -9143,6 +9547,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->q = (float *)dsv3__carve(base, &used, n * w->q_stride, f);
     w->kv = (float *)dsv3__carve(base, &used, n * w->kv_stride, f);
     w->o = (float *)dsv3__carve(base, &used, n * w->o_stride, f);
+    w->eh = (float *)dsv3__carve(base, &used, n * w->eh_stride, f);
     w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
     w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
     w->router = (float *)dsv3__carve(base, &used, n * experts, f);
@@ -9470,6 +9875,10 @@ typedef struct dsv3__row {
     float *logits;          /* [vocab_size] out; NULL: not asked for */
     int32_t *experts;       /* [n_moe_layers, top_k] out; NULL */
     const uint32_t *cancel; /* atomic: not 0 stops the pass */
+    uint32_t shift;         /* of a prediction layer: its cache row is that of the token it takes in, so far ahead */
+    const float *below;     /* [hidden_size] the state a prediction layer starts from; >>mtp alone */
+    float *state;           /* [hidden_size] out, the state behind the last norm; NULL. May be `below` */
+    bool draft;             /* nobody has asked for this token yet: logits that are not finite are no failure yet */
 } dsv3__row;
 
 typedef struct dsv3__mla_task {
@@ -9610,9 +10019,10 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__nn_rope(w->m, key + c->kv_lora_rank, kv + c->kv_lora_rank, w->rope + i * c->qk_rope_head_dim);
     for (size_t j = (size_t)c->kv_lora_rank + c->qk_rope_head_dim; j < w->cache_stride; j++)
         key[j] = 0;
-    uint8_t *page = dsv3__mla_page(w, row, t->layer, row->position);
-    dsv3__mla_store(w->m->k, &w->latent, page, row->position % DSV3_PAGE_TOKENS, key);
-    dsv3__mla_store(w->m->k, &w->rope_key, page, row->position % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
+    const uint32_t at = row->position + row->shift;
+    uint8_t *page = dsv3__mla_page(w, row, t->layer, at);
+    dsv3__mla_store(w->m->k, &w->latent, page, at % DSV3_PAGE_TOKENS, key);
+    dsv3__mla_store(w->m->k, &w->rope_key, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
 /* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
@@ -9662,16 +10072,17 @@ static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32
         s->max[j] = -INFINITY, s->sum[j] = 0;
 }
 
-/* Adds the positions t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK. q [n_heads, cache_stride],
-   u [n_heads, kv_lora_rank] */
+/* Adds the cache rows t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK; of the first `shift` there are
+   none. q [n_heads, cache_stride], u [n_heads, kv_lora_rank] */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
                             uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
-    const uint32_t latent = w->m->config.kv_lora_rank;
+    const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift;
     const float *cache =
         dsv3__mla_keys(w, mine, dsv3__mla_page(w, row, t->layer, t0), count); /* [count, cache_stride] */
+    cache += none * w->cache_stride, count -= none;
     k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
             w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
@@ -9693,7 +10104,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
 static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q,
                              uint32_t n_heads)
 {
-    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + 1;
+    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + row->shift + 1;
     dsv3__mla_sum all, span;
     dsv3__mla_clear(&all, mine->u, n_heads, latent);
     for (uint32_t t0 = 0; t0 < end; t0 += DSV3__KEY_SPAN) {
@@ -9896,6 +10307,8 @@ static void dsv3__moe_ahead_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__os_will_need(e->down.data, e->down.shape[0] * e->down.row_stride);
 }
 
+#define DSV3__MOE_UNCOUNTED UINT32_MAX /* as moe_layer: none of those whose experts are counted and shown */
+
 /* x += the layer's MLP: dense, or routed and shared experts. rows [n] only for the experts they ask to see. */
 static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_layer, const dsv3__row *rows,
                               uint32_t n)
@@ -9945,7 +10358,8 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
             g->inter = c->moe_intermediate_size;
             g->h = h + (size_t)first * stride;
             g->h_stride = stride;
-            w->counts[(size_t)moe_layer * experts + e] += g->n;
+            if (moe_layer != DSV3__MOE_UNCOUNTED)
+                w->counts[(size_t)moe_layer * experts + e] += g->n;
             n_groups++;
         }
         if (w->m->read_ahead)
@@ -9972,6 +10386,7 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
 
 typedef struct dsv3__head_task {
     dsv3__work *w;
+    const dsv3_tensor *head;
     const dsv3__row *rows;
     uint32_t n;
     const uint32_t *asked; /* [n] which rows */
@@ -9985,61 +10400,326 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__worker *mine = &w->workers[worker];
     const uint32_t vocab = w->m->config.vocab_size, r0 = task * w->strip;
     const uint32_t r1 = r0 + w->strip < vocab ? r0 + w->strip : vocab;
-    dsv3__mm_strip(&w->m->mode, mine->panel, &w->m->head, r0, r1, dsv3__nn_input(w, &w->m->mode, &w->m->head),
-                   w->x_stride, t->asked, t->n, w->tiled, mine->a, DSV3__STRIP);
+    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, dsv3__nn_input(w, &w->m->mode, t->head), w->x_stride,
+                   t->asked, t->n, w->tiled, mine->a, DSV3__STRIP);
     for (uint32_t i = 0; i < t->n; i++)
         memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
 }
 
-/* x -> logits of the rows that ask. `asked` is scratch [n]. */
-static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
+/* The normalised state of a row that asks for it. w->norm holds the weights. */
+static void dsv3__fwd_state_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__head_task *t = (const dsv3__head_task *)ctx;
+    const dsv3_config *c = &t->w->m->config;
+    (void)worker;
+    if (t->rows[i].state)
+        dsv3__nn_rmsnorm_row(t->w->m->k, t->rows[i].state, t->w->x + i * t->w->x_stride, t->w->norm, c->hidden_size,
+                             c->rms_norm_eps);
+}
+
+/* Logits [n]: no infinity, no NaN. */
+static bool dsv3__fwd_finite(const float *logits, uint32_t n)
+{
+    float not_finite = 0; /* stays 0 unless a logit is infinite or NaN */
+    for (uint32_t v = 0; v < n; v++)
+        not_finite += logits[v] - logits[v];
+    return not_finite == 0;
+}
+
+/* x -> through the last norm, states and logits of the rows that ask. `asked` is scratch [n]. */
+static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, const dsv3_tensor *head,
+                                    const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
 {
     const uint32_t vocab = w->m->config.vocab_size;
+    bool states = false;
     dsv3__head_task t;
-    t.w = w, t.rows = rows, t.n = 0, t.asked = asked;
-    for (uint32_t i = 0; i < n; i++)
+    t.w = w, t.head = head, t.rows = rows, t.n = 0, t.asked = asked;
+    for (uint32_t i = 0; i < n; i++) {
+        states |= rows[i].state != NULL;
         if (rows[i].logits)
             asked[t.n++] = i;
-    if (!t.n)
+    }
+    if (!t.n && !states)
         return DSV3_OK;
-    dsv3__nn_rmsnorm(w, &w->m->norm, w->m->config.rms_norm_eps, n);
-    dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
-    for (uint32_t i = 0; i < t.n; i++) {
-        const float *logits = rows[asked[i]].logits;
-        float not_finite = 0; /* stays 0 unless a logit is infinite or NaN */
-        for (uint32_t v = 0; v < vocab; v++)
-            not_finite += logits[v] - logits[v];
-        if (not_finite != 0)
+    dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, n);
+    if (states)
+        dsv3__pool_run(w->pool, n, dsv3__fwd_state_task, &t);
+    if (t.n)
+        dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
+    for (uint32_t i = 0; i < t.n; i++)
+        if (!rows[asked[i]].draft && !dsv3__fwd_finite(rows[asked[i]].logits, vocab))
             return dsv3__wt_blame(w->m, rows[asked[i]].cancel, err);
+    return DSV3_OK;
+}
+
+/* How a pass over n rows is cut up, and their rotary tables. */
+static void dsv3__fwd_begin(dsv3__work *w, const dsv3__row *rows, uint32_t n)
+{
+    w->tiled = n > DSV3__MM_FEW;
+    w->strip = w->tiled ? DSV3__STRIP : DSV3__STRIP / 2;
+    for (uint32_t i = 0; i < n; i++)
+        dsv3__nn_rope_table(w->m, w->rope + (size_t)i * w->m->config.qk_rope_head_dim, rows[i].position);
+}
+
+/* Has someone cancelled one of these timelines? The rows of one stand together. */
+static bool dsv3__fwd_cancelled(const dsv3__row *rows, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if ((i == 0 || rows[i].cancel != rows[i - 1].cancel) && dsv3__atomic_load(rows[i].cancel))
+            return true;
+    return false;
+}
+
+/* x -> layer i -> x: attention and MLP, each on normalised rows and added to them. moe_layer: which of those with experts
+   it is, DSV3__MOE_UNCOUNTED for a prediction layer. */
+static void dsv3__fwd_layer(dsv3__work *w, uint32_t i, uint32_t moe_layer, const dsv3__row *rows, uint32_t n)
+{
+    const dsv3__layer *l = &w->m->layers[i];
+    const float eps = w->m->config.rms_norm_eps;
+    dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
+    dsv3__mla_forward(w, l, i, rows, n);
+    dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
+    dsv3__moe_forward(w, l, moe_layer, rows, n);
+}
+
+/* Runs rows [n], n <= max_batch: their cache rows are written, and the states and logits they ask for. Whether one is
+   cancelled is looked at before every layer. */
+static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
+{
+    const dsv3_model *m = w->m;
+    uint32_t moe_layer = 0;
+    dsv3__fwd_begin(w, rows, n);
+    for (uint32_t i = 0; i < n; i++)
+        dsv3__ten_row_values(m->k, w->x + i * w->x_stride, &m->embed, (uint64_t)rows[i].token);
+    for (uint32_t i = 0; i < m->config.num_hidden_layers; i++) {
+        if (dsv3__fwd_cancelled(rows, n))
+            return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
+        dsv3__fwd_layer(w, i, moe_layer, rows, n);
+        moe_layer += m->layers[i].moe;
+    }
+    return dsv3__fwd_logits(w, &m->norm, &m->head, rows, n, asked, err);
+}
+
+// =============================================================================
+// >>mtp   Multi-token prediction (DeepSeek-V3 paper, section 2.2): layers behind the last that guess one token further.
+//         Prediction layer k joins the state below it at position i with the embedding of token i + k + 1,
+//             x_i = eh_proj [RMSNorm(Emb(t_(i+k+1)); enorm), RMSNorm(state_i; hnorm)],
+//         runs a whole decoder layer over x, at position i, with a cache of its own, and guesses token i + k + 2 from
+//         RMSNorm(x; shared_head.norm) by the head. The state below layer 0 is the model's, below layer k layer k - 1's.
+//         The paper prints the state first; the released weights take the embedding first, as the code of vLLM
+//         (deepseek_mtp.py) and SGLang (deepseek_nextn.py) does. Both hand over states behind the norm: the model's final
+//         one, and shared_head.norm (SGLang always, vLLM since 2026) where a layer follows a layer. The paper is silent.
+//         vLLM zeroes the embedding at position 0, SGLang does not, nor does this.
+//         For more tokens than there are layers the last one goes on by itself: its own state, the token it guessed, the
+//         next row. Guesses steer only what is verified together (>>ses), never what is written.
+//         The cache row stands where the model's of the token i + k + 1 stands: it knows no later token. So timelines share
+//         both where they share tokens, and drafts need no page that the tokens do not need.
+// =============================================================================
+
+#define DSV3__DRAFT_MAX 16 /* tokens guessed at once */
+
+typedef struct dsv3__mtp_task {
+    dsv3__work *w;
+    const dsv3__predictor *p;
+    const dsv3__row *rows;
+} dsv3__mtp_task;
+
+/* Of one row: what eh_proj reads. w->norm and w->norm2 hold the weights of enorm and hnorm. */
+static void dsv3__mtp_join_task(void *ctx, uint32_t i, uint32_t worker)
+{
+    const dsv3__mtp_task *t = (const dsv3__mtp_task *)ctx;
+    dsv3__work *w = t->w;
+    const dsv3__kern *k = w->m->k;
+    const size_t dim = w->m->config.hidden_size;
+    const float eps = w->m->config.rms_norm_eps;
+    float *eh = w->eh + i * w->eh_stride;
+    memset(eh, 0, w->eh_stride * sizeof(float)); /* dot products read on to a multiple of 64 */
+    dsv3__ten_row_values(k, eh, &t->p->embed, (uint64_t)t->rows[i].token);
+    dsv3__nn_rmsnorm_row(k, eh, eh, w->norm, dim, eps);
+    dsv3__nn_rmsnorm_row(k, eh + dim, t->rows[i].below, w->norm2, dim, eps);
+    dsv3__nn_pack(w, worker, eh, &w->m->mode, &t->p->eh_proj, w->tiled);
+}
+
+/* Rows [n] through prediction layer k, n <= max_batch. Each has its `position` i, `token` t_(i+k+1), state `below`. */
+static dsv3_result dsv3__mtp_rows(dsv3__work *w, uint32_t k, const dsv3__row *rows, uint32_t n, uint32_t *asked,
+                                  dsv3_error *err)
+{
+    const dsv3_model *m = w->m;
+    const dsv3__predictor *p = &m->mtp[k];
+    dsv3__mtp_task t;
+    dsv3__linear join;
+    if (dsv3__fwd_cancelled(rows, n))
+        return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before prediction layer %u", (uint64_t)k);
+    dsv3__fwd_begin(w, rows, n);
+    t.w = w, t.p = p, t.rows = rows;
+    dsv3__ten_row_values(m->k, w->norm, &p->enorm, 0);
+    dsv3__ten_row_values(m->k, w->norm2, &p->hnorm, 0);
+    dsv3__pool_run(w->pool, n, dsv3__mtp_join_task, &t);
+    join.mode = &m->mode, join.w = &p->eh_proj, join.x = w->eh, join.x_stride = w->eh_stride;
+    join.out = w->x, join.out_stride = w->x_stride, join.add = false;
+    dsv3__nn_linear(w, &join, 1, n);
+    dsv3__fwd_layer(w, m->config.num_hidden_layers + k, DSV3__MOE_UNCOUNTED, rows, n);
+    return dsv3__fwd_logits(w, &p->norm, &p->head, rows, n, asked, err);
+}
+
+/* The states below one prediction layer that a timeline still holds. */
+typedef struct dsv3__mtp_queue {
+    float *states;       /* [cap + k, stride]: positions first ... end - 1 */
+    uint32_t first, end; /* first <= done <= end */
+    uint32_t done;       /* rows 0 ... done - 1 of the layer are in the cache */
+} dsv3__mtp_queue;
+
+/* Where the ids of a timeline are: those from number n_old on stand by themselves, as long as they are not part of it. */
+typedef struct dsv3__mtp_ids {
+    const int32_t *old, *more;
+    uint32_t n_old;
+} dsv3__mtp_ids;
+
+/* What a timeline knows for its prediction layers. They follow the model when drafts are wanted, not token by token: until
+   then its states wait in line. */
+typedef struct dsv3__mtp {
+    uint32_t n;    /* layers; 0: nobody drafts with them */
+    uint32_t cap;  /* states that queue k has room for, less k: each may get all that is in the one before */
+    size_t stride; /* of states: hidden_size and zeros, as in dsv3__work */
+    dsv3__mtp_queue q[DSV3__MTP_MAX];
+    float *ahead; /* [n + 1, stride]: below layer k while guessing; [n] is the last layer's own */
+} dsv3__mtp;
+
+/* Where the state at `position` goes, which follows or is among those held; NULL: an older one. Room was made. */
+static float *dsv3__mtp_place(dsv3__mtp *p, uint32_t k, uint32_t position)
+{
+    dsv3__mtp_queue *q = &p->q[k];
+    return position < q->first ? NULL : q->states + (size_t)(position - q->first) * p->stride;
+}
+
+/* Holds no state: layers go on behind the first `done` rows, which all of them have. */
+static void dsv3__mtp_restart(dsv3__mtp *p, uint32_t done)
+{
+    for (uint32_t k = 0; k < p->n; k++)
+        p->q[k].first = p->q[k].end = p->q[k].done = done;
+}
+
+/* Room for states up to position end - 1: those that the layer has used go. */
+static void dsv3__mtp_room(dsv3__mtp *p, uint32_t k, uint32_t end)
+{
+    dsv3__mtp_queue *q = &p->q[k];
+    if (end <= q->first + p->cap + k)
+        return;
+    memmove(q->states, q->states + (size_t)(q->done - q->first) * p->stride,
+            (size_t)(q->end - q->done) * p->stride * sizeof(float));
+    q->first = q->done;
+}
+
+/* Only tokens 0 ... n - 1 are left. Where a state that is needed again has gone, the model runs its row again: the line
+   starts anew at the first row that the last layer lacks. */
+static void dsv3__mtp_cut(dsv3__mtp *p, uint32_t n)
+{
+    bool broken = false;
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        q->end = (uint32_t)dsv3__min(q->end, n > k ? n - k : 0);
+        q->done = (uint32_t)dsv3__min(q->done, n > k + 1 ? n - k - 1 : 0);
+        broken |= q->first > q->done || q->end < q->done;
+    }
+    if (broken)
+        dsv3__mtp_restart(p, p->q[p->n - 1].done);
+}
+
+/* Runs all rows that tokens 0 ... n_tokens - 1 and the states held allow. like: the timeline, of a row. Pages that it
+   shares may be written: with the bits that all who share them would write. rows: scratch [max_batch]. Of tokens from
+   `from` on, what layers 0 ... n_logits - 1 say behind them, as logits [.., n_logits, vocab_size]; they guess the token
+   after it from the model's state k + 1 tokens before. */
+static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row *like, const dsv3__mtp_ids *ids,
+                                    uint32_t n_tokens, float *logits, uint32_t from, uint32_t n_logits, dsv3__row *rows,
+                                    uint32_t *asked, dsv3_error *err)
+{
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        const uint32_t end = (uint32_t)dsv3__min(q->end, n_tokens > k + 1 ? n_tokens - k - 1 : 0);
+        while (q->done < end) {
+            const uint32_t n = (uint32_t)dsv3__min(w->max_batch, end - q->done);
+            if (k + 1 < p->n)
+                dsv3__mtp_room(p, k + 1, q->done + n);
+            for (uint32_t i = 0; i < n; i++) {
+                const uint32_t position = q->done + i, token = position + k + 1;
+                rows[i] = *like;
+                rows[i].position = position, rows[i].shift = k + 1;
+                rows[i].token = token < ids->n_old ? ids->old[token] : ids->more[token - ids->n_old];
+                rows[i].below = dsv3__mtp_place(p, k, position);
+                rows[i].state = k + 1 < p->n ? dsv3__mtp_place(p, k + 1, position)
+                                : i + 1 == n ? p->ahead + (size_t)p->n * p->stride
+                                             : NULL;
+                rows[i].logits = logits && k < n_logits && token >= from
+                                     ? logits + ((size_t)(token - from) * n_logits + k) * w->m->config.vocab_size
+                                     : NULL;
+                rows[i].draft = true;
+            }
+            DSV3__TRY(dsv3__mtp_rows(w, k, rows, n, asked, err));
+            q->done += n;
+            if (k + 1 < p->n)
+                p->q[k + 1].end = q->done > p->q[k + 1].end ? q->done : p->q[k + 1].end;
+        }
     }
     return DSV3_OK;
 }
 
-/* Runs rows [n], n <= max_batch: their cache rows are written, and the logits they ask for. Whether one is cancelled is
-   looked at before every layer. */
-static dsv3_result dsv3__fwd_rows(dsv3__work *w, const dsv3__row *rows, uint32_t n, uint32_t *asked, dsv3_error *err)
+/* Logits [vocab_size] for the guess behind token n_tokens - 1 + j, itself a guess (j > 0) or, j = 0, the last one that is
+   certain. To be called for j = 0, 1, ... in turn. *ok false: the states it takes are not at hand. */
+static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row *like, const int32_t *tokens,
+                                   uint32_t n_tokens, uint32_t j, float *logits, bool *ok, dsv3__row *rows,
+                                   uint32_t *asked, dsv3_error *err)
 {
-    const dsv3_model *m = w->m;
-    const float eps = m->config.rms_norm_eps;
-    uint32_t moe_layer = 0;
-    w->tiled = n > DSV3__MM_FEW;
-    w->strip = w->tiled ? DSV3__STRIP : DSV3__STRIP / 2;
-    for (uint32_t i = 0; i < n; i++) {
-        dsv3__ten_row_values(m->k, w->x + i * w->x_stride, &m->embed, (uint64_t)rows[i].token);
-        dsv3__nn_rope_table(m, w->rope + (size_t)i * m->config.qk_rope_head_dim, rows[i].position);
+    const size_t stride = p->stride;
+    if (j == 0) {
+        dsv3__mtp_ids ids;
+        ids.old = tokens, ids.more = NULL, ids.n_old = UINT32_MAX;
+        dsv3__mtp_queue *q = &p->q[0];
+        *ok = n_tokens > p->n && q->end + 1 >= n_tokens && q->first + 1 < n_tokens;
+        if (!*ok)
+            return DSV3_OK;
+        if (q->done + 1 >= n_tokens) /* it has been run already, for nobody: again */
+            q->done = n_tokens - 2;
+        DSV3__TRY(dsv3__mtp_follow(w, p, like, &ids, n_tokens, logits, n_tokens - 1, 1, rows, asked, err));
+        for (uint32_t k = 1; k < p->n; k++)
+            memcpy(p->ahead + k * stride, dsv3__mtp_place(p, k, p->q[k].done), stride * sizeof(float));
+        return DSV3_OK;
     }
-    for (uint32_t i = 0; i < m->config.num_hidden_layers; i++) {
-        const dsv3__layer *l = &m->layers[i];
-        for (uint32_t j = 0; j < n; j++) /* rows of a timeline stand together */
-            if ((j == 0 || rows[j].cancel != rows[j - 1].cancel) && dsv3__atomic_load(rows[j].cancel))
-                return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled before layer %u", (uint64_t)i);
-        dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
-        dsv3__mla_forward(w, l, i, rows, n);
-        dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
-        dsv3__moe_forward(w, l, moe_layer, rows, n);
-        moe_layer += l->moe;
+    /* The guess enters every layer that has not yet been passed: the deepest first, since each writes what the next one
+       starts from. The first of them is the one that guesses. */
+    const uint32_t first = j < p->n ? j : p->n - 1;
+    for (uint32_t k = p->n; k-- > first;) {
+        rows[0] = *like;
+        rows[0].position = n_tokens - 1 - k + (j - 1), rows[0].shift = k + 1;
+        rows[0].token = tokens[n_tokens - 1 + j];
+        rows[0].below = p->ahead + (j < p->n ? k : p->n) * stride;
+        rows[0].state = p->ahead + (k + 1) * stride;
+        rows[0].logits = k == first ? logits : NULL;
+        rows[0].draft = true;
+        DSV3__TRY(dsv3__mtp_rows(w, k, rows, 1, asked, err));
     }
-    return dsv3__fwd_logits(w, rows, n, asked, err);
+    return DSV3_OK;
+}
+
+#define DSV3__LOOKUP_SPAN  65536u /* positions looked at, back from the end */
+#define DSV3__LOOKUP_SHORT 2u     /* an ending must have been seen with so many tokens, */
+#define DSV3__LOOKUP_LONG  16u    /* and no more of it are compared */
+
+/* The drafter without weights: tokens [n] end as they did before; what followed then goes behind them, up to k tokens. The
+   longest ending counts, of equals the last. Returns how many. */
+static uint32_t dsv3__mtp_lookup(int32_t *tokens, uint32_t n, uint32_t k)
+{
+    const uint32_t lowest = n > DSV3__LOOKUP_SPAN ? n - DSV3__LOOKUP_SPAN : 0;
+    uint32_t best = 0, best_length = DSV3__LOOKUP_SHORT - 1;
+    for (uint32_t end = n - 1; end > lowest && best_length < DSV3__LOOKUP_LONG; end--) {
+        uint32_t length = 0;
+        while (length < DSV3__LOOKUP_LONG && length < end && tokens[end - 1 - length] == tokens[n - 1 - length])
+            length++;
+        if (length > best_length)
+            best_length = length, best = end;
+    }
+    for (uint32_t i = 0; best && i < k; i++)
+        tokens[n + i] = tokens[best + i]; /* of a short period: also from what was just guessed */
+    return best ? k : 0;
 }
 
 #ifndef DSV3_NO_TOKENIZER
@@ -18014,13 +18694,13 @@ struct dsv3_workspace {
     char *held;             /* [DSV3__WS_STOP_MAX + the same] text that may still become a stop string */
 };
 
-/* Layers that have cache rows. */
-static int dsv3__ws_layers(const dsv3_model *m)
+/* Layers that have cache rows: the model's, then those of multi-token prediction. */
+static uint32_t dsv3__ws_layers(const dsv3_model *m)
 {
-    return (int)m->config.num_hidden_layers;
+    return m->config.num_hidden_layers + m->n_mtp;
 }
 
-/* Counters of experts: [n_moe_layers, n_routed_experts] */
+/* Counters of experts: [n_moe_layers, n_routed_experts], prediction layers left out. */
 static uint64_t dsv3__ws_counts(const dsv3_model *m)
 {
     const dsv3_config *c = &m->config;
@@ -18039,7 +18719,7 @@ static uint64_t dsv3__ws_plan(dsv3_workspace *ws, uint32_t max_batch, uint8_t *b
         base += scratch;
     }
     ws->work.pool = &ws->pool;
-    dsv3__mla_layout(&ws->work, ws->cache_latent, ws->cache_rope, (uint32_t)dsv3__ws_layers(ws->m));
+    dsv3__mla_layout(&ws->work, ws->cache_latent, ws->cache_rope, dsv3__ws_layers(ws->m));
     ws->work.cache = (uint8_t *)dsv3__carve(base, &used, ws->n_pages, ws->work.page_bytes);
     ws->work.counts = (uint64_t *)dsv3__carve(base, &used, dsv3__ws_counts(ws->m), sizeof(uint64_t));
     ws->refs = (uint32_t *)dsv3__carve(base, &used, ws->n_pages, sizeof(uint32_t));
@@ -18180,6 +18860,18 @@ static void dsv3__ws_copy_rows(dsv3_workspace *ws, uint32_t to, uint32_t page, u
 //         them. Memory is fixed at open; appending, sampling and generating from ids allocate nothing.
 // =============================================================================
 
+/* What drafting has cost and brought, for DSV3_DRAFT_AUTO. Seconds decide whether to guess, never what is written. */
+typedef struct dsv3__ses_pace {
+    double pass[DSV3__DRAFT_MAX + 2]; /* seconds of a pass over so many rows, moving means; 0: not seen yet */
+    double draft;                     /* seconds of guessing a token; negative: not seen yet */
+    double holds[DSV3__DRAFT_MAX];    /* the i-th guess is right, when those before were: moving means */
+    uint32_t seen[DSV3__DRAFT_MAX];   /* how often that was looked at */
+    double saved;                     /* seconds that drafting has won, and a share of all others: what may be risked */
+    uint32_t since_plain;             /* passes since the last over one row */
+    uint32_t n_tokens, n_rows;        /* the last pass: its start, and its rows; 0: none to judge */
+    double seconds;                   /* what it took, guesses included */
+} dsv3__ses_pace;
+
 struct dsv3_session {
     const dsv3_model *m;
     dsv3_workspace *ws;
@@ -18191,16 +18883,29 @@ struct dsv3_session {
     bool logits_valid;
     uint32_t n_pages;        /* that it names: ceil(n_cached / DSV3_PAGE_TOKENS) between calls */
     uint32_t reserve, drawn; /* pages promised, and how many of them it has */
+    bool lent;               /* its last page is there for guesses alone, and was not promised */
     dsv3__ws_logits *owned;  /* whose values `logits` are */
     float *logits;           /* [vocab_size] of the last token */
     int32_t *tokens;         /* [max_tokens] */
     uint32_t *pages;         /* [ceil(max_tokens / DSV3_PAGE_TOKENS)] */
+    /* of drafts */
+    dsv3_drafter drafter;
+    uint32_t n_draft, max_draft; /* as asked for, and at most */
+    size_t (*draft_fn)(void *user, const int32_t *tokens, size_t n_tokens, int32_t *draft, size_t cap);
+    void *draft_user;
+    uint32_t n_ahead;    /* tokens n_tokens ... n_tokens + n_ahead - 1 are guesses that have been run: with their */
+    uint32_t ahead_from; /* logits in `ahead`, whose first is of this token */
+    float *ahead;        /* [max_draft, vocab_size] */
+    dsv3__ses_pace pace;
+    dsv3__mtp mtp;
     /* of the pass at hand, see dsv3__ses_run */
     bool listed;
-    uint32_t keep;        /* tokens that stay; set by the caller */
-    uint32_t valid;       /* cache rows that are right, of those */
-    uint32_t at, end;     /* the next position to run, and how many tokens there will be */
-    size_t next_row;      /* of outputs->logit_rows */
+    uint32_t keep;    /* tokens that stay; set by the caller */
+    uint32_t guesses; /* behind all tokens: so many of `tokens`, to be run too; set by the caller, 0 between passes */
+    uint32_t valid;   /* cache rows that are right, of those */
+    uint32_t at, end; /* the next position to run, and how many tokens there will be, guesses too */
+    uint32_t take;    /* rows in this piece */
+    size_t next_row;  /* of outputs->logit_rows */
     const float *written; /* logits of the last row */
 };
 
@@ -18209,13 +18914,39 @@ DSV3__INLINE uint32_t dsv3__ses_pages_of(uint32_t n_tokens)
     return (n_tokens + DSV3_PAGE_TOKENS - 1) / DSV3_PAGE_TOKENS;
 }
 
-/* Lays a session out, itself in front; returns its bytes. */
-static uint64_t dsv3__ses_plan(dsv3_session *s, uint32_t max_tokens, uint8_t *base)
+/* AUTO guesses at most so many: what repeats itself goes on for longer. */
+#define DSV3__SES_AUTO_MTP    4u
+#define DSV3__SES_AUTO_OTHERS 8u
+
+/* Lays a session out, itself in front; returns its bytes. What it is to know of drafts is put into it. max_batch: its
+   workspace's. */
+static uint64_t dsv3__ses_plan(dsv3_session *s, const dsv3_model *m, const dsv3_session_opts *o, uint32_t max_batch,
+                               uint8_t *base)
 {
+    const uint32_t max_tokens = o->max_tokens;
     uint64_t used = 0;
+    s->n_draft = o->n_draft;
+    s->drafter = o->drafter;
+    s->draft_fn = o->draft_fn, s->draft_user = o->draft_user;
+    s->max_draft = o->n_draft != DSV3_DRAFT_AUTO    ? o->n_draft
+                   : o->drafter == DSV3_DRAFTER_MTP ? DSV3__SES_AUTO_MTP
+                                                    : DSV3__SES_AUTO_OTHERS;
+    s->max_draft = (uint32_t)dsv3__min(s->max_draft, max_batch - 1); /* they and a true row make one pass */
+    s->pace.draft = -1;
+    s->mtp.n = s->n_draft && s->drafter == DSV3_DRAFTER_MTP ? m->n_mtp : 0;
+    s->mtp.cap = max_batch + 2;
+    s->mtp.stride = dsv3__mm_pad(m->config.hidden_size);
     dsv3__carve(base, &used, 1, sizeof(dsv3_session));
     s->tokens = (int32_t *)dsv3__carve(base, &used, max_tokens, sizeof(int32_t));
     s->pages = (uint32_t *)dsv3__carve(base, &used, dsv3__ses_pages_of(max_tokens), sizeof(uint32_t));
+    s->ahead = (float *)dsv3__carve(base, &used, (uint64_t)s->max_draft * m->config.vocab_size, sizeof(float));
+    uint64_t states = used;
+    for (uint32_t k = 0; k < s->mtp.n; k++)
+        s->mtp.q[k].states =
+            (float *)dsv3__carve(base, &used, ((uint64_t)s->mtp.cap + k) * s->mtp.stride, sizeof(float));
+    s->mtp.ahead = (float *)dsv3__carve(base, &used, s->mtp.n ? (s->mtp.n + 1) * s->mtp.stride : 0, sizeof(float));
+    if (base)
+        memset(base + states, 0, (size_t)(used - states)); /* padded as the scratch is */
     return used;
 }
 
@@ -18237,6 +18968,18 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, dsv3_workspace_opts *w, 
     if (o->max_tokens > 1u << 30)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: max_tokens is %u, at most 2^30",
                           (uint64_t)o->max_tokens);
+    if (o->n_draft > DSV3__DRAFT_MAX && o->n_draft != DSV3_DRAFT_AUTO)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: n_draft is %u, at most %u",
+                          (uint64_t)o->n_draft, (uint64_t)DSV3__DRAFT_MAX);
+    if (o->drafter == DSV3_DRAFTER_AUTO)
+        o->drafter = m->n_mtp ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_LOOKUP;
+    if (o->drafter == DSV3_DRAFTER_MTP && !m->n_mtp)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS,
+                          "session opts: the checkpoint has no layer of multi-token prediction to draft with");
+    if ((int32_t)o->drafter < DSV3_DRAFTER_AUTO || o->drafter > DSV3_DRAFTER_HOST)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: drafter %d", (int64_t)o->drafter);
+    if (o->drafter == DSV3_DRAFTER_HOST && !o->draft_fn)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: DSV3_DRAFTER_HOST without draft_fn");
     if (o->workspace && o->workspace->m != m)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "session opts: the workspace is of another model");
     if (o->workspace)
@@ -18279,8 +19022,9 @@ static void dsv3__ses_give_page(dsv3_session *s, uint32_t page)
     if (--ws->refs[page])
         return;
     ws->free[ws->n_free++] = page;
-    if (s->drawn)
+    if (!s->lent && s->drawn)
         s->drawn--, ws->n_promised++;
+    s->lent = false;
 }
 
 /* Forgets the pages from number n_pages on. */
@@ -18316,17 +19060,18 @@ static void dsv3__ses_close(dsv3_session *s)
         dsv3__ws_close(ws);
 }
 
-/* A session without tokens in this workspace, with logits that are spare. */
-static dsv3_result dsv3__ses_new(dsv3_session **session, dsv3_workspace *ws, uint32_t max_tokens, uint32_t reserve,
-                                 const dsv3_progress *progress, dsv3_error *err)
+/* A session without tokens in this workspace, with logits that are spare. Options as dsv3__ses_opts leaves them. */
+static dsv3_result dsv3__ses_new(dsv3_session **session, dsv3_workspace *ws, const dsv3_session_opts *o,
+                                 dsv3_error *err)
 {
     const uint64_t vocab = ws->m->config.vocab_size;
+    const uint32_t reserve = o->reserve_pages, max_batch = ws->work.max_batch;
     dsv3_session plan;
     void *block, *logits;
     if (reserve > ws->n_free - ws->n_promised)
         return DSV3__FAIL(err, DSV3_ERROR_CACHE_FULL, "session: %u pages to be reserved, the workspace has %u",
                           (uint64_t)reserve, (uint64_t)(ws->n_free - ws->n_promised));
-    DSV3__TRY(dsv3__mem_alloc(&ws->mem, &block, dsv3__ses_plan(&plan, max_tokens, NULL), "session", err));
+    DSV3__TRY(dsv3__mem_alloc(&ws->mem, &block, dsv3__ses_plan(&plan, ws->m, o, max_batch, NULL), "session", err));
     dsv3_result r = dsv3__mem_alloc(&ws->mem, &logits, DSV3__WS_LOGITS_HEADER + vocab * sizeof(float), "logits", err);
     if (r) {
         dsv3__mem_free(&ws->mem, block);
@@ -18334,11 +19079,11 @@ static dsv3_result dsv3__ses_new(dsv3_session **session, dsv3_workspace *ws, uin
     }
     dsv3_session *s = (dsv3_session *)block;
     memset(s, 0, sizeof *s);
-    dsv3__ses_plan(s, max_tokens, (uint8_t *)block);
+    dsv3__ses_plan(s, ws->m, o, max_batch, (uint8_t *)block);
     s->m = ws->m;
     s->ws = ws;
-    s->progress = *progress;
-    s->max_tokens = max_tokens;
+    s->progress = o->progress;
+    s->max_tokens = o->max_tokens;
     s->reserve = reserve;
     ws->n_promised += reserve;
     ws->n_sessions++;
@@ -18362,7 +19107,7 @@ static dsv3_result dsv3__ses_open(dsv3_session **session, const dsv3_model *m, c
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the workspace is running: no session can be opened");
     if (!ws)
         DSV3__TRY(dsv3__ws_open(&ws, m, &w, err));
-    dsv3_result r = dsv3__ses_new(session, ws, o.max_tokens, o.reserve_pages, &o.progress, err);
+    dsv3_result r = dsv3__ses_new(session, ws, &o, err);
     if (!o.workspace && r)
         dsv3__ws_close(ws);
     else if (!o.workspace)
@@ -18380,38 +19125,59 @@ static dsv3_result dsv3__ses_memory(const dsv3_model *m, const dsv3_session_opts
     memory->file_bytes = m->st.data_bytes;
     memory->model_bytes = m->mem.used + (m->tokenizer ? m->tokenizer->mem.used : 0);
     memory->session_bytes = o.workspace ? 0 : dsv3__ws_memory(m, &w, &memory->cache_bytes);
-    memory->session_bytes += dsv3__ses_plan(&s, o.max_tokens, NULL) + DSV3__MEM_HEADER;
+    const uint32_t max_batch = o.workspace ? o.workspace->work.max_batch : w.max_batch;
+    memory->session_bytes += dsv3__ses_plan(&s, m, &o, max_batch, NULL) + DSV3__MEM_HEADER;
     memory->session_bytes += DSV3__WS_LOGITS_HEADER + (uint64_t)m->config.vocab_size * sizeof(float) + DSV3__MEM_HEADER;
     memory->max_tokens = o.max_tokens;
     return DSV3_OK;
 }
 
-/* Only counts are raised: nothing of the cache is copied. */
-static dsv3_result dsv3__ses_fork(dsv3_session **child, dsv3_session *s, uint32_t reserve, dsv3_error *err)
+/* Forgets guesses that have been run, and all behind token n - 1. */
+static void dsv3__ses_cut(dsv3_session *s, uint32_t n)
 {
-    dsv3_session *f;
-    DSV3__TRY(dsv3__ses_new(&f, s->ws, s->max_tokens, reserve, &s->progress, err));
-    memcpy(f->tokens, s->tokens, s->n_tokens * sizeof *s->tokens);
-    memcpy(f->pages, s->pages, s->n_pages * sizeof *s->pages);
-    for (uint32_t i = 0; i < s->n_pages; i++)
-        s->ws->refs[s->pages[i]]++;
-    f->n_pages = s->n_pages, f->n_tokens = s->n_tokens, f->n_cached = s->n_cached;
-    f->logits_valid = s->logits_valid;
-    if (s->logits_valid) {
-        dsv3__ses_drop_logits(f);
-        f->owned = s->owned, f->logits = s->logits;
-        s->owned->refs++;
-    }
-    *child = f;
-    return DSV3_OK;
+    s->logits_valid = s->logits_valid && n == s->n_tokens;
+    s->n_ahead = 0;
+    s->n_tokens = n;
+    s->n_cached = s->n_cached < n ? s->n_cached : n;
+    dsv3__mtp_cut(&s->mtp, n);
+    dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
 }
 
-static void dsv3__ses_rewind(dsv3_session *s, uint32_t n_tokens)
+/* Number i of its pages becomes its own, if it is not: a new one, or a copy of the first n_rows rows of one that is shared.
+   The caller knows that there is one. */
+static void dsv3__ses_own_page(dsv3_session *s, uint32_t i, uint32_t n_rows)
 {
-    s->n_tokens = n_tokens;
-    s->n_cached = s->n_cached < n_tokens ? s->n_cached : n_tokens;
-    s->logits_valid = false;
-    dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
+    dsv3_workspace *ws = s->ws;
+    if (i >= s->n_pages) {
+        s->pages[s->n_pages++] = dsv3__ses_take_page(s);
+    } else if (ws->refs[s->pages[i]] > 1) {
+        uint32_t shared = s->pages[i];
+        s->pages[i] = dsv3__ses_take_page(s);
+        dsv3__ws_copy_rows(ws, s->pages[i], shared, n_rows);
+        ws->refs[shared]--;
+    }
+}
+
+/* Rows of page number i among the first n of a timeline. */
+static uint32_t dsv3__ses_rows_of(uint32_t n, uint32_t i)
+{
+    const uint32_t first = i * DSV3_PAGE_TOKENS;
+    return n > first ? (uint32_t)dsv3__min(n - first, DSV3_PAGE_TOKENS) : 0;
+}
+
+/* Pages of its own behind the rows it has, up to position end - 1, or, where there are too few, nothing. */
+static bool dsv3__ses_own(dsv3_session *s, uint32_t end)
+{
+    const dsv3_workspace *ws = s->ws;
+    const uint32_t first = s->n_cached / DSV3_PAGE_TOKENS, last = dsv3__ses_pages_of(end);
+    uint32_t need = 0, promised = s->reserve - s->drawn;
+    for (uint32_t i = first; i < last; i++)
+        need += i >= s->n_pages || ws->refs[s->pages[i]] > 1;
+    if (need > promised && need - promised > ws->n_free - ws->n_promised)
+        return false;
+    for (uint32_t i = first; i < last; i++)
+        dsv3__ses_own_page(s, i, dsv3__ses_rows_of(s->n_cached, i));
+    return true;
 }
 
 /* Gives each session pages of its own where this pass writes: new ones, and copies of those that are shared. Either all
@@ -18443,16 +19209,66 @@ static dsv3_result dsv3__ses_pages(const dsv3_batch_item *items, size_t n, dsv3_
     for (size_t k = 0; k < n; k++) {
         dsv3_session *s = items[k].session;
         for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; s->valid < s->end && i < dsv3__ses_pages_of(s->end); i++) {
-            if (i >= s->n_pages) {
-                s->pages[s->n_pages++] = dsv3__ses_take_page(s);
-            } else if (ws->refs[s->pages[i]] > 1) {
-                uint32_t shared = s->pages[i], first = i * DSV3_PAGE_TOKENS;
-                s->pages[i] = dsv3__ses_take_page(s);
-                dsv3__ws_copy_rows(ws, s->pages[i], shared, s->valid > first ? s->valid - first : 0);
-                ws->refs[shared]--;
-            }
+            dsv3__ses_own_page(s, i, dsv3__ses_rows_of(s->valid, i));
         }
     }
+    return DSV3_OK;
+}
+
+/* A row of this timeline, of which nothing else is said yet. */
+static void dsv3__ses_like(dsv3_session *s, dsv3__row *row)
+{
+    memset(row, 0, sizeof *row);
+    row->pages = s->pages;
+    row->cancel = &s->cancel;
+}
+
+/* Lets the prediction layers follow up to token n_tokens - 1; the arguments are dsv3__mtp_follow's. */
+static dsv3_result dsv3__ses_follow(dsv3_session *s, const dsv3__mtp_ids *ids, uint32_t n_tokens, float *logits,
+                                    uint32_t from, dsv3_error *err)
+{
+    dsv3_workspace *ws = s->ws;
+    dsv3__row like;
+    dsv3__ses_like(s, &like);
+    uint32_t saved = dsv3__fp_enter();
+    dsv3_result r =
+        dsv3__mtp_follow(&ws->work, &s->mtp, &like, ids, n_tokens, logits, from, s->mtp.n, ws->rows, ws->asked, err);
+    dsv3__fp_leave(saved);
+    return r;
+}
+
+/* Only counts are raised: nothing of the cache is copied. What waits in line for the parent's prediction layers is run
+   first, so that it is not run for parent and child. */
+static dsv3_result dsv3__ses_fork(dsv3_session **child, dsv3_session *s, uint32_t reserve, dsv3_error *err)
+{
+    dsv3_session *f;
+    dsv3_session_opts o;
+    memset(&o, 0, sizeof o);
+    o.max_tokens = s->max_tokens, o.reserve_pages = reserve, o.progress = s->progress;
+    o.n_draft = s->n_draft, o.drafter = s->drafter, o.draft_fn = s->draft_fn, o.draft_user = s->draft_user;
+    DSV3__TRY(dsv3__ses_new(&f, s->ws, &o, err));
+    if (s->mtp.n) {
+        dsv3__mtp_ids ids;
+        dsv3_error ignored; /* they stop where they are */
+        ids.old = s->tokens, ids.more = NULL, ids.n_old = UINT32_MAX;
+        s->ws->running = true;
+        dsv3__ses_follow(s, &ids, s->n_cached, NULL, 0, &ignored);
+        s->ws->running = false;
+    }
+    memcpy(f->tokens, s->tokens, s->n_tokens * sizeof *s->tokens);
+    memcpy(f->pages, s->pages, s->n_pages * sizeof *s->pages);
+    for (uint32_t i = 0; i < s->n_pages; i++)
+        s->ws->refs[s->pages[i]]++;
+    f->n_pages = s->n_pages, f->n_tokens = s->n_tokens, f->n_cached = s->n_cached;
+    if (s->mtp.n)
+        dsv3__mtp_restart(&f->mtp, s->mtp.q[s->mtp.n - 1].done);
+    f->logits_valid = s->logits_valid;
+    if (s->logits_valid) {
+        dsv3__ses_drop_logits(f);
+        f->owned = s->owned, f->logits = s->logits;
+        s->owned->refs++;
+    }
+    *child = f;
     return DSV3_OK;
 }
 
@@ -18462,15 +19278,19 @@ static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__ro
     const dsv3_config *c = &s->m->config;
     const dsv3_outputs *out = item->outputs;
     const size_t experts = (size_t)(c->num_hidden_layers - c->first_k_dense_replace) * c->num_experts_per_tok;
-    const uint32_t position = s->at++;
-    row->pages = s->pages;
+    const uint32_t position = s->at++, n_tokens = s->end - s->guesses;
+    dsv3__ses_like(s, row);
     row->position = position;
-    row->token = position < s->keep ? s->tokens[position] : item->tokens[position - s->keep];
+    row->draft = position >= n_tokens;
+    row->token = position < s->keep || row->draft ? s->tokens[position] : item->tokens[position - s->keep];
     row->cached = position < s->valid;
-    row->logits = s->at == s->end ? s->logits : NULL;
-    row->experts = NULL;
-    row->cancel = &s->cancel;
-    if (out && position >= s->keep) {
+    if (s->mtp.n)
+        row->state = dsv3__mtp_place(&s->mtp, 0, position);
+    if (row->draft)
+        row->logits = s->ahead + (size_t)(position - n_tokens) * c->vocab_size;
+    else if (position + 1 == n_tokens)
+        row->logits = s->logits;
+    if (out && position >= s->keep && !row->draft) {
         const uint32_t i = position - s->keep;
         if (out->experts)
             row->experts = out->experts + i * experts;
@@ -18479,22 +19299,44 @@ static void dsv3__ses_row(dsv3_session *s, const dsv3_batch_item *item, dsv3__ro
         else if (out->logits && s->next_row < out->n_logit_rows && out->logit_rows[s->next_row] == i)
             row->logits = out->logits + s->next_row++ * c->vocab_size;
     }
-    s->written = row->logits;
+    if (position + 1 == n_tokens)
+        s->written = row->logits;
+}
+
+/* What a pass does for prediction layers before its first row. */
+static void dsv3__ses_run_begin(dsv3_session *s, const dsv3_batch_item *item)
+{
+    s->n_ahead = 0;
+    dsv3__mtp_cut(&s->mtp, s->keep);
+    if (s->mtp.n && s->at > s->mtp.q[0].end)
+        s->at = s->mtp.q[0].end; /* states that are missing: these rows run again */
+    if (item->outputs && item->outputs->draft_logits)
+        memset(item->outputs->draft_logits, 0,
+               item->count * s->mtp.n * s->m->config.vocab_size * sizeof *item->outputs->draft_logits);
+}
+
+/* Prediction layers run what the first n tokens and their states allow. */
+static dsv3_result dsv3__ses_run_follow(dsv3_session *s, const dsv3_batch_item *item, uint32_t n, dsv3_error *err)
+{
+    dsv3__mtp_ids ids;
+    ids.old = s->tokens, ids.more = item->tokens, ids.n_old = item->count ? s->keep : UINT32_MAX;
+    return dsv3__ses_follow(s, &ids, n, item->outputs ? item->outputs->draft_logits : NULL, s->keep, err);
 }
 
 /* Runs for each session, listed once, the tokens it keeps (`keep`, set by the caller) and has not run, then those of its
-   item: max_batch rows at a time, whoever's they are. In the end each holds keep + count tokens, and the logits of the
-   last. */
+   item, then its guesses: max_batch rows at a time, whoever's they are. In the end each holds keep + count tokens, the
+   logits of the last, and those of the guesses in `ahead`. */
 static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_error *err)
 {
     dsv3_workspace *ws = n ? items[0].session->ws : NULL;
     bool any = false;
     for (size_t k = 0; k < n; k++) {
         dsv3_session *s = items[k].session;
-        s->end = s->keep + (uint32_t)items[k].count;
+        s->end = s->keep + (uint32_t)items[k].count + s->guesses;
         s->valid = s->n_cached < s->keep ? s->n_cached : s->keep;
         s->at = s->valid;
-        if (s->at == s->end && s->end && !(s->logits_valid && s->n_tokens == s->end))
+        const uint32_t n_tokens = s->end - s->guesses;
+        if (s->at == n_tokens && n_tokens && !(s->logits_valid && s->n_tokens == n_tokens))
             s->at--; /* its last row is run again, for the logits */
         s->next_row = 0;
         s->written = NULL;
@@ -18505,7 +19347,10 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
     DSV3__TRY(dsv3__ses_pages(items, n, err));
     for (size_t k = 0; k < n; k++) {
         dsv3_session *s = items[k].session;
-        if (s->at < s->end && s->owned->refs > 1) {
+        if (s->at == s->end)
+            continue;
+        dsv3__ses_run_begin(s, &items[k]);
+        if (s->owned->refs > 1) {
             dsv3__ses_drop_logits(s);
             dsv3__ses_take_logits(s);
         }
@@ -18515,28 +19360,41 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
     for (size_t k = 0; k < n && !r;) {
         uint32_t rows = 0;
         size_t first = k, last = k; /* items of this piece: first ... last - 1 */
-        while (k < n && rows < ws->work.max_batch) {
-            dsv3_session *s = items[k].session;
-            if (s->at < s->end) {
-                dsv3__ses_row(s, &items[k], &ws->rows[rows++]);
-                last = k + 1;
+        for (; last < n && rows < ws->work.max_batch && !r; last++) {
+            dsv3_session *s = items[last].session;
+            s->take = (uint32_t)dsv3__min(ws->work.max_batch - rows, s->end - s->at);
+            rows += s->take;
+            if (s->mtp.n && s->take && s->at + s->take > s->mtp.q[0].first + s->mtp.cap) { /* the line moves up */
+                r = dsv3__ses_run_follow(s, &items[last], s->at + 1, err);
+                dsv3__mtp_room(&s->mtp, 0, s->at + s->take);
             }
-            if (s->at == s->end)
-                k++;
         }
+        rows = 0;
+        for (size_t j = first; j < last && !r; j++)
+            for (uint32_t i = 0; i < items[j].session->take; i++)
+                dsv3__ses_row(items[j].session, &items[j], &ws->rows[rows++]);
         uint32_t saved = dsv3__fp_enter();
-        if (rows)
+        if (rows && !r)
             r = dsv3__fwd_rows(&ws->work, ws->rows, rows, ws->asked, err);
         dsv3__fp_leave(saved);
         for (size_t j = first; j < last && !r; j++) {
             dsv3_session *s = items[j].session;
             const uint32_t done = s->at > s->keep ? s->at - s->keep : 0;
+            if (!s->take)
+                continue;
             if (s->at == s->end && s->written && s->written != s->logits)
                 memcpy(s->logits, s->written, s->m->config.vocab_size * sizeof(float));
-            if (done && s->progress.fn && !s->progress.fn(s->progress.user, done, items[j].count))
+            if (s->mtp.n && s->mtp.q[0].end < s->at)
+                s->mtp.q[0].end = s->at;
+            if (s->mtp.n && items[j].outputs && items[j].outputs->draft_logits)
+                r = dsv3__ses_run_follow(s, &items[j], s->at, err);
+            if (!r && done && items[j].count && s->progress.fn &&
+                !s->progress.fn(s->progress.user, done, items[j].count))
                 r = DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by the progress callback behind %u of %u tokens",
                                (uint64_t)done, (uint64_t)items[j].count);
         }
+        for (k = first; k < last && items[k].session->at == items[k].session->end;)
+            k++;
     }
     ws->running = false;
     for (size_t k = 0; k < n; k++) {
@@ -18546,13 +19404,17 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
         if (r) {
             s->n_cached = s->valid;
             s->logits_valid = false; /* run again when asked for */
+            dsv3__mtp_cut(&s->mtp, s->valid);
+            s->n_ahead = 0;
         } else {
             if (items[k].count)
                 memmove(s->tokens + s->keep, items[k].tokens, items[k].count * sizeof *s->tokens);
-            s->n_tokens = s->n_cached = s->end;
+            s->n_tokens = s->n_cached = s->end - s->guesses;
+            s->n_ahead = s->guesses;
+            s->ahead_from = s->n_tokens;
             s->logits_valid = s->end > 0;
         }
-        dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached));
+        dsv3__ses_trim(s, dsv3__ses_pages_of(s->n_cached + s->n_ahead));
     }
     return r;
 }
@@ -18576,6 +19438,9 @@ static dsv3_result dsv3__ses_check(const dsv3_session *s, uint32_t keep, const d
                                   "append: outputs.logit_rows[%u] is %u: expected ascending, below %u", (uint64_t)i,
                                   (uint64_t)outputs->logit_rows[i], (uint64_t)count);
     }
+    if (outputs && outputs->draft_logits && !s->mtp.n)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "append: outputs.draft_logits, but the session does not draft with prediction layers");
     if (count > s->max_tokens - keep)
         return DSV3__FAIL(err, DSV3_ERROR_CONTEXT_FULL, "append: %u tokens behind %u, the session holds %u",
                           (uint64_t)count, (uint64_t)keep, (uint64_t)s->max_tokens);
@@ -18651,29 +19516,49 @@ static dsv3_result dsv3__ses_sync(dsv3_session *s, const int32_t *tokens, size_t
         s->keep = keep;
         DSV3__TRY(dsv3__ses_run(&item, 1, err));
     } else if (keep < s->n_tokens) {
-        dsv3__ses_rewind(s, keep);
+        dsv3__ses_cut(s, keep);
     }
     *kept = keep;
     return DSV3_OK;
 }
 
-/* A token at the end that is only run when something behind it is needed. */
-static void dsv3__ses_push(dsv3_session *s, int32_t token)
+/* A token at the end that is only run when something behind it is needed. One that was guessed has been run: what is known
+   behind it becomes the session's (but for logits that are not finite, which a run will tell of). Returns whether. */
+static bool dsv3__ses_push(dsv3_session *s, int32_t token)
 {
+    const size_t vocab = s->m->config.vocab_size;
+    const float *logits = s->n_ahead ? s->ahead + (s->n_tokens - s->ahead_from) * vocab : NULL;
+    if (s->n_ahead && s->tokens[s->n_tokens] == token && dsv3__fwd_finite(logits, (uint32_t)vocab)) {
+        memcpy(s->logits, logits, vocab * sizeof(float));
+        s->n_cached = ++s->n_tokens;
+        s->n_ahead--;
+        return true;
+    }
+    dsv3__ses_cut(s, s->n_tokens);
     s->tokens[s->n_tokens++] = token;
     s->logits_valid = false;
+    return false;
+}
+
+/* Runs what is missing up to the last token, and n guesses behind it, which stand in s->tokens. */
+static dsv3_result dsv3__ses_ahead(dsv3_session *s, uint32_t n, dsv3_error *err)
+{
+    dsv3_batch_item item;
+    memset(&item, 0, sizeof item);
+    item.session = s;
+    s->keep = s->n_tokens;
+    s->guesses = n;
+    dsv3_result r = dsv3__ses_run(&item, 1, err);
+    s->guesses = 0;
+    return r;
 }
 
 /* Makes s->logits those of the last token. */
 static dsv3_result dsv3__ses_logits(dsv3_session *s, dsv3_error *err)
 {
-    dsv3_batch_item item;
     if (!s->n_tokens)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "the session is empty: there are no logits yet");
-    memset(&item, 0, sizeof item);
-    item.session = s;
-    s->keep = s->n_tokens;
-    return dsv3__ses_run(&item, 1, err);
+    return s->logits_valid ? DSV3_OK : dsv3__ses_ahead(s, 0, err);
 }
 
 /* Ids that may be picked: the tokenizer's, if it knows fewer than the vocabulary has rows. */
@@ -18685,6 +19570,17 @@ static uint32_t dsv3__ses_pickable(const dsv3_session *s)
     dsv3_tokenizer_info_get(s->m->tokenizer, &info);
     return info.n_tokens > 0 && (uint32_t)info.n_tokens < s->m->config.vocab_size ? (uint32_t)info.n_tokens
                                                                                   : s->m->config.vocab_size;
+}
+
+/* The token at `position` from its logits, which are in s->ws->sampling and become scratch; -1: the mask allows none. It
+   is a function of them, the options, the position and, with penalties, the tokens before. Floating-point state: ours. */
+static int32_t dsv3__ses_pick(dsv3_session *s, const dsv3_sample_opts *o, uint32_t position)
+{
+    uint32_t pickable = dsv3__ses_pickable(s);
+    if (o->mask && !dsv3__smp_mask(s->ws->sampling, pickable, o->mask))
+        return -1;
+    dsv3__smp_penalties(s->ws->sampling, s->m->config.vocab_size, s->tokens, position, o, s->ws->seen);
+    return dsv3__smp_pick(s->ws->sampling, pickable, o, position);
 }
 
 static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opts, dsv3_sample *sample, dsv3_error *err)
@@ -18702,15 +19598,16 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
             "sample opts: temperature %f, top_p %f, min_p %f, repetition_penalty %f: negative, above 1, or not finite",
             (double)opts->temperature, (double)opts->top_p, (double)opts->min_p, (double)opts->repetition_penalty);
     DSV3__TRY(dsv3__ses_logits(s, err));
-    uint32_t vocab = s->m->config.vocab_size, pickable = dsv3__ses_pickable(s);
+    uint32_t vocab = s->m->config.vocab_size;
     memcpy(s->ws->sampling, s->logits, vocab * sizeof(float));
-    if (opts->mask && !dsv3__smp_mask(s->ws->sampling, pickable, opts->mask))
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
     uint32_t saved = dsv3__fp_enter();
-    dsv3__smp_penalties(s->ws->sampling, vocab, s->tokens, s->n_tokens, opts, s->ws->seen);
-    sample->token = dsv3__smp_pick(s->ws->sampling, pickable, opts, s->n_tokens);
-    sample->logprob = (float)((double)s->logits[sample->token] - dsv3__smp_log_sum(s->logits, vocab));
+    int32_t token = dsv3__ses_pick(s, opts, s->n_tokens);
+    if (token >= 0)
+        sample->logprob = (float)((double)s->logits[token] - dsv3__smp_log_sum(s->logits, vocab));
     dsv3__fp_leave(saved);
+    if (token < 0)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "sample opts: the mask allows no token");
+    sample->token = token;
     return DSV3_OK;
 }
 
@@ -18720,9 +19617,11 @@ static dsv3_result dsv3__ses_sample(dsv3_session *s, const dsv3_sample_opts *opt
 typedef struct dsv3__gen {
     dsv3_session *s;
     const dsv3_generate_opts *o;
-    dsv3__tok_stream stream; /* bytes of an incomplete character */
-    size_t n_held;           /* bytes in s->ws->held */
-    dsv3_grammar_state text; /* with a grammar: what it has seen */
+    dsv3__tok_stream stream;  /* bytes of an incomplete character */
+    size_t n_held;            /* bytes in s->ws->held */
+    dsv3_grammar_state text;  /* with a grammar: what it has seen */
+    dsv3_grammar_state draft; /* the same, with the guesses made so far */
+    bool pushed;              /* nothing has asked for what follows the last token */
 } dsv3__gen;
 
 static dsv3_result dsv3__gen_check(const dsv3_session *s, const dsv3_generate_opts *o, dsv3_error *err)
@@ -18763,41 +19662,233 @@ static dsv3_stop dsv3__gen_stop_token(const dsv3__gen *g, int32_t token)
     return DSV3_STOP_NONE;
 }
 
+/* What a grammar allows behind `text`, into mask [words]; false: nothing, the text is complete. */
+static bool dsv3__gen_grammar_mask(const dsv3__gen *g, const dsv3_grammar_state *text, uint32_t *mask, uint32_t words)
+{
+    const dsv3_generate_opts *o = g->o;
+    const dsv3_config *c = &g->s->m->config;
+    const bool ends = dsv3_grammar_can_end(o->grammar, text);
+    uint32_t any = 0;
+    memset(mask, 0, words * sizeof *mask);
+    dsv3__gram_mask(o->grammar, text, mask);
+    for (uint32_t i = 0; i < c->n_eos && ends && !o->ignore_eos; i++)
+        if (c->eos_token_id[i] >= 0 && (uint32_t)c->eos_token_id[i] < c->vocab_size)
+            mask[c->eos_token_id[i] / 32] |= 1u << (c->eos_token_id[i] % 32);
+    for (size_t i = 0; i < o->n_stop_tokens && ends; i++)
+        if (o->stop_tokens[i] >= 0 && (uint32_t)o->stop_tokens[i] < c->vocab_size)
+            mask[o->stop_tokens[i] / 32] |= 1u << (o->stop_tokens[i] % 32);
+    for (uint32_t i = 0; i < words; i++)
+        any |= mask[i];
+    return any || !ends;
+}
+
 /* The tokens that may come next, into s->ws->masks. *stop: GRAMMAR where there is none because the text is complete. */
 static dsv3_result dsv3__gen_mask(dsv3__gen *g, dsv3_stop *stop, dsv3_error *err)
 {
     dsv3_session *s = g->s;
     const dsv3_generate_opts *o = g->o;
-    const dsv3_config *c = &s->m->config;
-    const uint32_t words = (c->vocab_size + 31) / 32;
-    uint32_t *mask = s->ws->masks, *host = s->ws->masks + words, any = 0;
-    memset(mask, o->grammar ? 0 : 0xFF, words * sizeof *mask);
+    const uint32_t words = (s->m->config.vocab_size + 31) / 32;
+    uint32_t *mask = s->ws->masks, *host = s->ws->masks + words;
+    memset(mask, 0xFF, words * sizeof *mask);
     memset(host, o->mask_fn ? 0 : 0xFF, words * sizeof *host);
-    if (o->grammar) {
-        bool ends = dsv3_grammar_can_end(o->grammar, &g->text);
-        dsv3__gram_mask(o->grammar, &g->text, mask);
-        for (uint32_t i = 0; i < c->n_eos && ends && !o->ignore_eos; i++)
-            if (c->eos_token_id[i] >= 0 && (uint32_t)c->eos_token_id[i] < c->vocab_size)
-                mask[c->eos_token_id[i] / 32] |= 1u << (c->eos_token_id[i] % 32);
-        for (size_t i = 0; i < o->n_stop_tokens && ends; i++)
-            if (o->stop_tokens[i] >= 0 && (uint32_t)o->stop_tokens[i] < c->vocab_size)
-                mask[o->stop_tokens[i] / 32] |= 1u << (o->stop_tokens[i] % 32);
-        for (uint32_t i = 0; i < words; i++)
-            any |= mask[i];
-        if (!any && ends)
-            return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
-    }
+    if (o->grammar && !dsv3__gen_grammar_mask(g, &g->text, mask, words))
+        return *stop = DSV3_STOP_GRAMMAR, DSV3_OK;
     if (o->mask_fn) {
         s->ws->running = true;
         bool go_on = o->mask_fn(o->user, s->tokens, s->n_tokens, host);
         s->ws->running = false;
-        if (!go_on)
+        if (!go_on || dsv3__atomic_load(&s->cancel)) {
+            dsv3__atomic_store(&s->cancel, 0);
             return DSV3__FAIL(err, DSV3_ERROR_CANCELLED, "cancelled by mask_fn");
+        }
     }
     for (uint32_t i = 0; i < words; i++)
         mask[i] &= host[i];
     return DSV3_OK;
 }
+
+// ---- Drafts ----------------------------------------------------------------------------------------------
+//
+// Guesses stand in s->tokens behind n_tokens and are run with the last token in one pass. The loop then samples token after
+// token as ever, from logits that are there already as long as it picks what was guessed: a guess is accepted when it
+// is what the loop would have written anyway. Nothing else knows of drafts, and nothing has to be undone.
+
+/* The prediction layers' guess number j, picked as the sampler would pick the token at its place, by the same random
+   number: so that it is the token that is going to be sampled as often as the two distributions let it. -1: none. */
+static dsv3_result dsv3__gen_guess(dsv3__gen *g, uint32_t j, int32_t *token, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    dsv3_sample_opts how = g->o->sample;
+    dsv3__row like;
+    bool ok = true;
+    *token = -1;
+    dsv3__ses_like(s, &like);
+    uint32_t saved = dsv3__fp_enter();
+    dsv3_result r = dsv3__mtp_guess(&s->ws->work, &s->mtp, &like, s->tokens, s->n_tokens, j, s->ws->sampling, &ok,
+                                    s->ws->rows, s->ws->asked, err);
+    if (!r && ok && j == 0 && (g->o->grammar || g->o->mask_fn)) {
+        how.mask = s->ws->masks; /* made for this position already */
+    } else if (!r && ok && g->o->grammar) {
+        const uint32_t words = (s->m->config.vocab_size + 31) / 32;
+        ok = dsv3__gen_grammar_mask(g, &g->draft, s->ws->masks + words, words);
+        how.mask = s->ws->masks + words;
+    }
+    if (!r && ok)
+        *token = dsv3__ses_pick(s, &how, s->n_tokens + j);
+    dsv3__fp_leave(saved);
+    if (r == DSV3_ERROR_CANCELLED)
+        dsv3__atomic_store(&s->cancel, 0);
+    return r;
+}
+
+/* Makes room in the cache for the last token and k guesses behind it, or fewer; returns how many. Without pages there are
+   no guesses; whether a run fails for lack of one is not decided here. */
+static uint32_t dsv3__gen_room(dsv3_session *s, uint32_t k)
+{
+    const uint32_t n = s->n_tokens, n_free = s->ws->n_free, drawn = s->drawn;
+    while (k && !dsv3__ses_own(s, n + k)) { /* without the last page */
+        const uint32_t less = (dsv3__ses_pages_of(n + k) - 1) * DSV3_PAGE_TOKENS;
+        k = less > n ? less - n : 0;
+    }
+    s->lent = s->n_pages > dsv3__ses_pages_of(n) && n_free - s->ws->n_free > s->drawn - drawn;
+    return k;
+}
+
+/* Up to k guesses behind the session's tokens; *n: how many. They end before what cannot be, and behind what ends the
+   text. */
+static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    int32_t *draft = s->tokens + s->n_tokens;
+    dsv3_stop stop = DSV3_STOP_NONE;
+    *n = 0;
+    k = dsv3__gen_room(s, k);
+    if (!k)
+        return DSV3_OK;
+    if (s->drafter == DSV3_DRAFTER_LOOKUP)
+        k = dsv3__mtp_lookup(s->tokens, s->n_tokens, k);
+    if (s->drafter == DSV3_DRAFTER_HOST) {
+        s->ws->running = true;
+        k = (uint32_t)dsv3__min(s->draft_fn(s->draft_user, s->tokens, s->n_tokens, draft, k), k);
+        s->ws->running = false;
+    }
+    if (g->o->grammar)
+        g->draft = g->text;
+    while (*n < k && stop == DSV3_STOP_NONE) {
+        if (s->drafter == DSV3_DRAFTER_MTP)
+            DSV3__TRY(dsv3__gen_guess(g, *n, &draft[*n], err));
+        if (draft[*n] < 0 || (uint32_t)draft[*n] >= s->m->config.vocab_size)
+            break;
+        stop = dsv3__gen_stop_token(g, draft[*n]);
+        if (g->o->grammar && stop == DSV3_STOP_NONE && !dsv3_grammar_accept(g->o->grammar, &g->draft, draft[*n]))
+            break;
+        ++*n;
+    }
+    return DSV3_OK;
+}
+
+/* A moving mean that believes its first values quickly. */
+static void dsv3__ses_pace_mean(double *mean, double value, uint32_t n_before)
+{
+    *mean += (value - *mean) / (n_before < 15 ? n_before + 2 : 16);
+}
+
+/* Seconds of a pass over n rows: seen, or guessed from the longest one seen that is shorter. */
+static double dsv3__ses_pace_pass(const dsv3__ses_pace *p, uint32_t n)
+{
+    uint32_t seen = n;
+    while (seen > 1 && !(p->pass[seen] > 0))
+        seen--;
+    double a_row = seen > 1 ? (p->pass[seen] - p->pass[1]) / (seen - 1) : 0.3 * p->pass[1];
+    return p->pass[seen] + (a_row > 0 ? a_row : 0) * (n - seen);
+}
+
+#define DSV3__PACE_SHARE 0.01 /* of the time without drafts may go into trying them again */
+#define DSV3__PACE_PLAIN 48u  /* after so many passes with drafts one without: what they are measured by */
+
+/* The last pass has brought what it has brought. n_tokens: now. */
+static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
+{
+    const uint32_t n = p->n_rows;
+    p->n_rows = 0;
+    if (!n || n_tokens <= p->n_tokens)
+        return;
+    const uint32_t got = n_tokens - p->n_tokens; /* tokens: of the guesses, got - 1 were right */
+    if (n == 1) {
+        p->saved += DSV3__PACE_SHARE * p->seconds;
+    } else {
+        p->saved += got * p->pass[1] - p->seconds;
+        for (uint32_t i = 0; i < n - 1 && i < got; i++) {
+            if (!p->seen[i])
+                p->holds[i] = i ? p->holds[i - 1] : 0.6;
+            dsv3__ses_pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
+        }
+    }
+    if (p->saved > 8 * p->pass[1]) /* riches of long ago are no reason to lose now */
+        p->saved = 8 * p->pass[1];
+}
+
+/* How many guesses are worth it, at most `cap`: the most tokens a second, by what was seen so far; none while it is not
+   known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved. */
+static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap)
+{
+    const double plain = p->pass[1], draft = p->draft < 0 ? 0.1 * plain : p->draft;
+    double best = 0, tokens = 1, all = 1, holds = 0.6;
+    uint32_t k = 0;
+    if (!(plain > 0) || p->since_plain >= DSV3__PACE_PLAIN)
+        return 0;
+    best = 1 / plain;
+    for (uint32_t i = 0; i < cap; i++) {
+        holds = p->seen[i] ? p->holds[i] : holds;
+        all *= holds, tokens += all;
+        double rate = tokens / (dsv3__ses_pace_pass(p, i + 2) + (i + 1) * draft);
+        if (rate > best)
+            best = rate, k = i + 1;
+    }
+    if (k && p->seen[0] >= 8 && p->saved > 0)
+        return k;
+    k = k ? k : 1;
+    return cap && p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain ? k : 0;
+}
+
+/* Runs the last token, and guesses behind it. */
+static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *err)
+{
+    dsv3_session *s = g->s;
+    dsv3__ses_pace *p = &s->pace;
+    uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
+    const bool alone = s->n_cached + 1 >= s->n_tokens; /* no other rows have to be run again */
+    if (g->o->max_tokens)
+        k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
+    if (s->n_draft == DSV3_DRAFT_AUTO) {
+        dsv3__ses_pace_judge(p, s->n_tokens);
+        k = dsv3__ses_pace_choose(p, cap);
+    }
+    double start = dsv3__os_seconds();
+    s->lent = false;
+    if (k)
+        DSV3__TRY(dsv3__gen_draft(g, k, &n, err));
+    double drafted = dsv3__os_seconds();
+    p->n_tokens = s->n_tokens;
+    DSV3__TRY(dsv3__ses_ahead(s, n, err));
+    double end = dsv3__os_seconds();
+    stats->drafted += n;
+    stats->draft_seconds += drafted - start;
+    if (!alone)
+        return DSV3_OK;
+    p->n_rows = n + 1;
+    p->seconds = end - start;
+    p->since_plain = n ? p->since_plain + 1 : 0;
+    double *pass = &p->pass[n + 1];
+    if (!(p->pass[1] > 0) && !n)
+        p->saved = end - drafted; /* the first try is free */
+    *pass = *pass > 0 ? *pass + (end - drafted - *pass) / 8 : end - drafted;
+    if (n)
+        p->draft = p->draft < 0 ? (drafted - start) / n : p->draft + ((drafted - start) / n - p->draft) / 8;
+    return DSV3_OK;
+}
+
+// ---- Text ------------------------------------------------------------------------------------------------
 
 /* Adds text to what is held, and says how much of it is certain: all before the first stop string, or else all but the
    longest end that could begin one. */
@@ -18878,8 +19969,12 @@ static dsv3_result dsv3__gen_loop(dsv3__gen *g, dsv3_stats *stats, dsv3_error *e
                 break;
             how.mask = s->ws->masks;
         }
+        if (s->max_draft && !s->logits_valid && dsv3__smp_opts_ok(&how))
+            DSV3__TRY(dsv3__gen_ahead(g, stats, err));
+        g->pushed = false;
         DSV3__TRY(dsv3__ses_sample(s, &how, &sample, err));
-        dsv3__ses_push(s, sample.token);
+        g->pushed = true;
+        stats->accepted += dsv3__ses_push(s, sample.token);
         stats->n_generated++;
         stats->stop = dsv3__gen_stop_token(g, sample.token);
         if (g->o->grammar && stats->stop == DSV3_STOP_NONE)
@@ -18938,6 +20033,13 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
                        "generate: the session and the prompt are empty, there is nothing to go on from");
     if (!r) {
         r = dsv3__gen_loop(&g, stats, err);
+        if (g.pushed) { /* a last token that was guessed has been run: as if it had not, it would hold a page more */
+            s->n_cached = (uint32_t)dsv3__min(s->n_cached, s->n_tokens - 1);
+            s->logits_valid = false;
+        }
+        dsv3__ses_cut(s, s->n_tokens); /* what was guessed beyond the end */
+        s->lent = false;
+        s->pace.n_rows = 0;
         dsv3__gen_flush(&g, stats->stop);
         stats->decode_seconds = dsv3__os_seconds() - start - stats->prompt_seconds;
     }
@@ -18954,7 +20056,8 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
 //           for each    tokens [n_tokens], numbers of its pages [ceil(n_cached / 64)]: u32. Pages are counted as they first
 //                       occur, so that one that is shared is there once
 //           pages       [n_pages] how many rows of each are stored: u32; checksum
-//           for each    for each layer, for each piece of it (dsv3__mla_piece): rows
+//           for each    for each layer of the model, those of prediction left out, for each piece of it
+//                       (dsv3__mla_piece): rows
 //           checksum
 // =============================================================================
 
@@ -19130,13 +20233,19 @@ static void dsv3__snap_describe(dsv3__snap_header *h, const dsv3_workspace *ws)
     memcpy(h->model_type, ws->m->config.model_type, sizeof h->model_type);
 }
 
-/* Bytes of a position in the snapshot, all layers. */
+/* Bytes of a page's layers that a snapshot holds: prediction layers come behind them, and only guess. */
+static uint64_t dsv3__snap_layers(const dsv3__work *w)
+{
+    return w->m->config.num_hidden_layers * w->layer_bytes;
+}
+
+/* Bytes of a position in the snapshot, all its layers. */
 static uint64_t dsv3__snap_row(const dsv3__work *w)
 {
     uint64_t offset, bytes = 0;
     for (uint32_t i = 0; i < 4; i++)
         bytes += dsv3__mla_piece(w, i, &offset);
-    return bytes * (w->page_bytes / w->layer_bytes);
+    return bytes * w->m->config.num_hidden_layers;
 }
 
 /* Rows of page number i that a session with n_cached of them has. */
@@ -19211,7 +20320,7 @@ static uint32_t dsv3__snap_stored(dsv3_session *const *sessions, size_t n, uint3
 static dsv3_result dsv3__snap_write_page(dsv3__snap_out *o, const dsv3__work *w, uint32_t page, uint32_t rows,
                                          dsv3_error *err)
 {
-    const uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+    const uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + dsv3__snap_layers(w);
     for (; layer < end; layer += w->layer_bytes)
         for (uint32_t i = 0; i < 4; i++) {
             uint64_t offset;
@@ -19449,7 +20558,8 @@ static dsv3_result dsv3__snap_read_pages(dsv3__snap_in *in, dsv3_session *const 
     const dsv3__work *w = &ws->work;
     while (*taken < in->h.n_pages) {
         const uint32_t number = (*taken)++, page = dsv3__ses_take_page(sessions[t->owner[number]]);
-        uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + w->page_bytes;
+        uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + dsv3__snap_layers(w);
+        memset(end, 0, (size_t)(w->page_bytes - dsv3__snap_layers(w))); /* what prediction layers look back at */
         t->pages[number] = page;
         for (; layer < end; layer += w->layer_bytes)
             for (uint32_t i = 0; i < 4; i++) {
@@ -19473,6 +20583,8 @@ static void dsv3__snap_install(dsv3_session *const *sessions, size_t n, const ds
         dsv3_session *s = sessions[k];
         dsv3__ses_trim(s, 0);
         s->n_tokens = s->keep, s->n_cached = s->valid;
+        s->n_ahead = 0;
+        dsv3__mtp_restart(&s->mtp, s->valid > s->mtp.n ? s->valid - s->mtp.n : 0);
         s->n_pages = dsv3__ses_pages_of(s->n_cached);
         s->logits_valid = false;
         if (s->n_tokens)
@@ -19708,8 +20820,12 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     DSV3__TRY(dsv3__api_config(m, reader, err));
     DSV3__TRY(dsv3__st_open(&m->st, &m->mem, reader, &o->progress, err));
     m->mode.powers = strcmp(m->config.scale_fmt, "ue8m0") == 0;
-    DSV3__TRY(dsv3__wt_bind(m, err));
+    DSV3__TRY(dsv3__wt_bind(m, o->no_mtp, err));
     dsv3__wt_forms(m);
+    if (m->bytes) {
+        DSV3__TRY(dsv3__mm_permit(&m->k, o->isa, err));
+        m->mode.k = m->exact.k = m->k;
+    }
     if (m->st.progress_total > m->st.progress_done) /* tensors that nobody needs were not read */
         DSV3__TRY(dsv3__st_report(&m->st, m->st.progress_total - m->st.progress_done, err));
     DSV3__TRY(
@@ -19791,6 +20907,11 @@ DSV3_API dsv3_isa dsv3_model_isa(const dsv3_model *model)
 DSV3_API dsv3_compute dsv3_model_compute(const dsv3_model *model)
 {
     return model->mode.compute;
+}
+
+DSV3_API uint32_t dsv3_model_mtp(const dsv3_model *model)
+{
+    return model->n_mtp;
 }
 
 DSV3_API dsv3_result dsv3_model_tokenizer(const dsv3_model *model, const dsv3_tokenizer **tokenizer, dsv3_error *error)
@@ -19977,7 +21098,7 @@ DSV3_API dsv3_result dsv3_session_rewind(dsv3_session *session, size_t n_tokens,
                           (uint64_t)n_tokens, (uint64_t)session->n_tokens);
     if (n_tokens == session->n_tokens)
         return DSV3_OK;
-    dsv3__ses_rewind(session, (uint32_t)n_tokens);
+    dsv3__ses_cut(session, (uint32_t)n_tokens);
     return DSV3_OK;
 }
 

@@ -1116,7 +1116,7 @@ static const char HELP[] =
     "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask; "
     "batch\n"
     "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
-    "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 (auto)\n"
+    "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
     "  --context LIST     tokens before the first decoded one (8,4096,16384); before the rows: the first of them\n"
     "  --prompt LIST      lengths of prompts (128,512,4096)\n"

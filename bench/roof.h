@@ -138,13 +138,48 @@ CHAINS(chains_dpbf16_zmm, "avx512f,avx512bf16", __m512, _mm512_castsi512_ps(_mm5
 #else
 #define NEW_CHAINS(name) NULL
 #endif
+#if DSV3__AMX
+/* One of these makes 16,384 products in 16 cycles: one in 32 steps. */
+__attribute__((target("amx-tile,amx-int8"))) static uint64_t chains_tdpbssd(uint64_t n)
+{
+    static uint8_t shapes[64] = {1,         [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64,
+                                 [26] = 64, [28] = 64, [30] = 64, [48] = 16, 16,        16,
+                                 16,        16,        16,        16,        16};
+    if (!dsv3__cpu_lend_tiles())
+        return 0;
+    DSV3__TILES_BEGIN(&shapes);
+    for (n /= 32; n--;) {
+        for (int i = 0; i < 3; i++) { /* 12 */
+            DSV3__TILE_DOT(0, 4, 6);
+            DSV3__TILE_DOT(1, 4, 7);
+            DSV3__TILE_DOT(2, 5, 6);
+            DSV3__TILE_DOT(3, 5, 7);
+        }
+    }
+    DSV3__TILES_END();
+    return n;
+}
+#define AMX_CHAINS(name) name
+#else
+#define AMX_CHAINS(name) NULL
+#endif
 #define X64_CHAINS(name) name
 #else
 #define X64_CHAINS(name) NULL
 #define NEW_CHAINS(name) NULL
+#define AMX_CHAINS(name) NULL
 #endif
 
-typedef enum peak { PEAK_FMA_YMM, PEAK_FMA_ZMM, PEAK_MADDUBS, PEAK_DPBUSD_YMM, PEAK_DPBUSD, PEAK_DPBF16, N_PEAKS } peak;
+typedef enum peak {
+    PEAK_FMA_YMM,
+    PEAK_FMA_ZMM,
+    PEAK_MADDUBS,
+    PEAK_DPBUSD_YMM,
+    PEAK_DPBUSD,
+    PEAK_DPBF16,
+    PEAK_TDPBSSD,
+    N_PEAKS
+} peak;
 
 static const struct {
     const char *name;
@@ -157,6 +192,7 @@ static const struct {
     {"vpdpbusd ymm", 32, NEW_CHAINS(chains_dpbusd_ymm)},
     {"vpdpbusd zmm", 64, NEW_CHAINS(chains_dpbusd_zmm)},
     {"vdpbf16ps zmm", 32, NEW_CHAINS(chains_dpbf16_zmm)},
+    {"tdpbssd", 16384 / 32, AMX_CHAINS(chains_tdpbssd)},
 };
 
 /* Does this CPU have the instruction, this program a loop of it, and the system the registers. */
@@ -175,6 +211,7 @@ static bool peak_there(peak p)
     case PEAK_DPBUSD_YMM: return a1 >> 4 & 1;      /* AVX-VNNI */
     case PEAK_DPBUSD: return zmm && (c >> 11 & 1); /* AVX512_VNNI */
     case PEAK_DPBF16: return zmm && (a1 >> 5 & 1); /* AVX512_BF16 */
+    case PEAK_TDPBSSD: return dsv3_isa_supported(DSV3_ISA_AVX512_AMX) && dsv3__cpu_lend_tiles();
     default: return true;
     }
 }
@@ -197,12 +234,13 @@ static double peak_rate(peak p, uint32_t n)
    none of its own is two f32 FMAs a pair. */
 static peak peak_of(dsv3_isa isa, const char *products)
 {
-    bool bf16 = isa == DSV3_ISA_AVX512_BF16, vnni = bf16 || isa == DSV3_ISA_AVX512_VNNI,
-         zmm = vnni || isa == DSV3_ISA_AVX512;
+    bool bf16 = isa == DSV3_ISA_AVX512_BF16, amx = isa == DSV3_ISA_AVX512_AMX,
+         vnni = bf16 || amx || isa == DSV3_ISA_AVX512_VNNI, zmm = vnni || isa == DSV3_ISA_AVX512;
     if (isa == DSV3_ISA_SCALAR || !peak_there(PEAK_FMA_YMM))
         return N_PEAKS;
     if (strcmp(products, "int8") == 0)
-        return vnni && peak_there(PEAK_DPBUSD)                           ? PEAK_DPBUSD
+        return amx && peak_there(PEAK_TDPBSSD)                           ? PEAK_TDPBSSD
+               : vnni && peak_there(PEAK_DPBUSD)                         ? PEAK_DPBUSD
                : isa == DSV3_ISA_AVX_VNNI && peak_there(PEAK_DPBUSD_YMM) ? PEAK_DPBUSD_YMM
                                                                          : PEAK_MADDUBS;
     if (strcmp(products, "f32") && bf16 && peak_there(PEAK_DPBF16))

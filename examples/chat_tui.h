@@ -27,7 +27,8 @@ static const char chat_help[] =
     "  -n N                     tokens of an answer at most (default: until it ends)\n"
     "  --context N              room for the conversation (default: 4096, or the checkpoint's own if less)\n"
     "  --temp T, --top-k K, --top-p P, --min-p P, --greedy, --seed N, --threads N, --isa NAME, --compute MODE,\n"
-    "  --read-ahead             as 'dsv3 generate -h' tells\n"
+    "  --read-ahead, --draft N, --drafter WHO\n"
+    "                           as 'dsv3 generate -h' tells\n"
     "\n"
     "Ctrl-C stops an answer, Ctrl-D ends the program. A line that ends in \\ goes on in the next; pasted lines are "
     "one\n"
@@ -573,7 +574,7 @@ static void chat_loop(chat *c, const char *session_file)
 
 static int chat_run(int argc, char **argv)
 {
-    const char *dir, *system = NULL, *session_file = NULL, *markup = "auto";
+    const char *dir, *system = NULL, *session_file = NULL, *markup = "auto", *draft = NULL, *drafter = NULL;
     uint32_t n_threads = 0;
     bool think = false, no_think = false, read_ahead = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
@@ -599,6 +600,8 @@ static int chat_run(int argc, char **argv)
         {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},
         {"--read-ahead", OPTION_FLAG, &read_ahead, 0, 0},
+        {"--draft", OPTION_TEXT, &draft, 0, 0},
+        {"--drafter", OPTION_TEXT, &drafter, 0, 0},
     };
     arguments(argc, argv, chat_help, options, COUNT(options), &dir, 1);
     if (think && no_think)
@@ -627,7 +630,7 @@ static int chat_run(int argc, char **argv)
     if ((think || no_think) && c.opts.markup != DSV3_MARKUP_V3_1)
         fprintf(stderr, "dsv3: markup %s is not told whether to think: --think and --no-think change nothing\n",
                 dsv3_markup_name(c.opts.markup));
-    c.session = session_open(model, c.context, 0, n_threads);
+    c.session = session_open(model, c.context, 0, n_threads, draft_parse(draft), drafter_parse(drafter));
     dsv3_session_opts sized;
     dsv3_memory memory;
     memset(&sized, 0, sizeof sized);

@@ -330,13 +330,14 @@ static void option_set(const char *command, const option *o, const char *arg)
     }
     case OPTION_ISA: {
         static const dsv3_isa isas[] = {DSV3_ISA_AUTO,   DSV3_ISA_SCALAR,      DSV3_ISA_AVX2,        DSV3_ISA_AVX_VNNI,
-                                        DSV3_ISA_AVX512, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
+                                        DSV3_ISA_AVX512, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX,
+                                        DSV3_ISA_NEON};
         for (size_t i = 0; i < COUNT(isas); i++)
             if (strcmp(arg, dsv3_isa_name(isas[i])) == 0) {
                 *(dsv3_isa *)o->value = isas[i];
                 return;
             }
-        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16 or neon, found '%s'",
+        usage("%s: --isa wants auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx or neon, found '%s'",
               command, arg);
     }
     case OPTION_COMPUTE:

@@ -56,7 +56,8 @@ static dsv3_cache cache_type(const char *name, const char *flag)
     return (dsv3_cache)i;
 }
 
-static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, uint32_t max_batch, uint32_t n_threads)
+static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, uint32_t max_batch, uint32_t n_threads,
+                                  uint32_t n_draft, dsv3_drafter drafter)
 {
     dsv3_session_opts opts;
     dsv3_session *session;
@@ -67,9 +68,32 @@ static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, 
     opts.n_threads = n_threads;
     opts.cache_latent = cache_type(cache_latent, "--cache");
     opts.cache_rope = cache_type(cache_rope, "--cache-rope");
+    opts.n_draft = n_draft;
+    opts.drafter = drafter;
     opts.progress = bar("reading the prompt");
     check(dsv3_session_open(&session, model, &opts, &error), &error);
     return session;
+}
+
+/* --draft N, auto or off. */
+static uint32_t draft_parse(const char *text)
+{
+    char *end = NULL;
+    if (!text || strcmp(text, "off") == 0)
+        return 0;
+    if (strcmp(text, "auto") == 0)
+        return DSV3_DRAFT_AUTO;
+    unsigned long n = strtoul(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || n > 16)
+        usage("--draft %s: a number up to 16, auto or off", text);
+    return (uint32_t)n;
+}
+
+static dsv3_drafter drafter_parse(const char *text)
+{
+    if (text && strcmp(text, "mtp") != 0 && strcmp(text, "lookup") != 0)
+        usage("--drafter %s: mtp or lookup", text);
+    return !text ? DSV3_DRAFTER_AUTO : text[0] == 'm' ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_LOOKUP;
 }
 
 // ---- generate --------------------------------------------------------------------------------------------
@@ -105,9 +129,15 @@ static const char generate_help[] =
     "  --parse-special          markers written in the prompt are tokens, not text\n"
     "  --ids                    the prompt is token ids, separated by white space; nothing is put in front\n"
     "  --json                   a JSON object a token: id, text, logprob; a last one with stats\n"
+    "  --draft N                guess so many tokens ahead and verify them in one pass, the text stays the same: 0 to "
+    "16,\n"
+    "                           or auto: as many as pay (default: 0)\n"
+    "  --drafter WHO            mtp (the checkpoint's prediction layer), lookup (what followed the same words "
+    "before);\n"
+    "                           default: mtp where there is one\n"
     "  --threads N              default: as many as cores\n"
-    "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
-    "                           (the results are the same)\n"
+    "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
+    "                           avx512-amx, neon (the results are the same)\n"
     "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
     "  --cache TYPE             f32 (default), bf16, i8: how the latents of the context are kept\n"
     "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache is smaller)\n"
@@ -188,6 +218,8 @@ static void write_stats(writer *w, const dsv3_stats *stats, uint64_t seed, dsv3_
                  stats->decode_seconds);
     bytes_format(&w->line, ",\"prompt_tokens_per_second\":%.2f", rate(stats->n_prompt, stats->prompt_seconds));
     bytes_format(&w->line, ",\"tokens_per_second\":%.2f", rate(stats->n_generated, stats->decode_seconds));
+    bytes_format(&w->line, ",\"drafted\":%" PRIu64 ",\"accepted\":%" PRIu64 ",\"draft_seconds\":%.6f", stats->drafted,
+                 stats->accepted, stats->draft_seconds);
     bytes_format(&w->line, ",\"stop\":\"%s\",\"seed\":%" PRIu64 ",\"isa\":\"%s\"}}\n", stop_name(stats->stop), seed,
                  dsv3_isa_name(isa));
     bytes_print(&w->line);
@@ -199,6 +231,8 @@ static void show_speed(const dsv3_stats *stats, const dsv3_sample_opts *sample)
     fprintf(stderr, "[prompt: %" PRIu64 " tokens, %.1f a second; text: %" PRIu64 " tokens, %.1f a second",
             stats->n_prompt, rate(stats->n_prompt, stats->prompt_seconds), stats->n_generated,
             rate(stats->n_generated, stats->decode_seconds));
+    if (stats->drafted)
+        fprintf(stderr, "; guessed: %" PRIu64 ", right: %" PRIu64, stats->drafted, stats->accepted);
     if (sample->temperature > 0)
         fprintf(stderr, "; seed %" PRIu64, sample->seed);
     fprintf(stderr, "; %s]\n", stop_name(stats->stop));
@@ -266,6 +300,7 @@ static dsv3_grammar *grammar_open(const dsv3_tokenizer *tokenizer, const char *s
 static int generate(int argc, char **argv)
 {
     const char *file = NULL, *schema = NULL, *spacing = NULL, *kept = NULL, *words[2] = {NULL, NULL};
+    const char *draft = NULL, *drafter = NULL;
     uint32_t context = 0, n_threads = 0, n_texts = 0;
     bool by_ids = false, read_ahead = false, json_output = false;
     dsv3_isa isa = DSV3_ISA_AUTO;
@@ -307,6 +342,8 @@ static int generate(int argc, char **argv)
         {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},
         {"--read-ahead", OPTION_FLAG, &read_ahead, 0, 0},
+        {"--draft", OPTION_TEXT, &draft, 0, 0},
+        {"--drafter", OPTION_TEXT, &drafter, 0, 0},
     };
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
@@ -358,7 +395,8 @@ static int generate(int argc, char **argv)
         return finish();
     }
 
-    dsv3_session *session = running = session_open(model, context, 0, n_threads);
+    dsv3_session *session = running =
+        session_open(model, context, 0, n_threads, draft_parse(draft), drafter_parse(drafter));
     if (kept)
         session_load(session, kept);
     dsv3_stats stats;
@@ -535,23 +573,25 @@ static int tokens(int argc, char **argv)
 // ---- logits ----------------------------------------------------------------------------------------------
 
 static const char logits_help[] =
-    "dsv3 logits DIR --ids FILE --out FILE [--experts FILE]\n"
+    "dsv3 logits DIR --ids FILE --out FILE [--experts FILE] [--mtp FILE]\n"
     "\n"
     "Runs the n ids of a file, nothing in front, and writes what the model says behind each of them.\n"
     "  --ids FILE       token ids, separated by white space; - is stdin\n"
     "  --out FILE       float32 [n, vocab_size], little-endian; - is stdout\n"
     "  --experts FILE   int32 [n, MoE layers, num_experts_per_tok]: the chosen experts, ascending\n"
+    "  --mtp FILE       float32 [n, prediction layers, vocab_size]: what each says of the same next token, from the\n"
+    "                   model's state 1, 2, ... tokens before; zeros where there is none\n"
     "  --rows N         tokens run at a time (default 512; the results are the same)\n"
     "  --threads N      default: as many as cores\n"
-    "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, neon\n"
-    "                   (the results are the same)\n"
+    "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
+    "                   avx512-amx, neon (the results are the same)\n"
     "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n"
     "  --cache TYPE     f32 (default), bf16, i8: how the latents of the context are kept\n"
     "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache is smaller)\n";
 
 static int logits(int argc, char **argv)
 {
-    const char *ids_path = NULL, *out_path = NULL, *experts_path = NULL, *dir;
+    const char *ids_path = NULL, *out_path = NULL, *experts_path = NULL, *mtp_path = NULL, *dir;
     uint32_t rows = 0, n_threads = 0;
     dsv3_isa isa = DSV3_ISA_AUTO;
     dsv3_compute compute = DSV3_COMPUTE_AUTO;
@@ -560,7 +600,7 @@ static int logits(int argc, char **argv)
         {"--experts", OPTION_TEXT, &experts_path, 0, 0},  {"--rows", OPTION_COUNT, &rows, 0, 0},
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},    {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},    {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
-        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},  {"--mtp", OPTION_TEXT, &mtp_path, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)
@@ -574,7 +614,9 @@ static int logits(int argc, char **argv)
 
     dsv3_model *model = model_open(dir, isa, compute, false);
     const dsv3_config *config = dsv3_model_config(model);
-    dsv3_session *session = session_open(model, (uint32_t)list.n, rows, n_threads);
+    dsv3_session *session = session_open(model, (uint32_t)list.n, rows, n_threads, mtp_path ? 1 : 0,
+                                         mtp_path ? DSV3_DRAFTER_MTP : DSV3_DRAFTER_AUTO);
+    size_t n_mtp = dsv3_model_mtp(model);
     bool moe = config->n_routed_experts && config->num_hidden_layers > config->first_k_dense_replace;
     size_t n_moe_layers = moe ? config->num_hidden_layers - config->first_k_dense_replace : 0;
     size_t vocab_size = config->vocab_size, n_chosen = n_moe_layers * config->num_experts_per_tok;
@@ -585,7 +627,9 @@ static int logits(int argc, char **argv)
         piece = list.n;
     float *values = (float *)grow(NULL, piece * vocab_size, sizeof *values);
     int32_t *experts = experts_path ? (int32_t *)grow(NULL, piece * n_chosen + 1, sizeof *experts) : NULL;
+    float *drafts = mtp_path ? (float *)grow(NULL, piece * n_mtp * vocab_size, sizeof *drafts) : NULL;
     FILE *out = file_open(out_path, "wb"), *experts_out = experts_path ? file_open(experts_path, "wb") : NULL;
+    FILE *mtp_out = mtp_path ? file_open(mtp_path, "wb") : NULL;
     for (size_t done = 0, n; done < list.n; done += n) {
         dsv3_outputs outputs;
         dsv3_error error;
@@ -593,18 +637,23 @@ static int logits(int argc, char **argv)
         memset(&outputs, 0, sizeof outputs);
         outputs.logits = values;
         outputs.experts = experts;
+        outputs.draft_logits = drafts;
         check(dsv3_session_append(session, list.p + done, n, &outputs, &error), &error);
         file_write(out, out_path, values, n * vocab_size * sizeof *values);
         if (experts)
             file_write(experts_out, experts_path, experts, n * n_chosen * sizeof *experts);
+        if (drafts)
+            file_write(mtp_out, mtp_path, drafts, n * n_mtp * vocab_size * sizeof *drafts);
     }
     bar_clear();
     file_close(out, out_path);
     if (experts)
         file_close(experts_out, experts_path);
+    if (drafts)
+        file_close(mtp_out, mtp_path);
     dsv3_session_close(session);
     dsv3_model_close(model);
-    free(text.p), free(list.p), free(values), free(experts);
+    free(text.p), free(list.p), free(values), free(experts), free(drafts);
     return finish();
 }
 

@@ -136,7 +136,7 @@ static void count_again(load *l, const int32_t *experts, size_t n)
 static void load_run(load *l, const dsv3_model *model, const ids *text, uint32_t n_threads)
 {
     const dsv3_config *c = dsv3_model_config(model);
-    dsv3_session *session = session_open(model, 0, 0, n_threads);
+    dsv3_session *session = session_open(model, 0, 0, n_threads, 0, DSV3_DRAFTER_AUTO);
     dsv3_workspace *workspace = dsv3_session_workspace(session);
     dsv3_error error;
     dsv3_outputs outputs;

@@ -40,6 +40,7 @@ class Executor(Structure):
 
 LOG_FN = C.CFUNCTYPE(None, c_void_p, c_int, c_char_p)
 PROGRESS_FN = C.CFUNCTYPE(c_bool, c_void_p, c_uint64, c_uint64)
+DRAFT_FN = C.CFUNCTYPE(c_size_t, c_void_p, POINTER(c_int32), c_size_t, POINTER(c_int32), c_size_t)
 
 
 class Logger(Structure):
@@ -83,7 +84,8 @@ class Config(Structure):
 
 
 class ModelOpts(Structure):
-    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("compute", c_int), ("no_mmap", c_bool), ("read_ahead", c_bool), ("memory_limit", c_uint64),
+    _fields_ = [("struct_size", c_uint32), ("isa", c_int), ("compute", c_int), ("no_mmap", c_bool), ("read_ahead", c_bool), ("no_mtp", c_bool),
+                ("memory_limit", c_uint64),
                 ("allocator", Allocator), ("reader", Reader), ("logger", Logger), ("progress", Progress)]
 
 
@@ -94,12 +96,13 @@ class Memory(Structure):
 class SessionOpts(Structure):
     _fields_ = [("struct_size", c_uint32), ("max_tokens", c_uint32), ("max_batch", c_uint32), ("n_threads", c_uint32),
                 ("memory_limit", c_uint64), ("executor", Executor), ("allocator", Allocator), ("progress", Progress),
-                ("cache_latent", c_int), ("cache_rope", c_int), ("workspace", c_void_p), ("reserve_pages", c_uint32)]
+                ("cache_latent", c_int), ("cache_rope", c_int), ("workspace", c_void_p), ("reserve_pages", c_uint32),
+                ("n_draft", c_uint32), ("drafter", c_int), ("draft_fn", DRAFT_FN), ("draft_user", c_void_p)]
 
 
 class Outputs(Structure):
     _fields_ = [("struct_size", c_uint32), ("logit_rows", POINTER(c_uint32)), ("n_logit_rows", c_size_t),
-                ("logits", POINTER(c_float)), ("experts", POINTER(c_int32))]
+                ("logits", POINTER(c_float)), ("experts", POINTER(c_int32)), ("draft_logits", POINTER(c_float))]
 
 
 class SampleOpts(Structure):
@@ -148,7 +151,8 @@ class GenerateOpts(Structure):
 
 class Stats(Structure):
     _fields_ = [("n_prompt", c_uint64), ("n_generated", c_uint64), ("prompt_seconds", c_double),
-                ("decode_seconds", c_double), ("stop", c_int)]
+                ("decode_seconds", c_double), ("stop", c_int), ("drafted", c_uint64), ("accepted", c_uint64),
+                ("draft_seconds", c_double)]
 
 
 differences = []

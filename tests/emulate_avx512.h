@@ -15,6 +15,7 @@
 #define DSV3__TARGET_AVX_VNNI DSV3__TARGET_AVX512
 #define DSV3__TARGET_AVX512_VNNI DSV3__TARGET_AVX512
 #define DSV3__TARGET_AVX512_BF16 DSV3__TARGET_AVX512
+#define DSV3__TARGET_AVX512_AMX DSV3__TARGET_AVX512
 #define DSV3__PIN512(v) ((void)0)
 
 #if defined(__has_feature)
@@ -79,6 +80,9 @@ typedef struct emu_si {
 #undef _mm512_cmpeq_epi8_mask
 #undef _mm512_cmp_ps_mask
 #undef _mm512_maskz_mov_ps
+#undef _mm512_mask_mov_ps
+#undef _mm512_castsi128_si512
+#undef _mm512_inserti32x4
 #undef _mm512_or_si512
 #undef _mm512_unpacklo_epi32
 #undef _mm512_unpackhi_epi32
@@ -269,6 +273,32 @@ EMU emu_ps emu_maskz_mov_ps(__mmask16 mask, emu_ps a)
 }
 #define _mm512_maskz_mov_ps emu_maskz_mov_ps
 
+EMU emu_ps emu_mask_mov_ps(emu_ps b, __mmask16 mask, emu_ps a)
+{
+    float v[16], other[16];
+    memcpy(v, &a, sizeof v);
+    memcpy(other, &b, sizeof other);
+    for (int i = 0; i < 16; i++)
+        v[i] = mask >> i & 1 ? v[i] : other[i];
+    memcpy(&a, v, sizeof v);
+    return a;
+}
+#define _mm512_mask_mov_ps emu_mask_mov_ps
+
+EMU emu_si emu_castsi128_si512(__m128i a)
+{
+    emu_si r = {{_mm256_castsi128_si256(a), _mm256_setzero_si256()}};
+    return r;
+}
+
+EMU emu_si emu_inserti32x4(emu_si a, __m128i b, int i)
+{
+    memcpy((uint8_t *)&a + 16 * i, &b, 16);
+    return a;
+}
+#define _mm512_castsi128_si512 emu_castsi128_si512
+#define _mm512_inserti32x4 emu_inserti32x4
+
 EMU emu_si emu_cvtepi8_epi32(__m128i a)
 {
     emu_si r = {{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
@@ -354,6 +384,63 @@ EMU emu_ps emu_dpbf16(emu_ps sum, const void *w, const void *x)
     return r;
 }
 #define DSV3__DPBF16(sum, w, x) ((sum) = emu_dpbf16(sum, &(w), &(x)))
+
+/* AMX: eight tiles a thread, of 16 rows of 64 bytes. What a tile holds before anything was loaded is not 0 here. */
+typedef struct emu_tile {
+    int32_t word[16][16];
+} emu_tile;
+
+static __thread emu_tile emu_tiles[8];
+static __thread int emu_tiles_open;
+
+static void emu_tiles_begin(const uint8_t *shapes)
+{
+    int ok = shapes[0] == 1;
+    for (int t = 0; t < 8; t++)
+        ok = ok && shapes[16 + 2 * t] == 64 && shapes[17 + 2 * t] == 0 && shapes[48 + t] == 16;
+    if (!ok || emu_tiles_open)
+        __builtin_trap();
+    memset(emu_tiles, 0x55, sizeof emu_tiles);
+    emu_tiles_open = 1;
+}
+
+static void emu_tile_load(int t, const void *p, size_t stride)
+{
+    if (!emu_tiles_open)
+        __builtin_trap();
+    for (size_t i = 0; i < 16; i++)
+        memcpy(emu_tiles[t].word[i], (const uint8_t *)p + i * stride, 64);
+}
+
+static void emu_tile_store(int t, void *p, size_t stride)
+{
+    if (!emu_tiles_open)
+        __builtin_trap();
+    for (size_t i = 0; i < 16; i++)
+        memcpy((uint8_t *)p + i * stride, emu_tiles[t].word[i], 64);
+}
+
+/* sum[m][n] += the 4 products of word k of row m of a with word n of row k of b, for all k. */
+static void emu_tile_dot(int sum, int a, int b)
+{
+    if (!emu_tiles_open)
+        __builtin_trap();
+    for (int m = 0; m < 16; m++)
+        for (int k = 0; k < 16; k++) {
+            int8_t w[4], x[16][4];
+            memcpy(w, &emu_tiles[a].word[m][k], 4);
+            memcpy(x, emu_tiles[b].word[k], 64);
+            for (int n = 0; n < 16; n++)
+                for (int i = 0; i < 4; i++)
+                    emu_tiles[sum].word[m][n] = (int32_t)((uint32_t)emu_tiles[sum].word[m][n] + (uint32_t)(w[i] * x[n][i]));
+        }
+}
+#define DSV3__TILES_BEGIN(shapes) emu_tiles_begin(*(shapes))
+#define DSV3__TILES_END() (emu_tiles_open = 0)
+#define DSV3__TILE_ZERO(t) memset(&emu_tiles[t], 0, sizeof emu_tiles[t])
+#define DSV3__TILE_LOAD emu_tile_load
+#define DSV3__TILE_STORE emu_tile_store
+#define DSV3__TILE_DOT emu_tile_dot
 
 #endif
 #endif /* DSV3_EMULATE_AVX512_H */

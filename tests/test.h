@@ -20,6 +20,18 @@
 #include <sys/stat.h>
 #include <time.h>
 
+/* Kernels run fifteen times slower then: tests that repeat them may take each way once. */
+#define TEST_SANITIZED 0
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    #undef TEST_SANITIZED
+    #define TEST_SANITIZED 1
+#elif defined(__has_feature)
+    #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+        #undef TEST_SANITIZED
+        #define TEST_SANITIZED 1
+    #endif
+#endif
+
 #define TEST_MAX_MESSAGES 12 /* of one test; the rest is only counted */
 
 typedef struct test_entry {
@@ -80,6 +92,15 @@ static test_state test_now;
 static inline const char *test_shared(void)
 {
     return test_now.shared;
+}
+
+/* FNV-1a of n bytes, to tell one result from another. */
+static inline uint64_t hash_of(const void *bytes, size_t n)
+{
+    uint64_t hash = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)bytes)[i]) * 0x100000001B3u;
+    return hash;
 }
 
 #if defined(__GNUC__)

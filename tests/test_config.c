@@ -1,6 +1,4 @@
 /* The floor cfg: config.json (and its two companions) as read; what this library does not run is refused by name. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"

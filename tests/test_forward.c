@@ -1,8 +1,6 @@
 /* The model against a plain second opinion: the same checkpoint run in double, token by token, in the expanded form of
    attention that the formulas are written in (keys and values of every head), experts one by one. `make oracle` compares
    with the transformers library; this needs nothing. Wrong models must fail by far, or the comparison would show nothing. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"
@@ -430,7 +428,7 @@ TEST(families)
     o.n_dense = 3;
     agrees("all dense", o, plain);
     o = tiny_default();
-    o.n_dense = 0, o.n_shared = 0, o.mtp = true, o.n_shards = 3;
+    o.n_dense = 0, o.n_shared = 0, o.mtp = 1, o.n_shards = 3;
     agrees("no dense layer, no shared expert, a prediction layer beside", o, plain);
 }
 

@@ -32,7 +32,7 @@ static float random_float(void)
 
 /* All instruction sets there are, on any machine. */
 static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
+                                DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
 #define N_ISAS (sizeof isas / sizeof isas[0])
 
 /* Kernel tables that this machine can run, or emulates, scalar first. */
@@ -40,7 +40,7 @@ static size_t variants(const dsv3__kern *list[N_ISAS])
 {
     size_t n = 0;
     for (size_t i = 0; i < N_ISAS; i++)
-        if (dsv3_isa_supported(isas[i]))
+        if (dsv3_isa_supported(isas[i]) && (isas[i] != DSV3_ISA_AVX512_AMX || dsv3__cpu_lend_tiles()))
             list[n++] = dsv3__kern_get(isas[i]);
 #if DSV3__NEON
     if (dsv3__cpu_dotprod()) /* and what a CPU without would run */
@@ -710,17 +710,19 @@ TEST(to_bytes_bits)
 /* bytes: all widths, groups, numbers of rows on both sides; the extremes of codes; rows of w end where memory ends. */
 TEST(bytes_bits)
 {
-    static const size_t n_ws[] = {1, 2, 3, 4, 5, 9}, n_xs[] = {1, 2, 3, 4, 6, 7, 13}, groups[] = {128, 64, 40, 0};
+    static const size_t n_ws[] = {1, 2, 3, 4, 5, 9, 16, 31, 32, 37}, n_xs[] = {1, 2, 3, 4, 6, 7, 13, 16, 17, 32, 35};
+    static const size_t groups[] = {128, 64, 40, 0};
     static const size_t wide[] = {1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 300, 511, 576, 1000, 2112, 33000};
-    enum { W = 9, X = 13, K = 33024 };
+    enum { W = 37, X = 35, K = 33024, OUT = 40 };
     int8_t *w = (int8_t *)malloc(W * K), *codes = (int8_t *)malloc(X * K);
     float *w_scale = (float *)malloc(W * K * sizeof(float)), *x_scale = (float *)malloc(X * K * sizeof(float));
-    static float out[X * 16], expected[X * 16];
+    static float out[X * OUT], expected[X * OUT];
     float *x_scales = (float *)malloc(X * 2 * K * sizeof(float)); /* a row of x_scale, then the sums */
     const int8_t *x[X];
     const float *xs[X];
     random_state = 32;
-    REQUIRE(w && codes && w_scale && x_scale && x_scales);
+    uint8_t *scratch = (uint8_t *)malloc(dsv3__k_bytes_scratch(X, K));
+    REQUIRE(w && codes && w_scale && x_scale && x_scales && scratch);
     for (size_t i = 0; i < W * K; i++)
         w_scale[i] = random_float();
     for (size_t i = 0; i < X * K; i++)
@@ -751,7 +753,7 @@ TEST(bytes_bits)
             }
             exact e = exact_copy(w, (W - 1) * stride + k, 1 + i % 3);
             memset(expected, 0x11, sizeof expected);
-            dsv3__k_bytes_scalar(expected, 16, (const int8_t *)e.p, stride, w_scale, W, x, xs, X, k, group);
+            dsv3__k_bytes_scalar(expected, OUT, (const int8_t *)e.p, stride, w_scale, W, x, xs, X, k, group, scratch);
             for (size_t j = 0; j < X && i % 5 == 0; j++) { /* the definition, beside the scalar code */
                 float y = 0;
                 for (size_t b = 0; b < n_groups; b++) {
@@ -761,20 +763,20 @@ TEST(bytes_bits)
                     volatile float s = w_scale[2 * n_groups + b] * xs[j][b];
                     y = fmaf((float)sum, s, y);
                 }
-                CHECK(y != y ? dsv3__float_bits(expected[j * 16 + 2]) == DSV3__NAN_BITS : same_bits(&y, &expected[j * 16 + 2], 1));
+                CHECK(y != y ? dsv3__float_bits(expected[j * OUT + 2]) == DSV3__NAN_BITS : same_bits(&y, &expected[j * OUT + 2], 1));
             }
             FOR_VARIANTS(v)
                 for (size_t a = 0; a < DSV3__COUNT(n_ws); a++)
                     for (size_t b = 0; b < DSV3__COUNT(n_xs); b++) {
                         size_t n_w = n_ws[a], n_x = n_xs[b];
                         bool ok = true;
-                        if (v->isa == DSV3_ISA_SCALAR || (k > 3000 && (n_w % 4 != 1 || n_x % 6 != 1)))
+                        if (v->isa == DSV3_ISA_SCALAR || (k > 3000 && (n_w % 4 != 1 || n_x % 6 != 1 || n_w * n_x > 100) && (n_w != 37 || n_x != 17)))
                             continue;
                         memset(out, 0x11, sizeof out);
-                        v->bytes(out, 16, (const int8_t *)e.p + (W - n_w) * stride, stride, w_scale + (W - n_w) * n_groups, n_w, x, xs,
-                                 n_x, k, group);
-                        for (size_t p = 0; p < X * 16; p++) {
-                            float want = p % 16 < n_w && p / 16 < n_x ? expected[p + W - n_w] : dsv3__bits_float(0x11111111);
+                        v->bytes(out, OUT, (const int8_t *)e.p + (W - n_w) * stride, stride, w_scale + (W - n_w) * n_groups, n_w, x, xs,
+                                 n_x, k, group, scratch);
+                        for (size_t p = 0; p < X * OUT; p++) {
+                            float want = p % OUT < n_w && p / OUT < n_x ? expected[p + W - n_w] : dsv3__bits_float(0x11111111);
                             ok = ok && same_bits(&out[p], &want, 1);
                         }
                         if (!CHECK(ok)) {
@@ -785,7 +787,7 @@ TEST(bytes_bits)
                     }
             free(e.block);
         }
-    free(w), free(codes), free(w_scale), free(x_scale), free(x_scales);
+    free(w), free(codes), free(w_scale), free(x_scale), free(x_scales), free(scratch);
 }
 
 /* The order of summation itself: these bits must never change, whatever the compiler, the flags and the kernel. */
@@ -943,7 +945,8 @@ TEST(tables)
 {
     FOR_VARIANTS(k)
     {
-        bool wide = k->isa == DSV3_ISA_AVX512 || k->isa == DSV3_ISA_AVX512_VNNI || k->isa == DSV3_ISA_AVX512_BF16;
+        bool wide = k->isa == DSV3_ISA_AVX512 || k->isa == DSV3_ISA_AVX512_VNNI || k->isa == DSV3_ISA_AVX512_BF16 ||
+                    k->isa == DSV3_ISA_AVX512_AMX;
         CHECK_EQ_INT(k->isa, variant_list[variant_at - 1]->isa);
         CHECK(k->lanes == (wide ? 16u : k->isa == DSV3_ISA_NEON ? 4u : 8u));
         CHECK(k->pair_words == (k->isa == DSV3_ISA_AVX512_BF16));
@@ -952,7 +955,7 @@ TEST(tables)
         CHECK(!dsv3_isa_supported(isas[i]) || dsv3__kern_get(isas[i])->isa == isas[i]);
     CHECK(dsv3_isa_supported(dsv3__cpu_best()) && dsv3_isa_supported(DSV3_ISA_SCALAR));
 #if defined(TEST_EMULATE_AVX512) && DSV3__AVX512 && DSV3__VNNI
-    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX2) || (n_variants == N_ISAS - 1 && dsv3__cpu_best() == (dsv3__cpu_fast_bf16() ? DSV3_ISA_AVX512_BF16 : DSV3_ISA_AVX512_VNNI)));
+    CHECK(!dsv3_isa_supported(DSV3_ISA_AVX2) || (n_variants == N_ISAS - 1 && dsv3__cpu_best() == DSV3_ISA_AVX512_AMX));
 #endif
 #if DSV3__NEON
     CHECK_EQ_INT(dsv3__cpu_best(), DSV3_ISA_NEON);

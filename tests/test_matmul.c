@@ -17,7 +17,7 @@
 
 /* All instruction sets there are, on any machine. */
 static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
+                                DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
 
 static uint64_t random_state = 1;
 
@@ -434,7 +434,7 @@ TEST(errors)
             CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_UNSUPPORTED_CPU, e);
             CHECK_CONTAINS(e.message, dsv3_isa_name(isas[s]));
         }
-    o = options((dsv3_isa)7); /* a number between two names */
+    o = options((dsv3_isa)8); /* a number between two names */
     CHECK_RESULT(dsv3_matmul(out, in, 1, &good, &o, &e), DSV3_ERROR_INVALID_OPTIONS, e);
     o = options(DSV3_ISA_AUTO);
     o.allocator.alloc_fn = heap_alloc;

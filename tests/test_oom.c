@@ -1,7 +1,5 @@
 /* Memory that runs out, at every place where it can: allocation n fails, for all n, through open, tokenize, session,
    append, generate, close. Nothing leaks, nothing is half done, and the next try succeeds. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"
@@ -232,7 +230,7 @@ TEST(generate)
     CHECK_OK(dsv3_session_append(s, ids, 4, NULL, &e), e);
     CHECK_OK(dsv3_session_logits(s, &logits, &e), e);
     uint64_t live = heap.live_bytes, model_live = model_heap.live_bytes, failed = 0;
-    uint64_t hash = dsv3__hash(0, logits, dsv3_model_config(model)->vocab_size * sizeof(float));
+    uint64_t hash = hash_of(logits, dsv3_model_config(model)->vocab_size * sizeof(float));
     g.max_tokens = 3;
     for (int which = 0; which < 2; which++)
         for (uint64_t n = 1; n < 1000; n++) {
@@ -254,7 +252,7 @@ TEST(generate)
             CHECK_EQ_UINT(dsv3_session_length(s), 4);
             CHECK(stats.n_generated == 0);
             CHECK_OK(dsv3_session_logits(s, &logits, &e), e);
-            CHECK_EQ_UINT(dsv3__hash(0, logits, dsv3_model_config(model)->vocab_size * sizeof(float)), hash);
+            CHECK_EQ_UINT(hash_of(logits, dsv3_model_config(model)->vocab_size * sizeof(float)), hash);
         }
     CHECK(failed > 0);
     dsv3_session_close(s);

@@ -1,8 +1,6 @@
 /* Threads of the host: many sessions over one model at once, sessions with threads of their own, cancelling from outside.
    `make tsan` runs this too. */
 #define _POSIX_C_SOURCE 200809L
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"
@@ -76,19 +74,19 @@ static void *work(void *user)
         w->failures += open_session(&s, 1 + (uint32_t)round * 6, w->n_threads) != DSV3_OK;
         w->failures += dsv3_session_append(s, ids, N, NULL, NULL) != DSV3_OK;
         w->failures += dsv3_session_logits(s, &logits, NULL) != DSV3_OK;
-        w->hash = w->hash * 31 + dsv3__hash(0, logits, dsv3_model_config(model)->vocab_size * sizeof(float));
+        w->hash = w->hash * 31 + hash_of(logits, dsv3_model_config(model)->vocab_size * sizeof(float));
         w->failures += dsv3_session_rewind(s, N / 2, NULL) != DSV3_OK;
         w->failures += dsv3_generate(s, NULL, 0, &g, NULL, NULL) != DSV3_OK;
-        w->hash = w->hash * 31 + dsv3__hash(0, dsv3_session_tokens(s), dsv3_session_length(s) * 4);
+        w->hash = w->hash * 31 + hash_of(dsv3_session_tokens(s), dsv3_session_length(s) * 4);
         w->failures += dsv3_session_logprobs(s, 3, top, NULL) != DSV3_OK;
-        w->hash = w->hash * 31 + dsv3__hash(0, top, sizeof top);
+        w->hash = w->hash * 31 + hash_of(top, sizeof top);
     #ifndef DSV3_NO_TOKENIZER
         const dsv3_tokenizer *tok = NULL;
         int32_t encoded[64];
         size_t n = 0;
         w->failures += dsv3_model_tokenizer(model, &tok, NULL) != DSV3_OK;
         w->failures += dsv3_tokenize(tok, "the thing and the other, 1234 of them", 37, 0, encoded, 64, &n, NULL) != DSV3_OK;
-        w->hash = w->hash * 31 + dsv3__hash(0, encoded, n * 4);
+        w->hash = w->hash * 31 + hash_of(encoded, n * 4);
     #endif
         dsv3_session_close(s);
     }
@@ -192,7 +190,7 @@ TEST(a_session_that_changes_threads)
             CHECK_EQ_UINT(w.failures, 0);
         }
         CHECK_OK(dsv3_session_logits(wandering, &logits, &e), e);
-        hash[k] = dsv3__hash(0, logits, size);
+        hash[k] = hash_of(logits, size);
         dsv3_session_close(wandering);
     }
     CHECK_EQ_UINT(hash[1], hash[0]);

@@ -1,8 +1,6 @@
 /* Bad files, exhaustively: every truncated prefix of every file of a small checkpoint, every byte of its headers and JSON
    files changed to 0, 255 and one more. Each gives an error that says something, or a model that runs; never a crash (a
    sanitizer looks on). Where the byte has no meaning the logits have the same bits. */
-#define DSV3_IMPLEMENTATION
-#define DSV3_STATIC
 #include "dsv3.h"
 
 #include "test.h"
@@ -64,7 +62,7 @@ static void use(void)
         if (!r) {
             dsv3_generate_opts g;
             memset(&g, 0, sizeof g);
-            hash = dsv3__hash(0, logits, dsv3_model_config(model)->vocab_size * sizeof(float));
+            hash = hash_of(logits, dsv3_model_config(model)->vocab_size * sizeof(float));
             dsv3_model_sampling(model, &g.sample);
             g.max_tokens = 2;
             r = dsv3_generate(s, NULL, 0, &g, NULL, &e);

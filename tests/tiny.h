@@ -46,7 +46,7 @@ typedef struct tiny_opts {
     uint32_t n_shards;  /* 0: model.safetensors; else shards and an index */
     bool tie, softmax /* the V2 family */, yarn, half_split /* rope_interleave false */;
     bool tokenizer;     /* tokenizer.json and tokenizer_config.json */
-    bool mtp;           /* the tensors of a prediction layer, which nothing here reads */
+    uint32_t mtp;       /* layers of multi-token prediction; embedding and head are the model's */
     bool odd;           /* an odd header length: no tensor is aligned to anything */
     uint64_t seed;
 } tiny_opts;
@@ -521,7 +521,7 @@ static inline void tiny_write_config(tiny *t)
     tiny_printf(&c, "  \"norm_topk_prob\": %s,\n  \"scoring_func\": \"%s\",\n", o->softmax ? "false" : "true", o->softmax ? "softmax" : "sigmoid");
     tiny_printf(&c, "  \"topk_method\": \"%s\",\n", !o->softmax ? "noaux_tc" : o->n_group > 1 ? "group_limited_greedy" : "greedy");
     tiny_printf(&c, "  \"routed_scaling_factor\": %.3f,\n  \"rms_norm_eps\": 1e-05,\n  \"rope_theta\": 10000,\n", (double)o->scaling);
-    tiny_printf(&c, "  \"max_position_embeddings\": %u,\n  \"num_nextn_predict_layers\": %u,\n", o->max_pos, o->mtp ? 1u : 0u);
+    tiny_printf(&c, "  \"max_position_embeddings\": %u,\n  \"num_nextn_predict_layers\": %u,\n", o->max_pos, (unsigned)o->mtp);
     if (o->yarn)
         tiny_printf(&c, "  \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": %u, \"beta_fast\": 32, "
                         "\"beta_slow\": 1, \"mscale\": 1.0, \"mscale_all_dim\": 1.0},\n", o->max_pos / 4);
@@ -722,14 +722,14 @@ static inline void tiny_build(tiny *t, const tiny_opts *opts)
     t->o = *opts;
     t->random = opts->seed * 1000003u;
     tiny_draw(t, "model.", "embed_tokens.weight", wide, 2, opts->vocab, opts->dim, 0, 1);
-    for (uint32_t l = 0; l < opts->n_layers + (opts->mtp ? 1 : 0); l++)
+    for (uint32_t l = 0; l < opts->n_layers + opts->mtp; l++)
         tiny_layer(t, l, l < opts->n_dense);
-    if (opts->mtp) {
+    for (uint32_t k = 0; k < opts->mtp; k++) {
         char layer[64];
-        snprintf(layer, sizeof layer, "model.layers.%u.", (unsigned)opts->n_layers);
+        snprintf(layer, sizeof layer, "model.layers.%u.", (unsigned)(opts->n_layers + k));
         tiny_norm(t, layer, "enorm.weight", opts->dim);
         tiny_norm(t, layer, "hnorm.weight", opts->dim);
-        tiny_draw(t, layer, "eh_proj.weight", wide, 2, opts->dim, 2 * opts->dim, 0, 0.1);
+        tiny_draw(t, layer, "eh_proj.weight", wide, 2, opts->dim, 2 * opts->dim, 0, 1 / sqrt(2.0 * opts->dim));
         tiny_norm(t, layer, "shared_head.norm.weight", opts->dim);
     }
     tiny_norm(t, "model.", "norm.weight", opts->dim);

@@ -143,7 +143,9 @@ class Spec:
     shards: int = 0                      # 0: one model.safetensors
     shard_name: str = "model-{:05d}-of-{:06d}.safetensors"
     odd: bool = False                    # odd header length: no tensor is aligned to anything
-    junk: tuple = ()                     # tensors that must be ignored: "inv_freq", "mtp", "mtp-dense"
+    # Tensors that logits do not depend on: "inv_freq"; "mtp" or "mtp-dense": prediction layers, with "shared" less their
+    # copies of embedding and head.
+    junk: tuple = ()
     tweak: Optional[Callable] = None     # (name, drawn tensor, config): a last change, in place
     stored_as: Optional[Callable] = None  # tensor name -> dtype, where it is not `dtype`
     prompt: int = 48
@@ -368,12 +370,14 @@ def tensor_shapes(spec):
 
     width, last = c["hidden_size"], c["num_hidden_layers"]
     if "mtp" in spec.junk or "mtp-dense" in spec.junk:
-        at = f"model.layers.{last}."
-        ignored.update(layer_tensors(c, last, "mtp" in spec.junk))
-        ignored.update({at + "enorm.weight": (width,), at + "hnorm.weight": (width,),
-                        at + "eh_proj.weight": (width, 2 * width), at + "shared_head.norm.weight": (width,),
-                        at + "shared_head.head.weight": (c["vocab_size"], width),
-                        at + "embed_tokens.weight": (c["vocab_size"], width)})
+        for layer in range(last, last + c["num_nextn_predict_layers"]):
+            at = f"model.layers.{layer}."
+            ignored.update(layer_tensors(c, layer, "mtp" in spec.junk))
+            ignored.update({at + "enorm.weight": (width,), at + "hnorm.weight": (width,),
+                            at + "eh_proj.weight": (width, 2 * width), at + "shared_head.norm.weight": (width,)})
+            if "shared" not in spec.junk:
+                ignored.update({at + "shared_head.head.weight": (c["vocab_size"], width),
+                                at + "embed_tokens.weight": (c["vocab_size"], width)})
     if "inv_freq" in spec.junk:
         for layer in range(last):
             ignored[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = (56,)

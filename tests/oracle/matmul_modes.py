@@ -36,7 +36,8 @@ BLOCK = 128
 TOLERANCE = 1e-5                                       # of a row: max |difference| / max |out|
 MODES = ("f32", "bf16", "fp8", "int8")
 COMPUTE = {"auto": 0, "f32": 1, "bf16": 2, "fp8": 3, "int8": 4}
-ISA = {"scalar": 1, "avx2": 2, "avx512": 3, "avx-vnni": 4, "avx512-vnni": 5, "avx512-bf16": 6}
+ISA = {"scalar": 1, "avx2": 2, "avx512": 3, "avx-vnni": 4, "avx512-vnni": 5, "avx512-bf16": 6,
+       "avx512-amx": 7}
 DTYPE = {"F32": 1, "F16": 2, "BF16": 3, "F8": 4, "F8 ue8m0": 4, "F8 E8M0": 4, "I8 row": 7, "I8 block": 7}
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHAPES = ((2048, 200), (1408, 130), (576, 384), (200, 131), (130, 70))      # columns, rows

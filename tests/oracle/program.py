@@ -33,6 +33,8 @@ def cpu_isas():
         isas.append("avx512-vnni")
     if "avx512-vnni" in isas and {"avx512_bf16", "avx512vbmi"} <= flags:
         isas.append("avx512-bf16")
+    if "avx512-vnni" in isas and {"amx_tile", "amx_int8"} <= flags:
+        isas.append("avx512-amx")
     return isas
 
 

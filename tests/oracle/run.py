@@ -11,6 +11,7 @@ Sections, any of which --only names (so does the name of a checkpoint):
   transcription   DeepSeek's own code, choice by choice
   quantize        dsv3 quantize, read back by compressed-tensors and transformers
   tiny            examples/tiny
+  drafts          layers of multi-token prediction, and what they guess one after the other
   matmul          one product in each arithmetic mode against the published arithmetic
   fidelity        what the modes cost: end to end, on held-out text, at V3's widths
   schema          constrained output: the public JSON Schema suite, sampled texts, beside llguidance
@@ -46,6 +47,7 @@ import compare                                         # noqa: E402
 import fidelity                                        # noqa: E402
 import kimi                                            # noqa: E402
 import matmul_modes                                    # noqa: E402
+import mtp                                             # noqa: E402
 import mutations                                       # noqa: E402
 import quantize                                        # noqa: E402
 import reference                                       # noqa: E402
@@ -56,10 +58,10 @@ from program import Program, ProgramError, cpu_isas    # noqa: E402
 from report import Report, number, table               # noqa: E402
 
 SECTIONS = ("self", "checkpoints", "bits", "mutations", "transcription", "quantize", "tiny", "matmul", "fidelity",
-            "tokenizer", "kimi", "chat", "cache", "schema", "speed")
+            "drafts", "tokenizer", "kimi", "chat", "cache", "schema", "speed")
 QUICK = ("t1", "t1x", "t1e", "t1h", "odd", "mtp", "widths", "v2-lite", "v2-groups", "kimi-k2-thinking", "moonlight",
          "gigachat3", "fp8", "fp8-ragged", "fp8-shards", "far")
-BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 600), ("fp8-ragged", 600), ("fp8-odd", 300))
+BITS = (("t1", 200), ("moonlight", 600), ("v2-groups", 150), ("fp8-ragged", 530), ("fp8-odd", 150))
 TRANSCRIBED = ("t1", "v2-lite", "fp8", "fp8-ue8m0")
 MUTATION_FACTOR = 100
 
@@ -71,8 +73,8 @@ class Run:
         self.program = None if options.self_only else Program(options.dsv3, options.work)
 
     def wanted(self, section):
-        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "tokenizer", "kimi", "chat",
-                                             "cache", "schema", "speed"):
+        if self.o.self_only and section in ("bits", "quantize", "tiny", "matmul", "fidelity", "drafts", "tokenizer", "kimi",
+                                             "chat", "cache", "schema", "speed"):
             return False
         return not self.o.only or self.o.only == section
 
@@ -173,7 +175,7 @@ class Run:
 
     def bits(self, names):
         isas, rows = cpu_isas(), []
-        for isa in ("avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16"):
+        for isa in ("avx2", "avx-vnni", "avx512", "avx512-vnni", "avx512-bf16", "avx512-amx"):
             if isa not in isas:
                 self.report.skip(f"same bits: {isa}", "this CPU does not have it")
         for name, length in BITS:
@@ -275,6 +277,8 @@ class Run:
         if self.wanted("tiny"):
             row = tiny.check(self.o.tiny, self.program, self.report)
             self.out["tiny"] = [row] if row else []
+        if self.wanted("drafts"):
+            self.out["drafts"] = mtp.check(self.o.work, self.program, self.report)
         if self.wanted("matmul"):
             self.out["matmul"] = matmul_modes.check(self.o.lib, self.report)
             self.report.say("matmul: done")
@@ -336,6 +340,14 @@ class Run:
                             ("tensors equal", "equal", ">"), ("read back by, or written as", "readers", "<"),
                             ("positions", "positions", ">"), ("error", lambda r: number(r["error"]), ">"),
                             ("median row from the source", lambda r: number(r["moved"]), ">")], self.out["quantize"]))
+        if self.out.get("drafts"):
+            print(table(f"Prediction layers: max |difference| / max |logit| (limit {compare.TOLERANCE:.0e}), in three sizes of "
+                        f"batch; greedy guesses, {mtp.DEPTH} at once, that were right", [
+                            ("checkpoint", "checkpoint", "<"), ("what it has", "about", "<"), ("file", "stored", "<"),
+                            ("layers", "layers", ">"), ("positions", "rows", ">"), ("error", lambda r: number(r["error"]), ">"),
+                            ("margin", lambda r: margin(r["margin"]), ">"), ("right", "guesses", ">"),
+                            ("reference", "reference", ">"), ("seconds", lambda r: f"{r['seconds']:.1f}", ">")],
+                        self.out["drafts"]))
         if self.out.get("matmul"):
             print(matmul_modes.table(self.out["matmul"]))
         if self.out.get("published") or self.out.get("fidelity"):
