@@ -659,7 +659,7 @@ def train(args, tales, held, tok_json):
             talk.talks.rng.setstate(state["talk"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
         start -= state.get("elapsed", 0)
-    begun, woke = seen, time.time()
+    begun, woke, main, moved = seen, time.time(), torch.zeros(()), torch.zeros(())
 
     def save_state():
         torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.rng.getstate(), rows.epochs),
