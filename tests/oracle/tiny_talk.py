@@ -1,6 +1,6 @@
-"""Conversations made of the tales, for the last stage of train_tiny.py: someone names a subject or a first line, and is told
-something that fits; asks to go on, for the moral, for another; says good evening. Everything follows from the texts and one
-seed.
+"""Conversations made of the tales, for the last stage of train_tiny.py: someone names a subject or a first line, and
+is told something that fits; asks to go on, for the moral, for another; says good evening. Everything follows from the
+texts and one seed.
 
 A reply is a fable, its first or second half, its moral, or a few sentences of a longer tale. In a share of them the persons
 and beasts are others than the book's, the same throughout: what has to be learned is to speak of what was asked for, and a
@@ -10,28 +10,30 @@ small letters here, as they are typed in a question.
 import random
 import re
 
-BEASTS = """ant ants ape apes ass asses bat bats bear bears bee bees bird birds boar boars bull bulls calf calves camel camels
-cat cats cock cocks cow cows crab crabs crane cranes crow crows dog dogs dolphin dolphins donkey donkeys dove doves dragon dragons
-duck ducks eagle eagles elephant elephants fish fishes flea fleas fly flies fox foxes frog frogs gnat gnats goat goats goose geese
-grasshopper grasshoppers hare hares hawk hawks hedgehog hedgehogs hen hens horse horses hound hounds kid kids kite kites lamb lambs
-lark larks leopard leopards lion lions mole moles monkey monkeys mouse mice mule mules nightingale nightingales owl owls ox oxen
-oyster oysters panther panthers partridge partridges peacock peacocks pig pigs pigeon pigeons rabbit rabbits raven ravens serpent
-serpents sheep sheep snake snakes sparrow sparrows spider spiders stag stags stork storks swallow swallows swan swans tiger tigers
-toad toads tortoise tortoises viper vipers wasp wasps weasel weasels whale whales wolf wolves""".split()
-PEOPLE = """baker bakers beggar beggars boy boys brother brothers carpenter carpenters child children cook cooks doctor doctors dwarf
-dwarfs farmer farmers fisherman fishermen giant giants girl girls hunter hunters huntsman huntsmen king kings maiden maidens merchant
-merchants miller millers miser misers peasant peasants prince princes princess princesses queen queens robber robbers sailor sailors
-servant servants shepherd shepherds shoemaker shoemakers sister sisters smith smiths soldier soldiers tailor tailors thief thieves
-traveler travelers widow widows witch witches woman women woodcutter woodcutters youth youths""".split()
-THINGS = """apple apples axe axes bell bells bone bones cake cakes candle candles castle castles cloak cloaks coach coaches crown
-crowns egg eggs feather feathers flower flowers forest forests garden gardens house houses key keys lamp lamps mill mills mirror
-mirrors mountain mountains oak oaks ring rings river rivers sack sacks ship ships shoe shoes spindle spindles star stars
-sword swords table tables tree trees""".split()
-OTHERS = """man men mother mothers father fathers son sons daughter daughters wife wives husband husbands master masters
-doe does fawn fawns heifer heifers jackdaw jackdaws lapdog lapdogs lioness lionesses seagull seagulls sow sows
+BEASTS = """ant ants ape apes ass asses bat bats bear bears bee bees bird birds boar boars bull bulls calf calves
+camel camels cat cats cock cocks cow cows crab crabs crane cranes crow crows dog dogs dolphin dolphins donkey donkeys
+dove doves dragon dragons duck ducks eagle eagles elephant elephants fish fishes flea fleas fly flies fox foxes frog
+frogs gnat gnats goat goats goose geese grasshopper grasshoppers hare hares hawk hawks hedgehog hedgehogs hen hens
+horse horses hound hounds kid kids kite kites lamb lambs lark larks leopard leopards lion lions mole moles monkey
+monkeys mouse mice mule mules nightingale nightingales owl owls ox oxen oyster oysters panther panthers partridge
+partridges peacock peacocks pig pigs pigeon pigeons rabbit rabbits raven ravens serpent serpents sheep sheep snake
+snakes sparrow sparrows spider spiders stag stags stork storks swallow swallows swan swans tiger tigers toad toads
+tortoise tortoises viper vipers wasp wasps weasel weasels whale whales wolf wolves""".split()
+PEOPLE = """baker bakers beggar beggars boy boys brother brothers carpenter carpenters child children cook cooks
+doctor doctors dwarf dwarfs farmer farmers fisherman fishermen giant giants girl girls hunter hunters huntsman
+huntsmen king kings maiden maidens merchant merchants miller millers miser misers peasant peasants prince princes
+princess princesses queen queens robber robbers sailor sailors servant servants shepherd shepherds shoemaker
+shoemakers sister sisters smith smiths soldier soldiers tailor tailors thief thieves traveler travelers widow widows
+witch witches woman women woodcutter woodcutters youth youths""".split()
+THINGS = """apple apples axe axes bell bells bone bones cake cakes candle candles castle castles cloak cloaks coach
+coaches crown crowns egg eggs feather feathers flower flowers forest forests garden gardens house houses key keys lamp
+lamps mill mills mirror mirrors mountain mountains oak oaks ring rings river rivers sack sacks ship ships shoe shoes
+spindle spindles star stars sword swords table tables tree trees""".split()
+OTHERS = """man men mother mothers father fathers son sons daughter daughters wife wives husband husbands master
+masters doe does fawn fawns heifer heifers jackdaw jackdaws lapdog lapdogs lioness lionesses seagull seagulls sow sows
 thrush thrushes whelp whelps herdsman herdsmen goatherd goatherds wagoner wagoners groom grooms housedog housedogs
-laborer laborers astronomer astronomers physician physicians bramble brambles reed reeds
-prophet prophets sculptor sculptors fowler fowlers knight knights""".split()
+laborer laborers astronomer astronomers physician physicians bramble brambles reed reeds prophet prophets sculptor
+sculptors fowler fowlers knight knights""".split()
 pairs = lambda words: list(zip(words[::2], words[1::2]))
 KINDS = [pairs(BEASTS), pairs(PEOPLE)]                  # within these one may stand for another
 NOUNS = {form: one for words in (BEASTS, PEOPLE, THINGS, OTHERS) for one, many in pairs(words) for form in (many, one)}
@@ -40,11 +42,13 @@ VERBS = set("bear bears fly flies cook cooks swallow swallows fish duck kite kit
 BEFORE = set("a an the his her its their my your our this that some one two three old young little every each no of wild".split())
 COMMON = {n for words in (BEASTS, PEOPLE, OTHERS) for n in words}
 
-ASK_ONE = """Tell me of {a}|Tell me a tale of {a}|Tell me a story about {a}|Tell me about {a}|Tell me of {the}|A tale of {a}, please
-I want to hear of {a}|Do you know a tale of {a}?|{A}, please|Can you tell me of {a}?|{A}|What do you know of {the}?|A story about {a}
-Please tell me a tale about {a}|Let me hear something of {a}|Tell me something about {a}""".replace("\n", "|").split("|")
-ASK_TWO = """Tell me of {a} and {b}|Tell me a tale of {a} and {b}|Tell me a story about {a} and {b}|Tell me the tale of {the} and {theb}
-Tell me about {a} and {b}|{A} and {b}|Do you know the tale of {the} and {theb}?|A story with {a} and {b}, please|The tale of {the} and {theb}
+ASK_ONE = """Tell me of {a}|Tell me a tale of {a}|Tell me a story about {a}|Tell me about {a}|Tell me of {the}
+A tale of {a}, please|I want to hear of {a}|Do you know a tale of {a}?|{A}, please|Can you tell me of {a}?|{A}
+What do you know of {the}?|A story about {a}|Please tell me a tale about {a}|Let me hear something of {a}
+Tell me something about {a}""".replace("\n", "|").split("|")
+ASK_TWO = """Tell me of {a} and {b}|Tell me a tale of {a} and {b}|Tell me a story about {a} and {b}
+Tell me the tale of {the} and {theb}|Tell me about {a} and {b}|{A} and {b}
+Do you know the tale of {the} and {theb}?|A story with {a} and {b}, please|The tale of {the} and {theb}
 Tell me of {the} and {theb}|I want to hear of {a} and {b}""".replace("\n", "|").split("|")
 ASK_NEXT = ["And now of {a}", "Now tell me of {a}", "And {a}?", "Another one, of {a}", "And a tale of {a}?", "Tell me of {a} now"]
 ASK_LINE = ["Go on: {line}", "Go on: {line} ...", "{line}", "{line} ...", "Tell me how this goes on: {line}", "It begins so: {line}"]
@@ -80,10 +84,6 @@ def plain_case(text):
     text = re.sub(r"^([A-Z]+(?:'S)?(?:[ -][A-Z]+(?:'S)?\b)*)", lambda m: m[1].capitalize() if len(m[1]) > 1 else m[1], text)
     return re.sub(r"(?<![.!?] )(?<![\"'])\b[A-Z][a-z]+\b",
                   lambda m: m[0].lower() if m.start() and m[0].lower() in COMMON else m[0], text)
-
-
-def sentences(paragraph):
-    return re.split(r"(?<=[.!?;:])(?<!Mr\.)(?<!Mrs\.)['\"]?\s+(?=['\"A-Z])", paragraph) if "\n" not in paragraph else [paragraph]
 
 
 def nouns(text):
