@@ -100,16 +100,21 @@ build/libdsv3.a: build/lib/dsv3.o
 
 lib: build/libdsv3.so build/libdsv3.a ## a shared and a static library, for other languages (examples/ffi.py)
 
-build/sanitize/dsv3.o: build/lib/dsv3.c dsv3.h
-	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(SANITIZE) -c -o $@ $<
+# instrumented NAME,FLAGS: how build/NAME/ has tests, and the library that some of them link, under a sanitizer.
+define instrumented
+build/$(1)/dsv3.o: build/lib/dsv3.c dsv3.h
+	@mkdir -p $$(@D)
+	$$(CC) $$(STD) -I. $(2) -c -o $$@ $$<
 
-build/sanitize/libdsv3.a: build/sanitize/dsv3.o
-	$(AR) rcs $@ $<
+build/$(1)/libdsv3.a: build/$(1)/dsv3.o
+	$$(AR) rcs $$@ $$<
 
-build/sanitize/%: tests/%.c build/sanitize/libdsv3.a $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(SANITIZE) -o $@ $< build/sanitize/libdsv3.a $(LDFLAGS) $(LDLIBS)
+build/$(1)/%: tests/%.c build/$(1)/libdsv3.a $$(HEADERS)
+	@mkdir -p $$(@D)
+	$$(CC) $$(STD) -I. $(2) -o $$@ $$< build/$(1)/libdsv3.a $$(LDFLAGS) $$(LDLIBS)
+endef
+$(eval $(call instrumented,sanitize,$(SANITIZE)))
+$(eval $(call instrumented,tsan,$(TSAN)))
 
 build/sanitize/dsv3: examples/dsv3.c $(HEADERS)
 	@mkdir -p $(@D)
@@ -120,17 +125,6 @@ SANITIZED := $(filter-out build/sanitize/test_modes_emulated,$(TESTS:tests/%.c=b
 
 sanitize: build/sanitize/dsv3 $(SANITIZED) ## all tests under ASan and UBSan
 	@DSV3=build/sanitize/dsv3 sh tests/run.sh -s "$(SHARED)" $(SANITIZED) tests/cli.sh
-
-build/tsan/dsv3.o: build/lib/dsv3.c dsv3.h
-	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(TSAN) -c -o $@ $<
-
-build/tsan/libdsv3.a: build/tsan/dsv3.o
-	$(AR) rcs $@ $<
-
-build/tsan/%: tests/%.c build/tsan/libdsv3.a $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(STD) -I. $(TSAN) -o $@ $< build/tsan/libdsv3.a $(LDFLAGS) $(LDLIBS)
 
 tsan: $(TSAN_TESTS:tests/%.c=build/tsan/%) ## the tests with threads under TSan
 	@sh tests/run.sh -s "$(SHARED)" $(TSAN_TESTS:tests/%.c=build/tsan/%)

@@ -5293,13 +5293,13 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
         const size_t rows = dsv3__min(n_w - i, 32), pairs = (tiles + 1) / 2;
         const uint8_t *next = (const uint8_t *)(w + (i + 32) * w_stride);
         for (size_t t = 0; t < tiles; t += 2) {
-            const size_t two = dsv3__min(tiles - t, 2);
+            const size_t taken = dsv3__min(tiles - t, 2); /* tiles of x */
             memset(y, 0, sizeof y);
             for (size_t g = 0; g < n_groups; g++) {
                 dsv3__k_bytes_tile_avx512_amx(
                     sum, w + i * w_stride + g * group, w_stride, rows, turned + (g * group / 64 * tiles + t) * 1024,
-                    tiles * 1024, dsv3__min(k - g * group, group), &next, (32 + pairs - 1) / pairs, two > 1);
-                for (size_t b = 0; b < two; b++) {
+                    tiles * 1024, dsv3__min(k - g * group, group), &next, (32 + pairs - 1) / pairs, taken > 1);
+                for (size_t b = 0; b < taken; b++) {
                     const __m512 s = _mm512_loadu_ps(xs + (g * tiles + t + b) * 16);
                     for (size_t r = 0; r < rows; r++) {
                         __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sum[r] + 16 * b));
@@ -5308,14 +5308,14 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
                     }
                 }
             }
-            for (size_t b = 0; b < 2 * two; b++) { /* 16 rows of w and of x each */
-                const size_t r0 = b / two * 16, j0 = (t + b % two) * 16;
+            for (size_t b = 0; b < 2 * taken; b++) { /* 16 rows of w and of x each */
+                const size_t r0 = b / taken * 16, j0 = (t + b % taken) * 16;
                 float *to = out + j0 * out_stride + i + r0;
                 float some[16][16];
                 if (r0 >= rows)
                     break;
                 for (size_t r = 0; r < 16; r++) {
-                    float *row = y[r0 + r] + b % two * 16;
+                    float *row = y[r0 + r] + b % taken * 16;
                     const __m512 v = _mm512_loadu_ps(row);
                     const __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
                     if (DSV3__UNLIKELY(number != 0xFFFF))
@@ -19208,9 +19208,8 @@ static dsv3_result dsv3__ses_pages(const dsv3_batch_item *items, size_t n, dsv3_
                           (uint64_t)ws->n_pages);
     for (size_t k = 0; k < n; k++) {
         dsv3_session *s = items[k].session;
-        for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; s->valid < s->end && i < dsv3__ses_pages_of(s->end); i++) {
+        for (uint32_t i = s->valid / DSV3_PAGE_TOKENS; s->valid < s->end && i < dsv3__ses_pages_of(s->end); i++)
             dsv3__ses_own_page(s, i, dsv3__ses_rows_of(s->valid, i));
-        }
     }
     return DSV3_OK;
 }
@@ -20248,12 +20247,6 @@ static uint64_t dsv3__snap_row(const dsv3__work *w)
     return bytes * w->m->config.num_hidden_layers;
 }
 
-/* Rows of page number i that a session with n_cached of them has. */
-DSV3__INLINE uint32_t dsv3__snap_rows(uint32_t n_cached, uint32_t i)
-{
-    return (uint32_t)dsv3__min(n_cached - i * DSV3_PAGE_TOKENS, DSV3_PAGE_TOKENS);
-}
-
 /* Sessions of one workspace, none of them twice, none running: marks them `listed`, up to *listed, which the caller takes
    back. */
 static dsv3_result dsv3__snap_list(dsv3_session *const *sessions, size_t n, size_t *listed, dsv3_error *err)
@@ -20311,8 +20304,8 @@ static uint32_t dsv3__snap_stored(dsv3_session *const *sessions, size_t n, uint3
     uint32_t rows = 0;
     for (size_t k = 0; k < n; k++) {
         const dsv3_session *s = sessions[k];
-        if (i < s->n_pages && s->pages[i] == page && dsv3__snap_rows(s->n_cached, i) > rows)
-            rows = dsv3__snap_rows(s->n_cached, i);
+        if (i < s->n_pages && s->pages[i] == page && dsv3__ses_rows_of(s->n_cached, i) > rows)
+            rows = dsv3__ses_rows_of(s->n_cached, i);
     }
     return rows;
 }
@@ -20534,10 +20527,10 @@ static dsv3_result dsv3__snap_read_tables(dsv3__snap_in *in, dsv3_session *const
     numbers = t->numbers;
     for (size_t k = 0; k < n; k++)
         for (uint32_t i = 0; i < dsv3__ses_pages_of(sessions[k]->valid); i++, numbers++)
-            if (t->rows[*numbers] < dsv3__snap_rows(sessions[k]->valid, i) || t->rows[*numbers] > DSV3_PAGE_TOKENS)
+            if (t->rows[*numbers] < dsv3__ses_rows_of(sessions[k]->valid, i) || t->rows[*numbers] > DSV3_PAGE_TOKENS)
                 return DSV3__FAIL(err, DSV3_ERROR_SNAPSHOT, "snapshot: page %u has %u rows, session %u needs %u",
                                   (uint64_t)*numbers, (uint64_t)t->rows[*numbers], (uint64_t)k,
-                                  (uint64_t)dsv3__snap_rows(sessions[k]->valid, i));
+                                  (uint64_t)dsv3__ses_rows_of(sessions[k]->valid, i));
     DSV3__TRY(dsv3__snap_read_sum(in, err));
     total = in->sum.total + 8;
     for (uint32_t i = 0; i < seen; i++)

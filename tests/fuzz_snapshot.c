@@ -11,31 +11,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-typedef struct piece {
-    uint8_t *data;
-    size_t n, at;
-} piece;
-
-static bool put(void *user, const void *data, size_t size)
-{
-    piece *p = (piece *)user;
-    p->data = (uint8_t *)realloc(p->data, p->n + size);
-    memcpy(p->data + p->n, data, size);
-    p->n += size;
-    return true;
-}
-
-static bool get(void *user, void *data, size_t size)
-{
-    piece *p = (piece *)user;
-    if (size > p->n - p->at)
-        return false;
-    memcpy(data, p->data + p->at, size);
-    p->at += size;
-    return true;
-}
-
-static void seal_at(piece *p, size_t from, size_t at)
+static void seal_at(tiny_stored *p, size_t from, size_t at)
 {
     dsv3__snap_sum sum;
     uint64_t v;
@@ -51,7 +27,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static tiny t;
     static dsv3_model *model;
-    static piece sound[5];
+    static tiny_stored sound[5];
     dsv3_error e;
     dsv3_session *s[4] = {NULL, NULL, NULL, NULL};
     dsv3_session_opts so;
@@ -79,18 +55,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             abort();
     if (!sound[n].n) {
         dsv3_sink sink;
-        sink.write_fn = put, sink.user = &sound[n];
+        sink.write_fn = tiny_stored_put, sink.user = &sound[n];
         if (dsv3_session_append(s[0], ids, 70, NULL, &e) || (n > 1 && dsv3_session_append(s[1], ids, 9, NULL, &e)) ||
             dsv3_save(s, n, &sink, NULL, &e))
             abort();
         for (unsigned k = 0; k < n; k++)
             dsv3_session_rewind(s[k], 0, NULL);
     }
-    piece p = {NULL, 0, 0};
+    tiny_stored p = {NULL, 0, 0, 0, 0};
     if (size > 9 && memcmp(data + 1, "DSV3SNAP", 8) == 0) {
-        put(&p, data + 1, size - 1);
+        tiny_stored_put(&p, data + 1, size - 1);
     } else {
-        put(&p, sound[n].data, sound[n].n);
+        tiny_stored_put(&p, sound[n].data, sound[n].n);
         for (size_t i = 1; i + 4 <= size && i < 4 * 64; i += 4) {
             size_t at = ((size_t)data[i] << 8 | data[i + 1]) % p.n;
             if (data[i + 3] & 1) /* mostly where the tables are */
@@ -113,7 +89,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         seal_at(&p, 0, p.n - 8);
     }
     dsv3_source source;
-    source.read_fn = get, source.user = &p, source.size = size && data[0] & 8 ? p.n : 0;
+    source.read_fn = tiny_stored_get, source.user = &p, source.size = size && data[0] & 8 ? p.n : 0;
     if (dsv3_load(s, n, &source, &e) == DSV3_OK) {
         dsv3_session *f = NULL;
         for (unsigned k = 0; k < n; k++) {

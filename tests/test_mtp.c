@@ -530,47 +530,19 @@ TEST(broken_guess)
 
 // ---- Beside others ---------------------------------------------------------------------------------------
 
-/* A file in memory. */
-typedef struct file {
-    uint8_t *data;
-    size_t n, at, cap;
-} file;
-
-static bool put(void *user, const void *data, size_t size)
-{
-    file *f = (file *)user;
-    if (f->n + size > f->cap) {
-        f->cap = (f->n + size) * 2;
-        f->data = (uint8_t *)tiny_realloc(f->data, f->cap);
-    }
-    memcpy(f->data + f->n, data, size);
-    f->n += size;
-    return true;
-}
-
-static bool get(void *user, void *data, size_t size)
-{
-    file *f = (file *)user;
-    if (size > f->n - f->at)
-        return false;
-    memcpy(data, f->data + f->at, size);
-    f->at += size;
-    return true;
-}
-
-static dsv3_result save(dsv3_session *const *s, size_t n, file *f)
+static dsv3_result save(dsv3_session *const *s, size_t n, tiny_stored *f)
 {
     dsv3_sink sink;
-    sink.write_fn = put, sink.user = f;
+    sink.write_fn = tiny_stored_put, sink.user = f;
     f->n = 0;
     return dsv3_save(s, n, &sink, NULL, &e);
 }
 
-static dsv3_result load(dsv3_session *const *s, size_t n, file *f)
+static dsv3_result load(dsv3_session *const *s, size_t n, tiny_stored *f)
 {
     dsv3_source source;
     f->at = 0;
-    source.read_fn = get, source.user = f, source.size = f->n;
+    source.read_fn = tiny_stored_get, source.user = f, source.size = f->n;
     return dsv3_load(s, n, &source, &e);
 }
 
@@ -582,7 +554,7 @@ typedef struct twins {
     dsv3_session *s[2][SLOTS];
     oracle guesser;
     const dsv3_grammar *grammar;
-    file f[2];
+    tiny_stored f[2];
     uint64_t random;
     uint32_t done[10], full; /* how often which operation was right; how often pages were short */
 } twins;
@@ -852,7 +824,7 @@ TEST(masked_together)
 TEST(saved_in_the_middle)
 {
     int32_t ids[6];
-    file f;
+    tiny_stored f;
     outcome plain, a, b;
     dsv3_generate_opts g, rest;
     dsv3_session_opts so;

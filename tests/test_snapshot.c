@@ -34,42 +34,11 @@ static void close_model(void)
     tiny_free(&t);
 }
 
-/* A file in memory. */
-typedef struct memory {
-    uint8_t *data;
-    size_t n, at, cap;
-    size_t fail_at; /* writing fails at this byte; 0: never */
-} memory;
-
-static bool put(void *user, const void *data, size_t size)
-{
-    memory *m = (memory *)user;
-    if (m->fail_at && m->n + size >= m->fail_at)
-        return false;
-    if (m->n + size > m->cap) {
-        m->cap = (m->n + size) * 2;
-        m->data = (uint8_t *)realloc(m->data, m->cap);
-    }
-    memcpy(m->data + m->n, data, size);
-    m->n += size;
-    return true;
-}
-
-static bool get(void *user, void *data, size_t size)
-{
-    memory *m = (memory *)user;
-    if (size > m->n - m->at)
-        return false;
-    memcpy(data, m->data + m->at, size);
-    m->at += size;
-    return true;
-}
-
-static dsv3_result save(dsv3_session *const *sessions, size_t n, memory *m)
+static dsv3_result save(dsv3_session *const *sessions, size_t n, tiny_stored *m)
 {
     dsv3_sink sink;
     uint64_t size = 0, measured = 0;
-    sink.write_fn = put, sink.user = m;
+    sink.write_fn = tiny_stored_put, sink.user = m;
     m->n = 0;
     dsv3_result r = dsv3_save(sessions, n, NULL, &measured, &e);
     if (r)
@@ -82,11 +51,11 @@ static dsv3_result save(dsv3_session *const *sessions, size_t n, memory *m)
 }
 
 /* size_known: says how long it is. */
-static dsv3_result load(dsv3_session *const *sessions, size_t n, memory *m, bool size_known)
+static dsv3_result load(dsv3_session *const *sessions, size_t n, tiny_stored *m, bool size_known)
 {
     dsv3_source source;
     m->at = 0;
-    source.read_fn = get, source.user = m, source.size = size_known ? m->n : 0;
+    source.read_fn = tiny_stored_get, source.user = m, source.size = size_known ? m->n : 0;
     return dsv3_load(sessions, n, &source, &e);
 }
 
@@ -130,7 +99,7 @@ TEST(round_trips)
                                           {DSV3_CACHE_BF16, DSV3_CACHE_F32},  {DSV3_CACHE_I8, DSV3_CACHE_I8},     {DSV3_CACHE_F32, DSV3_CACHE_I8}};
     static const size_t lengths[] = {0, 1, 63, 64, 65, 130};
     int32_t ids[130];
-    memory m;
+    tiny_stored m;
     memset(&m, 0, sizeof m);
     for (int k = 0; k < 2; k++) {
         tiny_opts o = micro();
@@ -194,7 +163,7 @@ static dsv3_session *open_in(dsv3_workspace *ws, uint32_t max_tokens, uint32_t r
 TEST(shared_pages_are_stored_once)
 {
     int32_t ids[200];
-    memory m;
+    tiny_stored m;
     dsv3_session *s[4], *r[4];
     dsv3_workspace_info info;
     uint64_t one = 0, all = 0;
@@ -262,7 +231,7 @@ static bool as_it_was(dsv3_session *s, const int32_t *ids, size_t n, const float
 TEST(cut_and_changed)
 {
     int32_t ids[80];
-    memory m;
+    tiny_stored m;
     const float *x;
     memset(&m, 0, sizeof m);
     for (int type = DSV3_CACHE_F32; type <= DSV3_CACHE_I8; type += 2) {
@@ -292,7 +261,7 @@ TEST(cut_and_changed)
             if (!ok)
                 printf("    byte %u of %u\n", (unsigned)i, (unsigned)n);
         }
-        CHECK_OK(put(&m, "x", 1) ? DSV3_OK : DSV3_ERROR_IO, e);
+        CHECK_OK(tiny_stored_put(&m, "x", 1) ? DSV3_OK : DSV3_ERROR_IO, e);
         CHECK_RESULT(load(&b, 1, &m, true), DSV3_ERROR_SNAPSHOT, e); /* something behind it */
         CHECK_OK(load(&b, 1, &m, false), e);
         same_way_on(b, a);
@@ -304,7 +273,7 @@ TEST(cut_and_changed)
 }
 
 /* Numbers that are wrong though the checksums are right: as someone would write them who wants to do harm. */
-static void seal(memory *m, size_t tables)
+static void seal(tiny_stored *m, size_t tables)
 {
     dsv3__snap_sum sum;
     uint64_t v;
@@ -325,7 +294,7 @@ static void seal(memory *m, size_t tables)
 TEST(forged)
 {
     int32_t ids[80];
-    memory m;
+    tiny_stored m;
     const float *x;
     memset(&m, 0, sizeof m);
     REQUIRE(open_model(micro()));
@@ -375,7 +344,7 @@ TEST(forged)
 TEST(of_something_else)
 {
     int32_t ids[10];
-    memory m;
+    tiny_stored m;
     memset(&m, 0, sizeof m);
     tiny_ids(ids, 10, 32, 3);
     REQUIRE(open_model(micro()));
@@ -426,7 +395,7 @@ TEST(of_something_else)
 TEST(writing_fails)
 {
     int32_t ids[70];
-    memory m;
+    tiny_stored m;
     dsv3_sink sink;
     dsv3_source source;
     memset(&m, 0, sizeof m);

@@ -228,6 +228,37 @@ static inline void tiny_put_bytes(tiny_text *text, const void *p, size_t n)
     text->n += n;
 }
 
+/* A snapshot in memory: a sink's write_fn and a source's read_fn, with one of these as their user. */
+typedef struct tiny_stored {
+    uint8_t *data;
+    size_t n, at, cap;
+    size_t fail_at; /* writing fails at this byte; 0: never */
+} tiny_stored;
+
+static inline bool tiny_stored_put(void *user, const void *data, size_t size)
+{
+    tiny_stored *f = (tiny_stored *)user;
+    if (f->fail_at && f->n + size >= f->fail_at)
+        return false;
+    if (f->n + size > f->cap) {
+        f->cap = (f->n + size) * 2;
+        f->data = (uint8_t *)tiny_realloc(f->data, f->cap);
+    }
+    memcpy(f->data + f->n, data, size);
+    f->n += size;
+    return true;
+}
+
+static inline bool tiny_stored_get(void *user, void *data, size_t size)
+{
+    tiny_stored *f = (tiny_stored *)user;
+    if (size > f->n - f->at)
+        return false;
+    memcpy(data, f->data + f->at, size);
+    f->at += size;
+    return true;
+}
+
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
