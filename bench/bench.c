@@ -121,7 +121,8 @@ enum {
     WHAT_ALL = 63,
     WHAT_TOKENIZER = 64,
     WHAT_MASK = 128,
-    WHAT_BATCH = 256
+    WHAT_BATCH = 256,
+    WHAT_DRAFT = 512
 };
 
 /* The command line; one of each group between --then. */
@@ -202,7 +203,9 @@ typedef struct model {
     dsv3_isa isa;
     peak main, rest; /* the instruction for weights of `dtype`; for the router, a bf16 head and attention */
     spans mapped;    /* all tensors */
-    double fixed_bytes, routed_bytes;                       /* read for every token; all routed experts */
+    double fixed_bytes, routed_bytes;         /* read for every token; all routed experts */
+    double mtp_fixed_bytes, mtp_routed_bytes; /* the same of prediction layers, the head they read included */
+    double head_bytes;
     double fixed_macs, routed_macs, head_macs, router_macs; /* a row; routed: all experts */
     double cache_bytes;                                     /* a token of context, all layers */
     double anonymous;                                       /* resident bytes that opening added, the mapping aside */
@@ -229,6 +232,7 @@ static void model_count(model *b)
     dsv3_error error;
     size_t n = dsv3_model_tensor_count(b->m), kept = 0;
     double most = 0, bytes_of[32] = {0};
+    bool own_head = false;
     b->mapped.v = (span *)need(2 * n * sizeof(span));
     for (size_t i = 0; i < n; i++) {
         const char *name;
@@ -249,12 +253,17 @@ static void model_count(model *b)
         double bytes = (double)(part[0].n + part[1].n), macs = t.rank == 2 ? (double)count : 0;
         bool embedding = strcmp(name, "model.embed_tokens.weight") == 0;
         if (strcmp(name, "lm_head.weight") == 0 || (embedding && b->c.tie_word_embeddings)) {
-            b->fixed_bytes += bytes, b->head_macs = macs;
+            b->fixed_bytes += bytes, b->head_bytes = bytes, b->head_macs = macs;
             b->head_dtype = dtype_word(t.dtype);
         } else if (embedding) {
             b->fixed_bytes += bytes / (double)t.shape[0]; /* one row */
-        } else if (strncmp(name, "model.layers.", 13) || (uint32_t)atoi(name + 13) < b->c.num_hidden_layers) {
-            bool routed = strstr(name, ".mlp.experts.") != NULL; /* else: every token reads it. The MTP layer: none */
+        } else if (strncmp(name, "model.layers.", 13) == 0 && (uint32_t)atoi(name + 13) >= b->c.num_hidden_layers) {
+            if (strstr(name, "embed_tokens")) /* one row */
+                bytes /= (double)t.shape[0];
+            own_head |= strstr(name, "shared_head.head") != NULL;
+            *(strstr(name, ".mlp.experts.") ? &b->mtp_routed_bytes : &b->mtp_fixed_bytes) += bytes;
+        } else {
+            bool routed = strstr(name, ".mlp.experts.") != NULL; /* else: every token reads it */
             *(routed ? &b->routed_bytes : &b->fixed_bytes) += bytes;
             *(routed ? &b->routed_macs : strstr(name, ".mlp.gate.weight") ? &b->router_macs : &b->fixed_macs) += macs;
             if ((bytes_of[t.dtype & 31] += bytes) > most) {
@@ -263,6 +272,7 @@ static void model_count(model *b)
             }
         }
     }
+    b->mtp_fixed_bytes += own_head ? 0 : b->head_bytes;
     qsort(b->mapped.v, b->mapped.n, sizeof(span), compare_span);
     for (size_t i = 0; i < b->mapped.n; i++) { /* neighbours are joined: one stream */
         span *last = kept ? &b->mapped.v[kept - 1] : NULL;
@@ -783,6 +793,205 @@ static void run_batch(model *b, uint32_t threads)
     free(c), free(ids);
 }
 
+// ---- Drafts ----------------------------------------------------------------------------------------------
+
+enum { DRAFTS = 4, DRAFT_CONTEXT = 64, DRAFT_PLAIN = DRAFTS };
+
+static const uint32_t draft_lengths[DRAFTS] = {1, 2, 4, DSV3_DRAFT_AUTO};
+
+/* One part of a walking shape: see shapes.h. */
+typedef struct draft_scene {
+    uint32_t part, n;
+    double right, reuse;               /* of its tokens: guessed right; of a token's experts: used again by the next */
+    double touched[6];                 /* [rows] part of the routed experts that so many neighbours use */
+    double rate[DRAFTS + 1][MAX_REPS]; /* tokens a second; the last: plain */
+    double gain[DRAFTS][MAX_REPS];     /* against the plain runs before and behind */
+    double passes[DRAFTS], drafted[DRAFTS], seconds[DRAFTS]; /* of the last repetition; seconds: the drafter's part */
+    uint32_t reps;
+} draft_scene;
+
+/* Counts experts behind the context: [n] tokens of the text run as rows of one call. */
+static void draft_experts(const model *b, dsv3_session *s, const int32_t *ids, draft_scene *c)
+{
+    const uint32_t n_layers = b->c.num_hidden_layers - b->c.first_k_dense_replace, top = b->c.num_experts_per_tok;
+    const uint32_t n_experts = b->c.n_routed_experts;
+    int32_t *experts = (int32_t *)need((size_t)c->n * n_layers * top * sizeof *experts);
+    uint8_t *seen = (uint8_t *)need(n_experts);
+    dsv3_error error;
+    dsv3_outputs outputs;
+    memset(&outputs, 0, sizeof outputs);
+    outputs.experts = experts;
+    must(dsv3_session_rewind(s, DRAFT_CONTEXT, &error), &error);
+    must(dsv3_session_append(s, ids + DRAFT_CONTEXT, c->n, &outputs, &error), &error);
+    for (uint32_t rows = 1; rows <= 5; rows++) {
+        uint64_t touched = 0, windows = 0;
+        for (uint32_t l = 0; l < n_layers; l++)
+            for (uint32_t i = 0; i + rows <= c->n; i++, windows++) {
+                memset(seen, 0, n_experts);
+                for (uint32_t j = 0; j < rows * top; j++)
+                    seen[experts[((i + j / top) * n_layers + l) * top + j % top]] = 1;
+                for (uint32_t k = 0; k < n_experts; k++)
+                    touched += seen[k];
+            }
+        c->touched[rows] = (double)touched / (double)(windows * n_experts);
+    }
+    c->reuse = 2 - c->touched[2] / c->touched[1];
+    free(experts), free(seen);
+}
+
+/* Tokens a second of n behind the context, which are those of the walk; which: of draft_lengths, or DRAFT_PLAIN. A session
+   of its own each time: AUTO knows nothing when it begins. */
+static double draft_run(const model *b, dsv3_workspace *ws, const int32_t *ids, draft_scene *c, uint32_t which)
+{
+    dsv3_error error;
+    dsv3_session_opts so;
+    dsv3_generate_opts go;
+    dsv3_stats told;
+    dsv3_session *s;
+    memset(&so, 0, sizeof so);
+    memset(&go, 0, sizeof go);
+    so.workspace = ws, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
+    so.n_draft = which == DRAFT_PLAIN ? 0 : draft_lengths[which];
+    go.max_tokens = c->n, go.ignore_eos = true;
+    must(dsv3_session_open(&s, b->m, &so, &error), &error);
+    must(dsv3_session_append(s, ids, DRAFT_CONTEXT, NULL, &error), &error);
+    double start = now();
+    must(dsv3_generate(s, NULL, 0, &go, &told, &error), &error);
+    double took = now() - start;
+    if (memcmp(dsv3_session_tokens(s), ids, (DRAFT_CONTEXT + c->n) * sizeof *ids))
+        die("the text of part %u is not the walk: this checkpoint cannot measure drafts", c->part);
+    dsv3_session_close(s);
+    if (which != DRAFT_PLAIN) {
+        c->passes[which] = (double)(told.n_generated - told.accepted);
+        c->drafted[which] = (double)told.drafted, c->seconds[which] = told.draft_seconds / took;
+    }
+    return c->n / took;
+}
+
+/* The part of the experts that a number of rows between two whole ones uses. */
+static double draft_touched(const draft_scene *c, double rows)
+{
+    const uint32_t below = rows < 1 ? 1 : rows > 4 ? 4 : (uint32_t)rows;
+    return c->touched[below] + (c->touched[below + 1] - c->touched[below]) * (rows - below);
+}
+
+/* How many times faster guessing k tokens can be, if time is bytes: README.md, Drafts. */
+static double draft_gain(const model *b, const draft_scene *c, uint32_t k, double tokens_a_pass)
+{
+    const double cache = b->cache_bytes * (DRAFT_CONTEXT + c->n / 2.0) / (b->c.num_hidden_layers + 1);
+    const double one = b->fixed_bytes + b->routed_bytes * c->touched[1] + cache * b->c.num_hidden_layers;
+    const double pass = b->fixed_bytes + b->routed_bytes * c->touched[k + 1] + cache * b->c.num_hidden_layers;
+    const double guesses = k * (b->mtp_fixed_bytes + cache) +
+                           b->mtp_routed_bytes * (draft_touched(c, tokens_a_pass) + (k - 1) * c->touched[1]);
+    return tokens_a_pass * one / (pass + guesses);
+}
+
+static void draft_print(const model *b, uint32_t threads, const draft_scene *c)
+{
+    double allowed[DRAFTS], best = 1;
+    for (uint32_t k = 0; k + 1 < DRAFTS; k++) {
+        allowed[k] = draft_gain(b, c, draft_lengths[k], c->n / c->passes[k]);
+        best = allowed[k] > best ? allowed[k] : best;
+    }
+    allowed[DRAFTS - 1] = best;
+    for (uint32_t k = 0; k < DRAFTS; k++) {
+        char length[16];
+        stats gain = stats_of(c->gain[k], c->reps);
+        snprintf(length, sizeof length, "%u", draft_lengths[k]);
+        out_begin("draft", NULL, b, threads);
+        out_number("acceptance", "acceptance", 2, WALK_ACCEPTANCE[c->part % 4]);
+        out_number("acceptance_got", "got", 2, c->right);
+        out_number("reuse", "reuse", 2, c->reuse);
+        out_text("n_draft", "drafts", draft_lengths[k] == DSV3_DRAFT_AUTO ? "auto" : length);
+        out_number("tokens_pass", "tokens a pass", 2, c->n / c->passes[k]);
+        out_number("drafted", "guessed", 0, c->drafted[k]);
+        out_number("plain_tok_s", "plain tok/s", 2, stats_of(c->rate[DRAFT_PLAIN], c->reps).mid);
+        out_number("tok_s", "tok/s", 2, stats_of(c->rate[k], c->reps).mid);
+        out_number("gain", "gain", 2, gain.mid);
+        out_number("gain_low", "lowest", 2, gain.low);
+        out_number("gain_high", "highest", 2, gain.high);
+        out_number("gain_bytes", "by bytes", 2, allowed[k]);
+        out_number("ratio", "ratio", 2, gain.mid / allowed[k]);
+        out_number("draft_share", "time guessing", 2, c->seconds[k]);
+        out_number("touched_1", NULL, 4, c->touched[1]);
+        out_number("touched_2", NULL, 4, c->touched[2]);
+        out_number("touched_3", NULL, 4, c->touched[3]);
+        out_number("touched_5", NULL, 4, c->touched[5]);
+        out_number("tokens", NULL, 0, c->n);
+        out_number("reps", NULL, 0, c->reps);
+        out_end();
+    }
+}
+
+/* Decoding with and without drafts on a walking shape, in turn: plain, 1, 2, plain, 4, auto, plain ... */
+static void run_draft(const char *dir, dsv3_isa isa, uint32_t compute)
+{
+    static draft_scene scenes[WALKS];
+    dsv3_error error;
+    model b;
+    model_open(&b, dir, isa, compute);
+    if (dsv3_model_mtp(b.m) != 1)
+        die("--what draft: '%s' has no layer of multi-token prediction", opt.shape);
+    const uint32_t n = opt.n_decode.v[0], part_size = b.c.vocab_size / WALKS;
+    if (DRAFT_CONTEXT + n + 1 > part_size)
+        die("--what draft: at most %u tokens here", part_size - DRAFT_CONTEXT - 1);
+    if (!opt.json)
+        printf("`%s`: %s weights, %s head, %s, %s arithmetic; %.4f GB a token, and %.4f GB a guess.\n\n", b.name,
+               b.dtype, b.head_dtype, b.isa_name, b.compute, 1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
+               1e-9 * (b.mtp_fixed_bytes + b.mtp_routed_bytes * active_share(&b)));
+    int32_t *ids = (int32_t *)need((DRAFT_CONTEXT + n) * sizeof *ids);
+    for (uint32_t t = 0; t < opt.threads.n; t++) {
+        const uint32_t threads = opt.threads.v[t];
+        dsv3_workspace_opts wo;
+        dsv3_workspace *ws;
+        memset(&wo, 0, sizeof wo);
+        wo.n_threads = threads, wo.n_pages = 2 * ((DRAFT_CONTEXT + n) / 64 + 2), wo.max_batch = 128;
+        must(dsv3_workspace_open(&ws, b.m, &wo, &error), &error);
+        for (uint32_t part = 0; part < WALKS; part++) {
+            dsv3_session_opts so;
+            dsv3_session *s;
+            draft_scene *c = &scenes[part];
+            memset(c, 0, sizeof *c);
+            c->part = part, c->n = n;
+            for (uint32_t i = 0; i < DRAFT_CONTEXT + n; i++) {
+                ids[i] = (int32_t)(part * part_size + i);
+                c->right += i >= DRAFT_CONTEXT && walk_right((uint32_t)ids[i], b.c.vocab_size);
+            }
+            c->right /= n;
+            memset(&so, 0, sizeof so);
+            so.workspace = ws, so.max_tokens = DRAFT_CONTEXT + n + 1;
+            must(dsv3_session_open(&s, b.m, &so, &error), &error);
+            must(dsv3_session_append(s, ids, DRAFT_CONTEXT, NULL, &error), &error);
+            draft_experts(&b, s, ids, c);
+            dsv3_session_close(s);
+            double before = 0, pending[DRAFTS] = {0};
+            for (uint32_t turn = 0; turn <= 2 * opt.reps.v[0];
+                 turn++) { /* in each a plain run, then two drafting ones */
+                progress("draft, %u threads, acceptance %.2f, reuse %.2f: %u of %u", threads, c->right, c->reuse, turn,
+                         2 * opt.reps.v[0]);
+                double plain = draft_run(&b, ws, ids, c, DRAFT_PLAIN);
+                for (uint32_t k = 0; turn && k < 2; k++) {
+                    const uint32_t which = (turn - 1) % 2 * 2 + k;
+                    c->rate[which][c->reps] = pending[which];
+                    c->gain[which][c->reps] = pending[which] * (1 / plain + 1 / before) / 2;
+                }
+                if (turn % 2 == 0 && turn) {
+                    c->rate[DRAFT_PLAIN][c->reps] = plain;
+                    c->reps++;
+                }
+                for (uint32_t k = 0; turn < 2 * opt.reps.v[0] && k < 2; k++)
+                    pending[turn % 2 * 2 + k] = draft_run(&b, ws, ids, c, turn % 2 * 2 + k);
+                before = plain;
+            }
+            draft_print(&b, threads, c);
+        }
+        out_table();
+        dsv3_workspace_close(ws);
+    }
+    free(ids);
+    model_close(&b);
+}
+
 /* The weights into the page cache, read in order; or out of it (pages that are mapped somewhere stay). */
 static void page_cache(const char *dir, bool keep)
 {
@@ -1114,7 +1323,7 @@ static const char HELP[] =
     "  --head bf16|8bit   the head of a named shape; 8bit: as the other weights (bf16)\n"
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
     "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask; "
-    "batch\n"
+    "batch; draft\n"
     "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
     "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
@@ -1169,8 +1378,8 @@ static uint32_t parse_word(const char *flag, const char **text, const char *cons
 /* Arguments argv[0 ... argc-1], in which --then does not occur. first: from the defaults. */
 static void parse(int argc, char **argv, bool first)
 {
-    static const char *const WHAT[] = {"bandwidth", "open",      "kernels", "decode", "prompt",
-                                       "rows",      "tokenizer", "mask",    "batch",  "all"};
+    static const char *const WHAT[] = {"bandwidth", "open", "kernels", "decode", "prompt", "rows",
+                                       "tokenizer", "mask", "batch",   "draft",  "all"};
     enum { N_WHAT = sizeof WHAT / sizeof *WHAT, MAX_ISAS = 32 };
     static const struct {
         const char *flag, *initial; /* initial: of a list */
@@ -1309,6 +1518,25 @@ static void heading(int argc, char **argv)
     printf("`\n\n");
 }
 
+/* On the named shape's variant that has a prediction layer. */
+static void run_drafts(format f)
+{
+    char dir[PATH_SIZE], name[64];
+    const shape *p = NULL;
+    snprintf(name, sizeof name, "%s%s", opt.shape, strstr(opt.shape, "-mtp") ? "" : "-mtp");
+    for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
+        if (strcmp(name, SHAPES[i].name) == 0)
+            p = &SHAPES[i];
+    if (!p)
+        die("--what draft needs a shape whose text is known: bench-3b or tiny");
+    opt.shape = p->name;
+    shape_ensure(dir, p, f, opt.dir);
+    page_cache(dir, true);
+    for (uint32_t i = 0; i < opt.isas.n; i++)
+        for (uint32_t j = 0; j < opt.computes.n; j++)
+            run_draft(dir, (dsv3_isa)opt.isas.v[i], opt.computes.v[j]);
+}
+
 /* What one group of options asks for. */
 static void run_group(void)
 {
@@ -1337,6 +1565,8 @@ static void run_group(void)
                 isa = dsv3__cpu_best();
             run_kernels(f.dtype, opt.dtype, isa, compute_resolve(opt.computes.v[j], opt.dtype));
         }
+    if (opt.what & WHAT_DRAFT)
+        run_drafts(f);
     if (!(opt.what & ((WHAT_ALL & ~(uint32_t)WHAT_KERNELS) | WHAT_BATCH)))
         return;
     if (p)

@@ -3,23 +3,83 @@
 
    The weights keep the activations sane and the router alive: projections Gaussian with std 1 / sqrt(fan-in), norms
    around 1, a bias that moves the choice of experts. Tensors lie in the order of the usual safetensors writer, with the
-   alignment that this gives, so that what is timed is what published files look like. */
+   alignment that this gives, so that what is timed is what published files look like.
+
+   A shape with a prediction layer walks: behind token t its model likes t + 1 best, and its prediction layer guesses that
+   for a chosen share of the tokens. */
 
 typedef struct shape {
     const char *name;
     uint32_t dim, layers, dense, inter, experts, top, groups, top_groups, shared, moe_inter;
     uint32_t heads, q_lora, kv_lora, nope, rope, v, vocab;
+    uint32_t mtp; /* prediction layers: 0 or 1 */
 } shape;
 
 /* bench-3b and v3-slice are also written as GGUF by tools for other engines: keep the figures. */
 static const shape SHAPES[] = {
-    /* name       dim layers dense inter ex top gr tg sh moe_i heads q_lora kv_l nope rope v vocab */
-    {"bench-3b", 2048, 8, 1, 8192, 64, 6, 1, 1, 1, 1408, 16, 1536, 512, 128, 64, 128, 32768},
-    {"v3-slice", 7168, 3, 1, 18432, 32, 8, 8, 4, 1, 2048, 128, 1536, 512, 128, 64, 128, 16384},
-    {"tiny", 256, 4, 1, 512, 16, 4, 4, 2, 1, 192, 4, 128, 128, 64, 32, 64, 2048},
+    /* name       dim layers dense inter ex top gr tg sh moe_i heads q_lora kv_l nope rope v vocab mtp */
+    {"bench-3b", 2048, 8, 1, 8192, 64, 6, 1, 1, 1, 1408, 16, 1536, 512, 128, 64, 128, 32768, 0},
+    {"v3-slice", 7168, 3, 1, 18432, 32, 8, 8, 4, 1, 2048, 128, 1536, 512, 128, 64, 128, 16384, 0},
+    {"tiny", 256, 4, 1, 512, 16, 4, 4, 2, 1, 192, 4, 128, 128, 64, 32, 64, 2048, 0},
+    {"bench-3b-mtp", 2048, 8, 1, 8192, 64, 6, 1, 1, 1, 1408, 16, 1536, 512, 128, 64, 128, 32768, 1},
+    {"tiny-mtp", 256, 4, 1, 512, 16, 4, 4, 2, 1, 192, 4, 128, 128, 64, 32, 64, 2048, 1},
 };
 
 #define SHARD_BYTES ((uint64_t)2 << 30)
+
+/* The walk. A vocabulary in WALKS parts, one for each pair of acceptance and reuse. A text stays in its part and takes its
+   tokens in order, for the head's row of t + 1 is the embedding of t, and embeddings are so large that no layer hides them.
+   The prediction layer joins to the embedding alone (eh_proj = [1 0]); its head has the rows of some tokens, drawn for each
+   part, exchanged: behind those it guesses wrong. Experts too are chosen by the embedding: tokens that share a part of its
+   columns choose the same ones more often. */
+
+enum { WALKS = 8 };
+#define WALK_STD 4.0 /* of embeddings */
+
+static const double WALK_ACCEPTANCE[4] = {0, 0.5, 0.7, 0.85};
+static const double WALK_SHARED[2] = {0, 0.6}; /* of the columns: experts used again at chance, and 0.4 of them */
+
+/* What a tensor's rows are. */
+typedef enum filling {
+    FILL_RANDOM,
+    FILL_TOKENS,  /* row t is the vector of token t, */
+    FILL_NEXT,    /* of the token before t: the model's next token, */
+    FILL_GUESSED, /* or of another, where the prediction layer is to be wrong */
+    FILL_UNIT     /* one column each */
+} filling;
+
+static uint64_t walk_hash(uint64_t x)
+{
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBull;
+    return x ^ x >> 31;
+}
+
+/* Whether the prediction layer knows what follows token t. */
+static bool walk_right(uint32_t t, uint32_t vocab)
+{
+    double p = WALK_ACCEPTANCE[t / (vocab / WALKS) % 4];
+    return (double)(walk_hash(t + 1000003) >> 40) < p * 16777216.0;
+}
+
+/* Token t + n, in its part. */
+static uint32_t walk_on(uint32_t t, uint32_t n, uint32_t vocab)
+{
+    const uint32_t part = vocab / WALKS;
+    return t - t % part + (t % part + n) % part;
+}
+
+/* The token whose vector is row t. */
+static uint32_t walk_source(filling how, uint32_t t, uint32_t vocab)
+{
+    const uint32_t part = vocab / WALKS;
+    uint32_t from = how == FILL_TOKENS ? t : walk_on(t, part - 1, vocab);
+    if (how == FILL_GUESSED && !walk_right(from, vocab))
+        do
+            from = walk_on(from, 1, vocab);
+        while (walk_right(from, vocab)); /* the next that is wrong too: never itself, there are many */
+    return from;
+}
 
 /* How a shape is written. The head is BF16 as published, unless it is asked for in the form of the other weights. */
 typedef struct format {
@@ -32,6 +92,7 @@ typedef struct spec { /* one tensor to be written: mean + std * a Gaussian; code
     dsv3_dtype dtype;
     uint32_t rows, cols; /* cols 0: rank 1 */
     double mean, std;
+    filling how;
     uint32_t shard;
 } spec;
 
@@ -81,6 +142,16 @@ static void spec_linear(specs *s, uint32_t rows, uint32_t cols, double gain, con
         spec_add(s, DSV3_DTYPE_BF16, rows, 1, scale, 0.05 * scale, name);
 }
 
+/* [1 0], stored as the others are. */
+static void spec_unit(specs *s, uint32_t rows, uint32_t cols, const char *prefix, const char *part)
+{
+    const uint32_t before = s->n;
+    spec_linear(s, rows, cols, 1, prefix, part);
+    for (uint32_t i = before + 1; i < s->n; i++) /* scales: the largest code is a one */
+        s->v[i].mean = 1 / (s->f.dtype == DSV3_DTYPE_I8 ? 127.0 : 448.0), s->v[i].std = 0;
+    s->v[before].how = FILL_UNIT;
+}
+
 static void spec_mlp(specs *s, uint32_t dim, uint32_t inter, const char *prefix)
 {
     spec_linear(s, inter, dim, 1, prefix, "gate_proj");
@@ -95,12 +166,40 @@ static void spec_norm(specs *s, uint32_t n, const char *prefix, const char *part
     spec_add(s, DSV3_DTYPE_BF16, n, 0, 1, 0.2, name);
 }
 
+/* The last `n` specs that are weights of `cols` columns. */
+static void spec_how(specs *s, uint32_t n, filling how)
+{
+    for (uint32_t i = s->n - n; i < s->n; i++)
+        if (!strstr(s->v[i].name, "_scale"))
+            s->v[i].how = how;
+}
+
+static void spec_head(specs *s, const shape *p, const char *prefix, const char *part, filling how)
+{
+    char name[96];
+    uint32_t before = s->n;
+    snprintf(name, sizeof name, "%s%s.weight", prefix, part);
+    if (s->f.head8)
+        spec_linear(s, p->vocab, p->dim, 1, prefix, part);
+    else
+        spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, 1 / sqrt((double)p->dim), name);
+    spec_how(s, s->n - before, how);
+}
+
 static void specs_of_shape(specs *s, const shape *p)
 {
     char at[64], name[96];
-    spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, 1, "model.embed_tokens.weight");
-    for (uint32_t l = 0; l < p->layers; l++) {
+    spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, p->mtp ? WALK_STD : 1, "model.embed_tokens.weight");
+    spec_how(s, 1, p->mtp ? FILL_TOKENS : FILL_RANDOM);
+    for (uint32_t l = 0; l < p->layers + p->mtp; l++) {
         snprintf(at, sizeof at, "model.layers.%u.", l);
+        if (l >= p->layers) {
+            spec_norm(s, p->dim, at, "enorm");
+            spec_norm(s, p->dim, at, "hnorm");
+            spec_norm(s, p->dim, at, "shared_head.norm");
+            spec_unit(s, p->dim, 2 * p->dim, at, "eh_proj");
+            spec_head(s, p, at, "shared_head.head", FILL_GUESSED);
+        }
         spec_norm(s, p->dim, at, "input_layernorm");
         spec_norm(s, p->dim, at, "post_attention_layernorm");
         snprintf(at, sizeof at, "model.layers.%u.self_attn.", l);
@@ -119,7 +218,7 @@ static void specs_of_shape(specs *s, const shape *p)
         snprintf(name, sizeof name, "%sgate.weight", at);
         spec_add(s, DSV3_DTYPE_BF16, p->experts, p->dim, 0, 2 / sqrt((double)p->dim), name);
         snprintf(name, sizeof name, "%sgate.e_score_correction_bias", at);
-        spec_add(s, DSV3_DTYPE_F32, p->experts, 0, 0, 0.1, name);
+        spec_add(s, DSV3_DTYPE_F32, p->experts, 0, 0, p->mtp ? 0.02 : 0.1, name); /* a walk: chance */
         for (uint32_t e = 0; e < p->experts; e++) {
             snprintf(at, sizeof at, "model.layers.%u.mlp.experts.%u.", l, e);
             spec_mlp(s, p->dim, p->moe_inter, at);
@@ -128,10 +227,7 @@ static void specs_of_shape(specs *s, const shape *p)
         spec_mlp(s, p->dim, p->moe_inter * p->shared, at);
     }
     spec_norm(s, p->dim, "model.", "norm");
-    if (s->f.head8)
-        spec_linear(s, p->vocab, p->dim, 1, "", "lm_head");
-    else
-        spec_add(s, DSV3_DTYPE_BF16, p->vocab, p->dim, 0, 1 / sqrt((double)p->dim), "lm_head.weight");
+    spec_head(s, p, "", "lm_head", p->mtp ? FILL_NEXT : FILL_RANDOM);
 }
 
 /* Also the stamp: a directory whose config.json is another text is written again. */
@@ -169,10 +265,11 @@ static void config_text(char *text, size_t size, const shape *p, format f)
         "  \"vocab_size\": %u,\n  \"scoring_func\": \"sigmoid\",\n  \"topk_method\": \"noaux_tc\",\n"
         "  \"norm_topk_prob\": true,\n  \"routed_scaling_factor\": 2.5,\n  \"rms_norm_eps\": 1e-06,\n"
         "  \"rope_theta\": 10000,\n  \"rope_scaling\": null,\n  \"max_position_embeddings\": 163840,\n"
-        "  \"num_nextn_predict_layers\": 0,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
+        "  \"num_nextn_predict_layers\": %u,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
         "  \"bos_token_id\": 0,\n  \"eos_token_id\": 1,\n%s  \"torch_dtype\": \"bfloat16\"\n}\n",
         p->name, p->dim, p->layers, p->dense, p->inter, p->experts, p->top, p->groups, p->top_groups, p->shared,
-        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab, quantization);
+        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab, p->mtp,
+        quantization);
 }
 
 enum { N_QUANTILES = 4096 }; /* 12 random bits pick one */
@@ -269,6 +366,26 @@ static int compare_spec(const void *a, const void *b)
     return sx != sy ? (sx > sy ? -1 : 1) : strcmp(x->name, y->name); /* the order of the reference writer */
 }
 
+/* Row `row` of a tensor that is not all random: out [cols] elements, room for 4 more. */
+static void fill_row(uint8_t *out, const spec *t, uint32_t row, const uint8_t *quantiles)
+{
+    const size_t size = dsv3_dtype_size(t->dtype);
+    if (t->how == FILL_UNIT) {
+        static const uint8_t one[2] = {0x80, 0x3F}; /* BF16 */
+        memset(out, 0, t->cols * size);
+        if (size == 2)
+            memcpy(out + 2 * (size_t)row, one, 2);
+        else
+            out[row] = t->dtype == DSV3_DTYPE_I8 ? 127 : 0x7E;
+        return;
+    }
+    const uint32_t token = walk_source(t->how, row, t->rows), part = token / (t->rows / WALKS);
+    const uint32_t n_shared = (uint32_t)(WALK_SHARED[part / 4] * t->cols);
+    uint64_t common = walk_hash(part + 1), own = walk_hash(token + 2000003);
+    fill(out, n_shared, size, quantiles, &common);
+    fill(out + n_shared * size, t->cols - n_shared, size, quantiles, &own);
+}
+
 /* One shard: tensors v[0 ... n-1]. done, total: bytes, for the bar. */
 static void shard_write(FILE *f, const spec *v, uint32_t n, const double *z, uint64_t *random, uint64_t *done,
                         uint64_t total)
@@ -299,8 +416,11 @@ static void shard_write(FILE *f, const spec *v, uint32_t n, const double *z, uin
         if (i == 0 || v[i].dtype != v[i - 1].dtype || v[i].mean != v[i - 1].mean || v[i].std != v[i - 1].std)
             quantile_table(quantiles, &v[i], z);
         for (uint64_t left = spec_count(&v[i]), k; left; left -= k) {
-            k = left < CHUNK ? left : CHUNK;
-            fill(chunk, (size_t)k, element, quantiles, random);
+            k = v[i].how ? v[i].cols : left < CHUNK ? left : CHUNK;
+            if (v[i].how)
+                fill_row(chunk, &v[i], (uint32_t)(v[i].rows - left / v[i].cols), quantiles);
+            else
+                fill(chunk, (size_t)k, element, quantiles, random);
             file_write(f, chunk, (size_t)k * element);
             *done += k * element;
             if (*done / (total / 200 + 1) != (*done - k * element) / (total / 200 + 1)) {

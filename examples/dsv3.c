@@ -348,8 +348,10 @@ static int generate(int argc, char **argv)
     arguments(argc, argv, generate_help, options, COUNT(options), words, 2);
     if (file && words[1])
         usage("generate: a prompt and -f FILE: give one of them");
-    if (n_texts && (kept || stops.n || schema || json_output))
-        usage("generate: --parallel goes without --session, --stop, --json-output and --json-schema");
+    const uint32_t n_draft = draft_parse(draft);
+    const dsv3_drafter who = drafter_parse(drafter);
+    if (n_texts && (kept || stops.n || schema || json_output || n_draft))
+        usage("generate: --parallel goes without --session, --stop, --json-output, --json-schema and --draft");
     if (words[1] && strcmp(words[1], "-") == 0)
         file = "-";
     bytes prompt = {NULL, 0, 0};
@@ -395,8 +397,7 @@ static int generate(int argc, char **argv)
         return finish();
     }
 
-    dsv3_session *session = running =
-        session_open(model, context, 0, n_threads, draft_parse(draft), drafter_parse(drafter));
+    dsv3_session *session = running = session_open(model, context, 0, n_threads, n_draft, who);
     if (kept)
         session_load(session, kept);
     dsv3_stats stats;
@@ -600,7 +601,7 @@ static int logits(int argc, char **argv)
         {"--experts", OPTION_TEXT, &experts_path, 0, 0},  {"--rows", OPTION_COUNT, &rows, 0, 0},
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},    {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},    {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
-        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0},  {"--mtp", OPTION_TEXT, &mtp_path, 0, 0},
+        {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0}, {"--mtp", OPTION_TEXT, &mtp_path, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)

@@ -148,6 +148,9 @@ sessions() {
     call 0 generate $model "Once upon a time" -n 5 --seed 6 --parallel 3 --json
     same "lines" "$(grep -c '"seed":[678].*"ids":\[.*"stop":"max_tokens"' "$work/out")" 3
     call 2 generate $model "Once" --parallel 2 --session "$work/s" && one_line "--parallel"
+    call 2 generate $model "Once" --parallel 2 --draft 2 && one_line "--draft"
+    call 2 generate "$work/none" "Once" --draft 17 && one_line "--draft 17"
+    call 2 generate "$work/none" "Once" --drafter best && one_line "--drafter best"
 }
 
 experts() {

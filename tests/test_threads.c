@@ -16,22 +16,28 @@ static tiny t;
 static dsv3_model *model;
 static dsv3_error e;
 
-static tiny_opts opts(void)
+static tiny_opts opts(uint32_t n_mtp)
 {
     tiny_opts o = tiny_micro();
+    o.mtp = n_mtp;
     #ifndef DSV3_NO_TOKENIZER
     o.vocab = (uint32_t)TINY_N_TOKENS, o.tokenizer = true;
     #endif
     return o;
 }
 
-static bool open_model(void)
+static bool open_model_with(uint32_t n_mtp)
 {
-    tiny_opts o = opts();
+    tiny_opts o = opts(n_mtp);
     tiny_free(&t);
     tiny_build(&t, &o);
     model = NULL;
     return CHECK_OK(tiny_open(&t, &model, NULL, &e), e);
+}
+
+static bool open_model(void)
+{
+    return open_model_with(0);
 }
 
 static void close_model(void)
@@ -311,50 +317,114 @@ TEST(cancelling_from_outside)
     close_model();
 }
 
-/* Three sessions of one model, each on a thread of its own with a fork beside it in its workspace, advanced by batches with
-   four threads, and cancelled at any time from the main thread. THREADS_CANCELS (environment): how often in all. */
+/* Three sessions of one model, each on a thread of its own with a fork beside it in its workspace and four threads below it.
+   Batches of both, and texts written with drafts, go along one text that was written before, without drafts; all are
+   cancelled at any time from the main thread. THREADS_CANCELS (environment): how often in all. */
+enum { TEXT = 48 };
+
 typedef struct batcher {
     pthread_t thread;
     pthread_mutex_t lock;
     bool stop;
     dsv3_session *s[2];
-    const float *expected; /* logits behind each token */
-    const int32_t *ids;
-    uint64_t random;
-    unsigned failures, cancelled, finished;
+    int32_t ids[TEXT]; /* the text, */
+    float *expected;   /* logits behind each token, */
+    dsv3_sample_opts how; /* and what its tokens from number 5 on were picked by */
+    uint64_t random, drafted, accepted;
+    unsigned failures, cancelled, finished, cut; /* batches; texts that were cancelled */
 } batcher;
+
+static void batch_once(batcher *b)
+{
+    dsv3_batch_item items[2];
+    size_t length[2];
+    memset(items, 0, sizeof items);
+    for (int k = 0; k < 2; k++) {
+        length[k] = dsv3_session_length(b->s[k]);
+        items[k].session = b->s[k], items[k].tokens = b->ids + length[k], items[k].count = 1 + (size_t)(tiny_next(&b->random) % 9);
+    }
+    dsv3_result r = dsv3_batch(items, 2, NULL);
+    b->failures += r != DSV3_OK && r != DSV3_ERROR_CANCELLED;
+    b->finished += r == DSV3_OK;
+    b->cancelled += r != DSV3_OK;
+    for (int k = 0; k < 2; k++)
+        b->failures += dsv3_session_length(b->s[k]) != length[k] + (r ? 0 : items[k].count);
+}
+
+static void write_once(batcher *b, dsv3_session *s)
+{
+    dsv3_generate_opts g;
+    dsv3_stats stats;
+    const size_t length = dsv3_session_length(s);
+    memset(&g, 0, sizeof g);
+    g.sample = b->how, g.max_tokens = 1 + (uint32_t)(tiny_next(&b->random) % 9), g.ignore_eos = true;
+    dsv3_result r = dsv3_generate(s, NULL, 0, &g, &stats, NULL);
+    b->failures += r != DSV3_OK && r != DSV3_ERROR_CANCELLED;
+    b->failures += dsv3_session_length(s) != length + (size_t)stats.n_generated || (!r && stats.n_generated != g.max_tokens);
+    b->cut += r != DSV3_OK;
+    b->drafted += stats.drafted, b->accepted += stats.accepted;
+}
 
 static void *batch_until_told(void *user)
 {
     batcher *b = (batcher *)user;
     const size_t vocab = dsv3_model_config(model)->vocab_size;
     for (;;) {
-        dsv3_batch_item items[2];
-        size_t length[2];
         const float *logits;
-        memset(items, 0, sizeof items);
         pthread_mutex_lock(&b->lock);
         bool stop = b->stop;
         pthread_mutex_unlock(&b->lock);
         if (stop)
             return NULL;
-        for (int k = 0; k < 2; k++) {
-            length[k] = dsv3_session_length(b->s[k]);
-            if (length[k] + 9 > 48)
-                b->failures += dsv3_session_rewind(b->s[k], length[k] = (size_t)(tiny_next(&b->random) % 9), NULL) != DSV3_OK;
-            items[k].session = b->s[k], items[k].tokens = b->ids + length[k], items[k].count = 1 + (size_t)(tiny_next(&b->random) % 9);
-        }
-        dsv3_result r = dsv3_batch(items, 2, NULL);
-        b->failures += r != DSV3_OK && r != DSV3_ERROR_CANCELLED;
-        b->finished += r == DSV3_OK;
-        b->cancelled += r != DSV3_OK;
+        for (int k = 0; k < 2; k++)
+            if (dsv3_session_length(b->s[k]) + 9 > TEXT)
+                b->failures += dsv3_session_rewind(b->s[k], 5 + (size_t)(tiny_next(&b->random) % 9), NULL) != DSV3_OK;
+        uint64_t what = tiny_next(&b->random) % 3;
+        if (what < 2)
+            write_once(b, b->s[what]);
+        else
+            batch_once(b);
         for (int k = 0; k < 2; k++) {
             const size_t n = dsv3_session_length(b->s[k]);
-            b->failures += n != length[k] + (r ? 0 : items[k].count);
-            if (n && dsv3_session_logits(b->s[k], &logits, NULL) == DSV3_OK)
+            b->failures += memcmp(dsv3_session_tokens(b->s[k]), b->ids, n * sizeof(int32_t)) != 0;
+            if (dsv3_session_logits(b->s[k], &logits, NULL) == DSV3_OK)
                 b->failures += memcmp(logits, b->expected + (n - 1) * vocab, vocab * sizeof(float)) != 0;
         }
     }
+}
+
+/* The text, and the pair of sessions: i says who drafts. */
+static bool batcher_open(batcher *b, unsigned i, const uint32_t *mask)
+{
+    static const dsv3_drafter who[] = {DSV3_DRAFTER_MTP, DSV3_DRAFTER_LOOKUP, DSV3_DRAFTER_MTP};
+    static const uint32_t n_draft[] = {3, 4, DSV3_DRAFT_AUTO};
+    dsv3_session *s = NULL;
+    dsv3_session_opts so;
+    dsv3_generate_opts g;
+    dsv3_outputs out;
+    memset(b, 0, sizeof *b), memset(&so, 0, sizeof so), memset(&g, 0, sizeof g), memset(&out, 0, sizeof out);
+    b->random = i;
+    b->how.mask = mask;
+    b->how.temperature = i == 1 ? 0 : 0.8f, b->how.top_p = i == 2 ? 0.95f : 0, b->how.seed = i;
+    b->expected = (float *)malloc(TEXT * dsv3_model_config(model)->vocab_size * sizeof(float));
+    tiny_ids(b->ids, 5, 200, 3 + i);
+    g.sample = b->how, g.max_tokens = TEXT - 5, g.ignore_eos = true;
+    if (!CHECK_EQ_INT(open_session(&s, 4, 1), DSV3_OK))
+        return false;
+    CHECK_OK(dsv3_session_append(s, b->ids, 5, NULL, &e), e);
+    CHECK_OK(dsv3_generate(s, NULL, 0, &g, NULL, &e), e);
+    CHECK_EQ_UINT(dsv3_session_length(s), TEXT);
+    memcpy(b->ids, dsv3_session_tokens(s), sizeof b->ids);
+    CHECK_OK(dsv3_session_rewind(s, 0, &e), e);
+    out.logits = b->expected;
+    CHECK_OK(dsv3_session_append(s, b->ids, TEXT, &out, &e), e);
+    dsv3_session_close(s);
+    so.max_tokens = 128, so.max_batch = 6, so.n_threads = 4; /* pages for a fork too */
+    so.n_draft = n_draft[i], so.drafter = who[i];
+    pthread_mutex_init(&b->lock, NULL);
+    return CHECK_OK(dsv3_session_open(&b->s[0], model, &so, &e), e) &&
+           CHECK_OK(dsv3_session_append(b->s[0], b->ids, 5, NULL, &e), e) &&
+           CHECK_OK(dsv3_session_fork(&b->s[1], b->s[0], 0, &e), e);
 }
 
 TEST(cancelling_batches)
@@ -362,34 +432,20 @@ TEST(cancelling_batches)
     enum { SESSIONS = 3 };
     const char *env = getenv("THREADS_CANCELS");
     const unsigned cancels = env ? (unsigned)strtoul(env, NULL, 10) : 150;
-    int32_t ids[48];
-    uint64_t random = 9;
+    uint32_t mask[64]; /* few ids: random layers often guess right */
+    uint64_t random = 9, drafted = 0, accepted = 0;
     batcher b[SESSIONS];
-    dsv3_outputs out;
-    unsigned cancelled = 0, finished = 0;
-    memset(&out, 0, sizeof out);
-    REQUIRE(open_model());
-    tiny_ids(ids, 48, 200, 3);
-    float *expected = (float *)malloc(48 * dsv3_model_config(model)->vocab_size * sizeof(float));
-    out.logits = expected;
-    dsv3_session *s = NULL;
-    REQUIRE(CHECK_EQ_INT(open_session(&s, 4, 1), DSV3_OK));
+    unsigned cancelled = 0, finished = 0, cut = 0;
+    REQUIRE(open_model_with(1));
+    REQUIRE(CHECK(dsv3_model_config(model)->vocab_size <= 2048));
+    memset(mask, 0, sizeof mask);
+    mask[1] = 0x00010111u;
     int64_t took = now_ns();
-    CHECK_OK(dsv3_session_append(s, ids, 48, &out, &e), e);
-    took = now_ns() - took;
-    dsv3_session_close(s);
-    memset(b, 0, sizeof b);
-    for (unsigned i = 0; i < SESSIONS; i++) {
-        dsv3_session_opts so;
-        memset(&so, 0, sizeof so);
-        so.max_tokens = 128, so.max_batch = 4, so.n_threads = 4; /* pages for a fork too */
-        b[i].ids = ids, b[i].expected = expected, b[i].random = i;
-        pthread_mutex_init(&b[i].lock, NULL);
-        REQUIRE(CHECK_OK(dsv3_session_open(&b[i].s[0], model, &so, &e), e));
-        CHECK_OK(dsv3_session_append(b[i].s[0], ids, 5, NULL, &e), e);
-        REQUIRE(CHECK_OK(dsv3_session_fork(&b[i].s[1], b[i].s[0], 0, &e), e));
+    for (unsigned i = 0; i < SESSIONS; i++)
+        REQUIRE(batcher_open(&b[i], i, mask));
+    took = (now_ns() - took) / 2 / SESSIONS;
+    for (unsigned i = 0; i < SESSIONS; i++)
         REQUIRE(CHECK_EQ_INT(pthread_create(&b[i].thread, NULL, batch_until_told, &b[i]), 0));
-    }
     for (unsigned i = 0; i < cancels; i++) {
         struct timespec pause;
         pause.tv_sec = 0;
@@ -404,13 +460,16 @@ TEST(cancelling_batches)
         pthread_join(b[i].thread, NULL);
         pthread_mutex_destroy(&b[i].lock);
         CHECK_EQ_UINT(b[i].failures, 0);
-        cancelled += b[i].cancelled, finished += b[i].finished;
+        cancelled += b[i].cancelled, finished += b[i].finished, cut += b[i].cut;
+        drafted += b[i].drafted, accepted += b[i].accepted;
         dsv3_session_close(b[i].s[0]), dsv3_session_close(b[i].s[1]);
+        free(b[i].expected);
     }
     if (env)
-        printf("%u cancels: %u batches cancelled, %u finished\n", cancels, cancelled, finished);
-    CHECK(cancelled > 0);
-    free(expected);
+        printf("%u cancels: %u batches and %u texts cancelled, %u batches finished; %lu tokens guessed, %lu right\n", cancels,
+               cancelled, cut, finished, (unsigned long)drafted, (unsigned long)accepted);
+    CHECK(cancelled > 0 && cut > 0 && finished > 0);
+    CHECK(drafted > accepted && accepted > 0);
     close_model();
 }
 
