@@ -4703,12 +4703,85 @@ DSV3__TARGET_AVX512
     }
 }
 
+/* The trees of four sums of 16 chains t[i]. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree16x4_avx512(__m512 t0, __m512 t1, __m512 t2, __m512 t3)
+{
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(t0, t1, 0x44), _mm512_shuffle_f32x4(t0, t1, 0xee)); /* + t[i + 8] */
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(t2, t3, 0x44), _mm512_shuffle_f32x4(t2, t3, 0xee));
+    __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); /* + t[i + 4] */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));                                             /* + t[i + 2] */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));                                             /* + t[i + 1] */
+    __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1));
+    __m256 u = _mm256_unpacklo_ps(_mm512_castps512_ps256(s), hi);
+    __m128 r = _mm_unpacklo_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
+    return _mm_blendv_ps(r, _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS)), _mm_cmpunord_ps(r, r));
+}
+
+/* 2 rows of w by T rows of x, all 64 chains in registers: 20 loads for 24 multiply-adds, and no sum is written to memory on
+   the way to its tree. T is a constant. out [T, 2], out_stride floats apart. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_2t_avx512(float *out, size_t out_stride, const float *w0,
+                                                             const float *w1, const float *const *x, size_t k,
+                                                             const size_t T)
+{
+    __m512 a[2][3][4], v0, v1, v;
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++) {
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++)
+            a[0][j][g] = a[1][j][g] = _mm512_setzero_ps();
+    }
+    for (size_t i = 0; i < k; i += 64) {
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++) {
+            v0 = _mm512_loadu_ps(w0 + i + 16 * g);
+            v1 = _mm512_loadu_ps(w1 + i + 16 * g);
+            DSV3__PIN512(v0); /* gcc would read each again in every product */
+            DSV3__PIN512(v1);
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++) {
+                v = _mm512_loadu_ps(x[j] + i + 16 * g);
+                DSV3__PIN512(v);
+                a[0][j][g] = _mm512_fmadd_ps(v0, v, a[0][j][g]);
+                a[1][j][g] = _mm512_fmadd_ps(v1, v, a[1][j][g]);
+            }
+        }
+    }
+#define DSV3__T(i, j) _mm512_add_ps(_mm512_add_ps(a[i][j][0], a[i][j][1]), _mm512_add_ps(a[i][j][2], a[i][j][3]))
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j += 2) {
+        const size_t next = j + 1 < T ? j + 1 : j;
+        __m128 r = dsv3__k_tree16x4_avx512(DSV3__T(0, j), DSV3__T(1, j), DSV3__T(0, next), DSV3__T(1, next));
+        _mm_storel_pi((__m64 *)(void *)(out + j * out_stride), r);
+        if (next > j)
+            _mm_storeh_pi((__m64 *)(void *)(out + next * out_stride), r);
+    }
+#undef DSV3__T
+}
+
 DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_stride, const float *w, size_t w_stride,
                                                     size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
                                                     size_t n_x, size_t k)
 {
-    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out, out_stride, w, w_stride, n_w,
-                               x, x_stride, index, n_x, k);
+    size_t pairs =
+        k <= DSV3__TILE_CHUNK ? n_w / 2 * 2 : 0; /* longer rows come from L2: a larger tile loads them less often */
+    for (size_t i = 0; i < pairs; i += 2) {
+        const float *w0 = w + i * w_stride, *w1 = w0 + w_stride, *xr[3];
+        for (size_t j = 0, n; j < n_x; j += n) {
+            float *to = out + j * out_stride + i;
+            n = dsv3__k_tile_rows(n_x - j, 3);
+            for (size_t r = 0; r < n; r++)
+                xr[r] = x + (index ? index[j + r] : j + r) * x_stride;
+            if (n == 3)
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 3);
+            else if (n == 2)
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 2);
+            else
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 1);
+        }
+    }
+    if (pairs < n_w)
+        dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out + pairs, out_stride,
+                                   w + pairs * w_stride, w_stride, n_w - pairs, x, x_stride, index, n_x, k);
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
