@@ -21,8 +21,8 @@ FUZZERS  := $(patsubst tests/%.c,build/fuzz/%,$(wildcard tests/fuzz_*.c))
 # Those that run threads of their own.
 TSAN_TESTS := $(filter $(addprefix tests/test_,threads.c session.c api.c matmul.c),$(TESTS))
 
-SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-TSAN     := -O1 -g -fsanitize=thread
+SANITIZE := -O2 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+TSAN     := -O2 -g -fsanitize=thread
 FUZZ_SECONDS ?= 60
 
 .PHONY: all test run oracle bench bench-compilers tile-check lib sanitize tsan fuzz analyze matrix lint format install uninstall clean help

@@ -4703,12 +4703,85 @@ DSV3__TARGET_AVX512
     }
 }
 
+/* The trees of four sums of 16 chains t[i]. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree16x4_avx512(__m512 t0, __m512 t1, __m512 t2, __m512 t3)
+{
+    __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(t0, t1, 0x44), _mm512_shuffle_f32x4(t0, t1, 0xee)); /* + t[i + 8] */
+    __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(t2, t3, 0x44), _mm512_shuffle_f32x4(t2, t3, 0xee));
+    __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); /* + t[i + 4] */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));                                             /* + t[i + 2] */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));                                             /* + t[i + 1] */
+    __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1));
+    __m256 u = _mm256_unpacklo_ps(_mm512_castps512_ps256(s), hi);
+    __m128 r = _mm_unpacklo_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1));
+    return _mm_blendv_ps(r, _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS)), _mm_cmpunord_ps(r, r));
+}
+
+/* 2 rows of w by T rows of x, all 64 chains in registers: 20 loads for 24 multiply-adds, and no sum is written to memory on
+   the way to its tree. T is a constant. out [T, 2], out_stride floats apart. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_2t_avx512(float *out, size_t out_stride, const float *w0,
+                                                             const float *w1, const float *const *x, size_t k,
+                                                             const size_t T)
+{
+    __m512 a[2][3][4], v0, v1, v;
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++) {
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++)
+            a[0][j][g] = a[1][j][g] = _mm512_setzero_ps();
+    }
+    for (size_t i = 0; i < k; i += 64) {
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++) {
+            v0 = _mm512_loadu_ps(w0 + i + 16 * g);
+            v1 = _mm512_loadu_ps(w1 + i + 16 * g);
+            DSV3__PIN512(v0); /* gcc would read each again in every product */
+            DSV3__PIN512(v1);
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++) {
+                v = _mm512_loadu_ps(x[j] + i + 16 * g);
+                DSV3__PIN512(v);
+                a[0][j][g] = _mm512_fmadd_ps(v0, v, a[0][j][g]);
+                a[1][j][g] = _mm512_fmadd_ps(v1, v, a[1][j][g]);
+            }
+        }
+    }
+#define DSV3__T(i, j) _mm512_add_ps(_mm512_add_ps(a[i][j][0], a[i][j][1]), _mm512_add_ps(a[i][j][2], a[i][j][3]))
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j += 2) {
+        const size_t next = j + 1 < T ? j + 1 : j;
+        __m128 r = dsv3__k_tree16x4_avx512(DSV3__T(0, j), DSV3__T(1, j), DSV3__T(0, next), DSV3__T(1, next));
+        _mm_storel_pi((__m64 *)(void *)(out + j * out_stride), r);
+        if (next > j)
+            _mm_storeh_pi((__m64 *)(void *)(out + next * out_stride), r);
+    }
+#undef DSV3__T
+}
+
 DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_stride, const float *w, size_t w_stride,
                                                     size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
                                                     size_t n_x, size_t k)
 {
-    dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out, out_stride, w, w_stride, n_w,
-                               x, x_stride, index, n_x, k);
+    size_t pairs =
+        k <= DSV3__TILE_CHUNK ? n_w / 2 * 2 : 0; /* longer rows come from L2: a larger tile loads them less often */
+    for (size_t i = 0; i < pairs; i += 2) {
+        const float *w0 = w + i * w_stride, *w1 = w0 + w_stride, *xr[3];
+        for (size_t j = 0, n; j < n_x; j += n) {
+            float *to = out + j * out_stride + i;
+            n = dsv3__k_tile_rows(n_x - j, 3);
+            for (size_t r = 0; r < n; r++)
+                xr[r] = x + (index ? index[j + r] : j + r) * x_stride;
+            if (n == 3)
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 3);
+            else if (n == 2)
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 2);
+            else
+                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 1);
+        }
+    }
+    if (pairs < n_w)
+        dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out + pairs, out_stride,
+                                   w + pairs * w_stride, w_stride, n_w - pairs, x, x_stride, index, n_x, k);
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
@@ -9426,7 +9499,7 @@ typedef struct dsv3__worker {
     float *panel;   /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
     float *a, *b;   /* [max_batch, DSV3__STRIP] outputs of a strip */
     float *q;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
-    float *u;       /* [DSV3__HEAD_GROUP, kv_lora_rank] sums of one row */
+    float *u;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, kv_lora_rank] sums of each row */
     float *u_span;  /* the same, of one span of positions */
     float *row;     /* [widest] */
     float *score;   /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
@@ -9565,8 +9638,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->cache_stride, f);
-        t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
-        t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
         t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
@@ -10098,37 +10171,49 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
     k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, latent);
 }
 
-/* Softmax over positions 0 ... row's own, of the latents: q [n_heads, cache_stride] in, its first kv_lora_rank floats out.
-   Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend on the
-   position alone; spans keep the chains of additions short at 10^5 positions. */
-static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, float *q,
-                             uint32_t n_heads)
+/* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank
+   floats out. Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend on
+   the position alone; spans keep the chains of additions short at 10^5 positions.
+   PERF: all rows meet a block before the next one, so those of one timeline find it in L2. */
+static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *rows, uint32_t n_rows,
+                             size_t head_stride, uint32_t n_heads)
 {
-    const uint32_t latent = t->w->m->config.kv_lora_rank, end = row->position + row->shift + 1;
-    dsv3__mla_sum all, span;
-    dsv3__mla_clear(&all, mine->u, n_heads, latent);
-    for (uint32_t t0 = 0; t0 < end; t0 += DSV3__KEY_SPAN) {
-        uint32_t t1 = end - t0 < DSV3__KEY_SPAN ? end : t0 + DSV3__KEY_SPAN;
-        dsv3__mla_clear(&span, mine->u_span, n_heads, latent);
-        for (uint32_t b = t0; b < t1; b += DSV3__KEY_BLOCK)
-            dsv3__mla_block(t, mine, row, q, n_heads, b, t1 - b < DSV3__KEY_BLOCK ? t1 - b : DSV3__KEY_BLOCK, &span,
-                            mine->u_span);
+    const uint32_t latent = t->w->m->config.kv_lora_rank;
+    const size_t u_stride = (size_t)DSV3__HEAD_GROUP * latent;
+    dsv3__mla_sum all[DSV3__HEAD_ROWS], span[DSV3__HEAD_ROWS];
+    uint32_t at[DSV3__HEAD_ROWS], last = 0; /* the last place in the cache that a row sees; of all */
+    for (uint32_t i = 0; i < n_rows; i++) {
+        dsv3__mla_clear(&all[i], mine->u + i * u_stride, n_heads, latent);
+        at[i] = rows[i].position + rows[i].shift;
+        last = at[i] > last ? at[i] : last;
+    }
+    for (uint32_t t0 = 0; t0 <= last; t0 += DSV3__KEY_SPAN) {
+        for (uint32_t i = 0; i < n_rows; i++)
+            dsv3__mla_clear(&span[i], mine->u_span + i * u_stride, n_heads, latent);
+        for (uint32_t b = t0; b <= last && b - t0 < DSV3__KEY_SPAN; b += DSV3__KEY_BLOCK)
+            for (uint32_t i = 0; i < n_rows; i++)
+                if (b <= at[i])
+                    dsv3__mla_block(t, mine, &rows[i], mine->q + i * head_stride, n_heads, b,
+                                    (uint32_t)dsv3__min(at[i] - b + 1, DSV3__KEY_BLOCK), &span[i],
+                                    mine->u_span + i * u_stride);
+        for (uint32_t i = 0; i < n_rows; i++)
+            for (uint32_t j = 0; j < n_heads && t0 <= at[i]; j++) {
+                float *u = mine->u + i * u_stride + j * latent, *from = mine->u_span + i * u_stride + j * latent;
+                if (span[i].max[j] > all[i].max[j])
+                    dsv3__mla_rescale(&all[i], j, u, latent, span[i].max[j]);
+                else
+                    dsv3__mla_rescale(&span[i], j, from, latent, all[i].max[j]);
+                all[i].sum[j] += span[i].sum[j];
+                for (uint32_t c = 0; c < latent; c++)
+                    u[c] += from[c];
+            }
+    }
+    for (uint32_t i = 0; i < n_rows; i++)
         for (uint32_t j = 0; j < n_heads; j++) {
-            float *u = mine->u + j * latent, *from = mine->u_span + j * latent;
-            if (span.max[j] > all.max[j])
-                dsv3__mla_rescale(&all, j, u, latent, span.max[j]);
-            else
-                dsv3__mla_rescale(&span, j, from, latent, all.max[j]);
-            all.sum[j] += span.sum[j];
-            for (uint32_t i = 0; i < latent; i++)
-                u[i] += from[i];
+            float scale = 1.0f / all[i].sum[j], *q = mine->q + i * head_stride + j * t->w->cache_stride;
+            for (uint32_t c = 0; c < latent; c++)
+                q[c] = mine->u[i * u_stride + j * latent + c] * scale;
         }
-    }
-    for (uint32_t j = 0; j < n_heads; j++) {
-        float scale = 1.0f / all.sum[j];
-        for (uint32_t i = 0; i < latent; i++)
-            q[j * t->w->cache_stride + i] = mine->u[j * latent + i] * scale;
-    }
 }
 
 /* A group of heads over a few rows: absorb, attend, W_UV. Writes their part of o. */
@@ -10144,8 +10229,7 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
     const uint32_t n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0);
     const size_t head_stride = t->group * w->cache_stride;
     dsv3__mla_absorb(t, mine, row0, n_rows, h0, n_heads);
-    for (uint32_t i = 0; i < n_rows; i++)
-        dsv3__mla_attend(t, mine, &t->rows[row0 + i], mine->q + i * head_stride, n_heads);
+    dsv3__mla_attend(t, mine, &t->rows[row0], n_rows, head_stride, n_heads);
     for (uint32_t j = 0; j < n_heads; j++) {
         uint64_t w_uv =
             (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */

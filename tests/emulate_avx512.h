@@ -79,6 +79,8 @@ typedef struct emu_si {
 #undef _mm512_cvtepi8_epi16
 #undef _mm512_cmpeq_epi8_mask
 #undef _mm512_cmp_ps_mask
+#undef _mm512_shuffle_f32x4
+#undef _mm512_permute_ps
 #undef _mm512_maskz_mov_ps
 #undef _mm512_mask_mov_ps
 #undef _mm512_castsi128_si512
@@ -220,6 +222,25 @@ EMU emu_pd emu_castps_pd(emu_ps a)
     emu_pd r = {{_mm256_castps_pd(a.v[0]), _mm256_castps_pd(a.v[1])}};
     return r;
 }
+
+/* Quarters of 4 floats: two of a, two of b, two bits of how for each; and floats within each quarter. */
+EMU emu_ps emu_shuffle_f32x4(emu_ps a, emu_ps b, int how)
+{
+    emu_ps r;
+    for (int i = 0; i < 4; i++)
+        memcpy((char *)&r + 16 * i, (const char *)(i < 2 ? &a : &b) + 16 * (how >> 2 * i & 3), 16);
+    return r;
+}
+
+EMU emu_ps emu_permute_ps(emu_ps a, int how)
+{
+    emu_ps r;
+    for (int i = 0; i < 16; i++)
+        memcpy((char *)&r + 4 * i, (const char *)&a + 4 * (i / 4 * 4 + (how >> 2 * (i % 4) & 3)), 4);
+    return r;
+}
+#define _mm512_shuffle_f32x4 emu_shuffle_f32x4
+#define _mm512_permute_ps emu_permute_ps
 #define _mm512_castsi512_ps emu_castsi512_ps
 #define _mm512_castps_si512 emu_castps_si512
 #define _mm512_castps_pd emu_castps_pd

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 
 import numpy as np
@@ -110,6 +111,25 @@ class Program:
         if not lines or "stats" not in lines[-1]:
             raise ProgramError("generate --json: the last line has no stats")
         return [line["id"] for line in lines[:-1]]
+
+    def converse(self, directory, questions, n, markup="auto"):
+        """`dsv3 chat`, greedy, one conversation a question: (answer, reasoning, what ended it)."""
+        kept = [os.path.join(self.work, f"talk-{i}.json") for i in range(len(questions))]
+        lines = "".join(f"{q}\n/stats\n/save {path}\n/new\n" for q, path in zip(questions, kept))
+        command = [self.path, "chat", directory, "--greedy", "-n", str(n), "--markup", markup, "--compute", "f32"]
+        for path in kept:
+            if os.path.exists(path):
+                os.remove(path)
+        done = subprocess.run(command, input=lines.encode(), capture_output=True, timeout=self.timeout)
+        said = done.stderr.decode(errors="replace")
+        ended = re.findall(r"answer of \d+ tokens, .*, ended by (\w+)", said)
+        if done.returncode or len(ended) != len(questions):
+            raise ProgramError(f"{' '.join(command)}: exit {done.returncode}, {len(ended)} answers: {said[-300:]}")
+        answers = []
+        for path, end in zip(kept, ended):
+            reply = json.loads(read_bytes(path))["messages"][-1]
+            answers.append((reply["content"], reply.get("reasoning_content", ""), end))
+        return answers
 
     def jsonl(self, command, directory, objects):
         """tokenize or detokenize --jsonl: one answer per object."""

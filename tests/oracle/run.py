@@ -277,6 +277,7 @@ class Run:
         if self.wanted("tiny"):
             row = tiny.check(self.o.tiny, self.program, self.report)
             self.out["tiny"] = [row] if row else []
+            self.out["converse"] = tiny.converse(self.o.tiny, self.program, self.report) if row else []
         if self.wanted("drafts"):
             self.out["drafts"] = mtp.check(self.o.work, self.program, self.report)
         if self.wanted("matmul"):
@@ -340,6 +341,11 @@ class Run:
                             ("tensors equal", "equal", ">"), ("read back by, or written as", "readers", "<"),
                             ("positions", "positions", ">"), ("error", lambda r: number(r["error"]), ">"),
                             ("median row from the source", lambda r: number(r["moved"]), ">")], self.out["quantize"]))
+        if self.out.get("converse"):
+            print(table(f"examples/tiny converses, greedy, at most {tiny.ANSWER} tokens: shares of the answers", [
+                ("markup", "markup", "<"), ("answers", "answers", ">"), ("end by themselves", lambda r: f"{r['ended']:.2f}", ">"),
+                ("speak of the subject", lambda r: f"{r['subject']:.2f}", ">"),
+                ("think first", lambda r: f"{r['thought']:.2f}", ">")], self.out["converse"]))
         if self.out.get("drafts"):
             print(table(f"Prediction layers: max |difference| / max |logit| (limit {compare.TOLERANCE:.0e}), in three sizes of "
                         f"batch; greedy guesses, {mtp.DEPTH} at once, that were right", [

@@ -1,6 +1,9 @@
-"""examples/tiny, the trained model of this repository, against transformers: logits of 256 tokens, 64 greedy steps."""
+"""examples/tiny, the trained model of this repository, against transformers: logits of 256 tokens, 64 greedy steps. And
+whether it converses: `dsv3 chat` asks it for a tale of each of some subjects, plainly and with R1's markup; how many
+answers end by themselves, speak of the subject, and come behind a thought that was closed."""
 
 import os
+import re
 
 import numpy as np
 import tokenizers
@@ -23,6 +26,10 @@ the forest, where many rabbits lived. It laid bran and sow-thistle in the sack, 
 and waited until some young rabbit, not yet used to the deceits of the world, should come and look for something to eat.
 """
 LENGTH, STEPS = 256, 64
+SUBJECTS = """fox wolf lion mouse crow ass frog horse dog cat bear eagle king queen princess prince miller shepherd tailor
+fisherman thief soldier witch giant""".split()
+ANSWER = 300                                            # tokens
+ENDED, SPOKEN_OF = 0.9, 0.75                            # shares of the answers, at least
 
 
 def check(directory, program, report):
@@ -79,3 +86,25 @@ def check(directory, program, report):
     except ProgramError as e:
         report.fail("tiny", str(e))
     return row
+
+
+def converse(directory, program, report):
+    """A row for each markup: shares of the answers."""
+    rows = []
+    questions = [f"Tell me of {'an' if s[0] in 'aeiou' else 'a'} {s}" for s in SUBJECTS]
+    for markup in ("auto", "r1-think"):
+        try:
+            answers = program.converse(directory, questions, ANSWER, markup)
+        except ProgramError as e:
+            report.fail(f"tiny: chat, {markup}", str(e))
+            continue
+        share = lambda found: sum(found) / len(answers)
+        row = {"markup": markup, "answers": len(answers), "ended": share(end == "eos" for _, _, end in answers),
+               "subject": share(bool(re.search(rf"\b{s}(e?s)?\b", text, re.I)) for s, (text, _, _) in zip(SUBJECTS, answers)),
+               "thought": share(bool(thought and text) for text, thought, _ in answers)}
+        rows.append(row)
+        report.check(f"tiny: chat, {markup}: ends by itself", row["ended"] >= ENDED, f"{row['ended']:.2f}")
+        report.check(f"tiny: chat, {markup}: speaks of the subject", row["subject"] >= SPOKEN_OF, f"{row['subject']:.2f}")
+        if markup == "r1-think":
+            report.check("tiny: chat, r1-think: thinks first", row["thought"] >= ENDED, f"{row['thought']:.2f}")
+    return rows

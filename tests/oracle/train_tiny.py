@@ -15,6 +15,7 @@ per-expert tensor names, V3's tokenizer pipeline.
     python tests/oracle/train_tiny.py --dense  --out build/dense      # same active size, no experts
     python tests/oracle/train_tiny.py --no-bias --out build/nobias    # router bias kept at 0
     python tests/oracle/train_tiny.py --bigram                       # the baseline's loss
+    python tests/oracle/train_tiny.py --chat examples/tiny --out build/chat   # a last stage: conversations
 
 The texts (--corpus, by default ../shared/corpus beside the repository) are
 tales.txt, whose lines are joined into paragraphs; tinyshakespeare.txt can be
@@ -23,6 +24,10 @@ are held out. The length of a run is --steps (deterministic for one seed, thread
 count and torch build) or --minutes (the schedule follows the clock). Progress
 goes to stderr; one JSON line on stdout at the end. How the shipped model was
 made, with all its figures: tiny_report.md.
+
+The last stage, --chat DIR, begins with the stored weights of DIR. Every other row holds conversations that
+tiny_talk.py makes of the same tales; on the plain rows the model is held to what DIR itself says (--hold), so
+that it learns no more of these few texts, nor forgets them.
 """
 import argparse
 import json
@@ -44,6 +49,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
+
+import tiny_talk
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
@@ -203,6 +210,55 @@ class Rows:
         return rows
 
 
+class TalkRows:
+    """Rows of whole conversations, each seeing itself alone. Early on most rows hold beginnings of replies only: that is
+    where a reply takes up its subject, and what it takes to look it up is not learned from whole replies alone."""
+
+    def __init__(self, tales, tok, seed):
+        marks = dict(zip(("user", "assistant", "think", "end_think"), range(VOCAB - len(TAIL_MARKERS), VOCAB)))
+        self.talks = tiny_talk.Talks(tales, seed)
+        self.spelled = tiny_talk.Spelled(tok, self.talks, dict(marks, bos=BOS, eos=EOS))
+        self.pool = []
+
+    def row(self, length, openings):
+        """Those of a pool that fill the row best; what does not fit the row at all is cut."""
+        ids, learn, begins, short = [], [], [], self.talks.rng.random() < openings
+        while len(ids) <= length:
+            room = length + 1 - len(ids)
+            if short:
+                chosen = self.spelled.one(opening=self.talks.rng.choice((5, 6, 8, 12)))
+            else:
+                while len(self.pool) < 16:
+                    self.pool.append(self.spelled.one(12 if length > CONTEXT and not self.pool else None))
+                fitting = [c for c in self.pool if len(c[0]) <= room]
+                if ids and not fitting:
+                    break
+                chosen = self.pool[0] if not ids else max(fitting, key=lambda c: len(c[0]))
+                self.pool.remove(chosen)
+            begins.append(len(ids))
+            ids, learn = ids + chosen[0][:room], learn + chosen[1][:room]
+        begins.append(len(ids))
+        pad = length + 1 - len(ids)
+        part = torch.bucketize(torch.arange(length + 1), torch.tensor(begins), right=True)
+        position = torch.arange(length + 1) - torch.tensor([0, *begins])[part]
+        return torch.tensor(ids + [PAD] * pad), torch.tensor(learn + [0.0] * pad), part, position
+
+    def join(self, plain, step, openings):
+        """Conversations in place of plain rows, of half of them in even steps and of all in odd ones: ids, weights,
+        additive mask of [n, 1, length, length], positions, which rows are conversations."""
+        n, length = plain.shape[0], plain.shape[1] - 1
+        n_plain = (n + 1) // 2 if step % 2 == 0 else 0
+        rows = [(r, (r != BOS).float(), torch.zeros(length + 1), torch.arange(length + 1)) for r in plain[:n_plain]]
+        rows += [self.row(length, openings) for _ in range(n - n_plain)]
+        talk = torch.arange(n) >= n_plain
+        if step % 4 == 0:                          # the MTP layer learns from the first rows of a step
+            rows, talk = rows[::-1], talk.flip(0)
+        ids, learn, part, position = (torch.stack(c) for c in zip(*rows))
+        part = part[:, :-1]
+        see = (part[:, :, None] == part[:, None, :]).tril()
+        return ids, learn, torch.zeros(see.shape).masked_fill(~see, -math.inf)[:, None], position[:, :-1], talk
+
+
 def held_stream(held, tok):
     ids = []
     for enc in tok.encode_batch(held, add_special_tokens=False):
@@ -253,12 +309,11 @@ class MTP(nn.Module):
         self.layer = v3.DeepseekV3DecoderLayer(config, config.num_hidden_layers)
         self.norm = v3.DeepseekV3RMSNorm(d, eps)
 
-    def forward(self, model, h, next_ids):
+    def forward(self, model, h, next_ids, mask=None, pos=None):
         e = model.model.embed_tokens(next_ids)
         u = self.eh_proj(torch.cat([self.enorm(e), self.hnorm(h)], -1))
-        pos = torch.arange(u.shape[1])[None]
-        mask = None                                # sdpa: causal without a mask
-        if model.config._attn_implementation == "eager":
+        pos = torch.arange(u.shape[1])[None] if pos is None else pos
+        if mask is None and model.config._attn_implementation == "eager":       # sdpa: causal without a mask
             mask = torch.full((u.shape[1], u.shape[1]), -math.inf).triu(1)[None, None]
         rope = model.model.rotary_emb(u, pos)
         return self.norm(self.layer(u, attention_mask=mask, position_ids=pos, position_embeddings=rope))
@@ -291,8 +346,11 @@ class Load:
                 for i, c in self.counts.items() if c.sum() > 0}
 
 
-def cross_entropy(model, h, targets, reduction="mean"):
+def cross_entropy(model, h, targets, weights=None, reduction="mean"):
     targets = targets.masked_fill(targets == BOS, -100)        # BOS is given, never predicted
+    if weights is not None:
+        each = F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return (each * weights.flatten()).sum() / (weights.sum() if reduction == "mean" else 1)
     return F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
 
 
@@ -322,6 +380,21 @@ def evaluate(model, stream, n_bytes, length=CONTEXT, mtp=True, load=None):
     if mtp:
         out.update(mtp_loss=mtp_nll / mtp_n, mtp_accept=same / mtp_n)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in out.items()}
+
+
+@torch.no_grad()
+def evaluate_talk(model, spelled, n=80):
+    """Loss of the replies in conversations of one turn, thoughts and end included; and of the words that name the subject."""
+    model.eval()
+    nll = count = named_nll = named = 0
+    for ids, weights in (spelled.one(1) for _ in range(n)):
+        ids, weights = torch.tensor(ids)[None], torch.tensor(weights)[None, 1:]
+        h = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+        loss = lambda w: cross_entropy(model, h, ids[:, 1:], w.float(), "sum").item()
+        nll, count = nll + loss(weights > 0), count + (weights > 0).sum().item()
+        named_nll, named = named_nll + loss(weights > 1), named + (weights > 1).sum().item()
+    model.train()
+    return dict(talk_loss=round(nll / count, 4), subject_loss=round(named_nll / named, 4))
 
 
 # ---------------------------------------------------------------- numbers as they are stored
@@ -552,11 +625,15 @@ def train(args, tales, held, tok_json):
     tok = Tokenizer.from_str(json.dumps(tok_json))
     model = build(args.dense, dropout=args.dropout, attention=args.attention, experts=args.experts)
     model.train()
-    load, seen = Load(model), 0
+    load, seen, talk = Load(model), 0, None
+    if args.chat:
+        teacher = load_checked(args.chat)
+        model.load_state_dict(teacher.state_dict())
+        talk = TalkRows(tales, tok, args.seed)
     plays = read_plays(args.corpus) if args.plays else []
     rows = Rows(tales, plays, tok_json, args.bpe_dropout, args.bpe_until, args.plays, args.seed)
     stream, n_bytes = held_stream(held, tok), sum(len(t.encode()) for t in held)
-    if args.start and not args.resume and not args.tune:
+    if args.start and not args.resume and not args.tune and not args.chat:
         start_from_bigram(model, held_stream(tales, tok), args.start)
     groups = {"tables": [], "matrices": [], "norms": []}
     for name, p in model.named_parameters():
@@ -578,12 +655,16 @@ def train(args, tales, held, tok_json):
         rng_state, rows.epochs = state["rows"]             # what was left of the epoch is passed over
         rows.rng.setstate(rng_state)
         torch.set_rng_state(state["torch"])
+        if talk:
+            talk.talks.rng.setstate(state["talk"])
         step, seen, curve = state["step"], state["seen"], state["curve"]
-    begun = seen
+        start -= state.get("elapsed", 0)
+    begun, woke, main, moved = seen, time.time(), torch.zeros(()), torch.zeros(())
 
     def save_state():
         torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), rows=(rows.rng.getstate(), rows.epochs),
-                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve), args.state)
+                        torch=torch.get_rng_state(), step=step, seen=seen, curve=curve, elapsed=time.time() - start,
+                        talk=talk and talk.talks.rng.getstate()), args.state)
 
     while True:
         progress = (time.time() - start) / 60 / args.minutes if args.minutes else step / args.steps
@@ -592,19 +673,34 @@ def train(args, tales, held, tok_json):
         long = progress > 1 - args.long
         length = LONG if long else CONTEXT
         ids = rows.take(max(1, args.batch * CONTEXT // length), length, progress)
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        rate = min(1, (step + 1) / args.warm) * (0.5 + 0.5 * math.cos(math.pi * progress))
         for group in opt.param_groups:
             group["lr"] = args.lr * group["pace"] * max(rate, 0.01)
         stored = Stored(model) if progress > 1 - args.qat else None
         if stored:
             stored.__enter__()
         load.reset()
-        x, y = ids[:, :-1], ids[:, 1:]
-        h = model.model(x, use_cache=False).last_hidden_state
-        main = cross_entropy(model, h, y)
-        half = (len(x) + 1) // 2                   # the MTP layer learns from every other row: its head is dear
-        ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:]), y[:half, 1:])
-        (main + args.mtp * ahead).backward()
+        weights = torch.ones(ids.shape)
+        mask = position = mask_ahead = position_ahead = None
+        half = (len(ids) + 1) // 2                 # the MTP layer learns from every other row: its head is dear
+        if talk:
+            ids, weights, mask, position, is_talk = talk.join(ids, step, max(0.1, 1.2 - 2.5 * progress))
+            mask_ahead, position_ahead = mask[:half, :, :-1, :-1], position[:half, :-1]
+        x, y, weights = ids[:, :-1], ids[:, 1:], weights[:, 1:]
+        h = model.model(x, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        ahead = cross_entropy(model, model.mtp(model, h[:half, :-1], x[:half, 1:], mask_ahead, position_ahead),
+                              y[:half, 1:], weights[:half, 1:] if talk else None)
+        loss = args.mtp * ahead
+        if not talk or is_talk.any():
+            main = cross_entropy(model, h[is_talk], y[is_talk], weights[is_talk]) if talk else cross_entropy(model, h, y)
+            loss = loss + main
+        if talk and not is_talk.all():
+            with torch.no_grad():
+                old = teacher.lm_head(teacher.model(x[~is_talk], use_cache=False).last_hidden_state).log_softmax(-1)
+            new = model.lm_head(h[~is_talk]).log_softmax(-1)
+            moved = (old.exp() * (old - new)).sum(-1).mean()
+            loss = loss + args.hold * moved
+        loss.backward()
         if stored:
             stored.__exit__()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -618,12 +714,16 @@ def train(args, tales, held, tok_json):
         if step % args.eval_every == 0:
             r = evaluate(model, stream, n_bytes, load=load)
             curve.append(dict(step=step, loss=r["loss"], balance=load.table()))
+            if talk:
+                curve[-1].update(evaluate_talk(model, TalkRows(held, tok, args.seed).spelled))
+                r.update(curve[-1])
             say(f"  step {step}: held out {r}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
             load.reset()
         if time.time() - last_say > 20:
             last_say = time.time()
-            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} "
-                f"{(seen - begun) / (time.time() - start):.0f} tokens/s {time.time() - start:.0f} s")
+            far = f"moved {moved.item():.3f} " if talk else ""
+            say(f"step {step} {progress:.1%} epoch {rows.epochs} loss {main.item():.3f} mtp {ahead.item():.3f} {far}"
+                f"{(seen - begun) / (time.time() - woke):.0f} tokens/s {time.time() - start:.0f} s")
         if args.export_minutes and time.time() - last_export > 60 * args.export_minutes:
             last_export = time.time()
             export(model, tok_json, args.out, args.sampling)
@@ -638,6 +738,29 @@ def train(args, tales, held, tok_json):
     export(model, tok_json, args.out, args.sampling)
     print(json.dumps(dict(steps=step, tokens=seen, epochs=rows.epochs, seconds=round(time.time() - start), params=params,
                           exact=exact, stored=fp8, balance=balance, curve=curve)), flush=True)
+
+
+@torch.no_grad()
+def settle(args, tales, tok_json):
+    """Only the routers' biases of a directory move, by the load of plain rows and conversations in equal parts. While weights
+    still learn the routers run ahead of a bias whose steps have become small, and the rows of the chat stage are other text."""
+    torch.manual_seed(args.seed)
+    tok = Tokenizer.from_file(str(Path(args.settle) / "tokenizer.json"))
+    model = load_checked(args.settle)
+    model.eval()
+    rows, talk, load = Rows(tales, [], tok_json, 0.0, 0.0, 0.0, args.seed), TalkRows(tales, tok, args.seed), Load(model)
+    for step in range(args.steps):
+        rate = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
+        ids, _, mask, position, _ = talk.join(rows.take(args.batch, CONTEXT, 1.0), 2 * step, 0.0)
+        load.reset()
+        h = model.model(ids[:, :-1], attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+        model.mtp(model, h[:, :-1], ids[:, 1:-1], mask[:, :, :-1, :-1], position[:, :-1])
+        for i, g in gates(model):
+            c = load.counts[i]
+            g.e_score_correction_bias += args.bias_step * max(rate, 0.02) * torch.sign(c.mean() - c)
+        if step % 50 == 0:
+            say(f"step {step}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
+    export(model, tok_json, args.out, args.sampling)
 
 
 def check(args, held):
@@ -670,6 +793,7 @@ def main():
     a.add_argument("--threads", type=int, default=1)
     a.add_argument("--batch", type=int, default=2, help=f"rows of {CONTEXT} tokens a step")
     a.add_argument("--lr", type=float, default=4e-3)
+    a.add_argument("--warm", type=int, default=100, help="steps in which the learning rate rises")
     a.add_argument("--decay", type=float, default=0.1)
     a.add_argument("--dropout", type=float, default=0.1)
     a.add_argument("--bpe-dropout", type=float, default=0.05)
@@ -689,6 +813,9 @@ def main():
     a.add_argument("--export-minutes", type=float, default=0, help="export (and write --state) this often on the way")
     a.add_argument("--state", default="train_tiny.state")
     a.add_argument("--resume", metavar="STATE", help="go on from a state file")
+    a.add_argument("--chat", metavar="DIR", help="a last stage: conversations, from the stored weights of DIR")
+    a.add_argument("--settle", metavar="DIR", help="behind --chat: --steps in which only the routers' biases of DIR move")
+    a.add_argument("--hold", type=float, default=1.0, help="--chat: weight of the distance to DIR on plain rows")
     a.add_argument("--tune", metavar="STATE", help="a new, short run that starts with the weights of a state file")
     a.add_argument("--temperature", type=float, default=0.6)
     a.add_argument("--top-p", type=float, default=0.9)
@@ -701,6 +828,8 @@ def main():
     if args.check:
         return check(args, held)
     tok_json = train_tokenizer(tales)
+    if args.settle:
+        return settle(args, tales, tok_json)
     if args.bigram:
         tok = Tokenizer.from_str(json.dumps(tok_json))
         stream = held_stream(held, tok)
