@@ -139,7 +139,7 @@ static void *open_and_close(void *user)
     worker *w = (worker *)user;
     for (int round = 0; round < 6; round++) {
         tiny mine;
-        tiny_opts o = opts();
+        tiny_opts o = opts(0);
         dsv3_model *m = NULL;
         o.n_shards = (uint32_t)round % 3;
         tiny_build(&mine, &o);
