@@ -10172,8 +10172,8 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
 }
 
 /* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank
-   floats out. Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend on
-   the position alone; spans keep the chains of additions short at 10^5 positions.
+   floats out. Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend
+   on the position alone; spans keep the chains of additions short at 10^5 positions.
    PERF: all rows meet a block before the next one, so those of one timeline find it in L2. */
 static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *rows, uint32_t n_rows,
                              size_t head_stride, uint32_t n_heads)
