@@ -4703,7 +4703,7 @@ DSV3__TARGET_AVX512
     }
 }
 
-/* The trees of four sums of 16 chains t[i]. */
+/* The trees of four sums of 16 chains t[i] each. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree16x4_avx512(__m512 t0, __m512 t1, __m512 t2, __m512 t3)
 {
     __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(t0, t1, 0x44), _mm512_shuffle_f32x4(t0, t1, 0xee)); /* + t[i + 8] */
@@ -4717,11 +4717,11 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree16x4_avx512(__m512 t0, __m51
     return _mm_blendv_ps(r, _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS)), _mm_cmpunord_ps(r, r));
 }
 
-/* 2 rows of w by T rows of x, all 64 chains in registers: 20 loads for 24 multiply-adds, and no sum is written to memory on
-   the way to its tree. T is a constant. out [T, 2], out_stride floats apart. */
+/* Rows w0 and w1 by T rows of x, all 64 chains in registers: 20 loads for 24 multiply-adds, and no sum is written to memory
+   on the way to its tree. T is a constant. out [T, n_w], out_stride floats apart; n_w 1: what w1 makes is dropped. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_2t_avx512(float *out, size_t out_stride, const float *w0,
-                                                             const float *w1, const float *const *x, size_t k,
-                                                             const size_t T)
+                                                             const float *w1, size_t n_w, const float *const *x,
+                                                             size_t k, const size_t T)
 {
     __m512 a[2][3][4], v0, v1, v;
     DSV3__UNROLL
@@ -4751,9 +4751,15 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_2t_avx512(float *out, size_t 
     for (size_t j = 0; j < T; j += 2) {
         const size_t next = j + 1 < T ? j + 1 : j;
         __m128 r = dsv3__k_tree16x4_avx512(DSV3__T(0, j), DSV3__T(1, j), DSV3__T(0, next), DSV3__T(1, next));
-        _mm_storel_pi((__m64 *)(void *)(out + j * out_stride), r);
-        if (next > j)
-            _mm_storeh_pi((__m64 *)(void *)(out + next * out_stride), r);
+        float *to = out + j * out_stride,
+              *to_next = out + next * out_stride; /* the same, of the same, where T is odd */
+        if (n_w == 2) {
+            _mm_storel_pi((__m64 *)(void *)to, r);
+            _mm_storeh_pi((__m64 *)(void *)to_next, r);
+        } else {
+            _mm_store_ss(to, r);
+            _mm_store_ss(to_next, _mm_movehl_ps(r, r));
+        }
     }
 #undef DSV3__T
 }
@@ -4762,26 +4768,21 @@ DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_strid
                                                     size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
                                                     size_t n_x, size_t k)
 {
-    size_t pairs =
-        k <= DSV3__TILE_CHUNK ? n_w / 2 * 2 : 0; /* longer rows come from L2: a larger tile loads them less often */
-    for (size_t i = 0; i < pairs; i += 2) {
-        const float *w0 = w + i * w_stride, *w1 = w0 + w_stride, *xr[3];
+    for (size_t i = 0; i < n_w; i += 2) {
+        const size_t rows = dsv3__min(n_w - i, 2);
+        const float *w0 = w + i * w_stride, *w1 = w0 + (rows - 1) * w_stride, *xr[3];
         for (size_t j = 0, n; j < n_x; j += n) {
             float *to = out + j * out_stride + i;
             n = dsv3__k_tile_rows(n_x - j, 3);
             for (size_t r = 0; r < n; r++)
                 xr[r] = x + (index ? index[j + r] : j + r) * x_stride;
-            if (n == 3)
-                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 3);
-            else if (n == 2)
-                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 2);
-            else
-                dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, xr, k, 1);
+            switch (n) {
+            case 3: dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, rows, xr, k, 3); break;
+            case 2: dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, rows, xr, k, 2); break;
+            default: dsv3__k_tile_2t_avx512(to, out_stride, w0, w1, rows, xr, k, 1);
+            }
         }
     }
-    if (pairs < n_w)
-        dsv3__k_tile_rows_in_place(dsv3__k_tile_add_avx512, dsv3__k_tree_avx512, 16, 6, out + pairs, out_stride,
-                                   w + pairs * w_stride, w_stride, n_w - pairs, x, x_stride, index, n_x, k);
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */

@@ -965,21 +965,20 @@ static void run_draft(const char *dir, dsv3_isa isa, uint32_t compute)
             draft_experts(&b, s, ids, c);
             dsv3_session_close(s);
             double before = 0, pending[DRAFTS] = {0};
-            for (uint32_t turn = 0; turn <= 2 * opt.reps.v[0];
-                 turn++) { /* in each a plain run, then two drafting ones */
+            const uint32_t turns =
+                2 * opt.reps.v[0]; /* in each a plain run, then two drafting ones; a last plain one */
+            for (uint32_t turn = 0; turn <= turns; turn++) {
                 progress("draft, %u threads, acceptance %.2f, reuse %.2f: %u of %u", threads, c->right, c->reuse, turn,
-                         2 * opt.reps.v[0]);
+                         turns);
                 double plain = draft_run(&b, ws, ids, c, DRAFT_PLAIN);
                 for (uint32_t k = 0; turn && k < 2; k++) {
                     const uint32_t which = (turn - 1) % 2 * 2 + k;
                     c->rate[which][c->reps] = pending[which];
                     c->gain[which][c->reps] = pending[which] * (1 / plain + 1 / before) / 2;
                 }
-                if (turn % 2 == 0 && turn) {
-                    c->rate[DRAFT_PLAIN][c->reps] = plain;
-                    c->reps++;
-                }
-                for (uint32_t k = 0; turn < 2 * opt.reps.v[0] && k < 2; k++)
+                if (turn % 2 == 0 && turn)
+                    c->rate[DRAFT_PLAIN][c->reps++] = plain;
+                for (uint32_t k = 0; turn < turns && k < 2; k++)
                     pending[turn % 2 * 2 + k] = draft_run(&b, ws, ids, c, turn % 2 * 2 + k);
                 before = plain;
             }

@@ -346,6 +346,13 @@ class Load:
                 for i, c in self.counts.items() if c.sum() > 0}
 
 
+def move_biases(model, load, by):
+    """The auxiliary-loss-free rule: move the choice, not the loss."""
+    for i, g in gates(model):
+        c = load.counts[i]
+        g.e_score_correction_bias += by * torch.sign(c.mean() - c)
+
+
 def cross_entropy(model, h, targets, weights=None, reduction="mean"):
     targets = targets.masked_fill(targets == BOS, -100)        # BOS is given, never predicted
     if weights is not None:
@@ -706,10 +713,8 @@ def train(args, tales, held, tok_json):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        if not args.no_bias:                       # the auxiliary-loss-free rule: move the choice, not the loss
-            for i, g in gates(model):
-                c = load.counts[i]
-                g.e_score_correction_bias += args.bias_step * max(rate, 0.1) * torch.sign(c.mean() - c)
+        if not args.no_bias:
+            move_biases(model, load, args.bias_step * max(rate, 0.1))
         step, seen = step + 1, seen + x.numel()
         if step % args.eval_every == 0:
             r = evaluate(model, stream, n_bytes, load=load)
@@ -755,9 +760,7 @@ def settle(args, tales, tok_json):
         load.reset()
         h = model.model(ids[:, :-1], attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
         model.mtp(model, h[:, :-1], ids[:, 1:-1], mask[:, :, :-1, :-1], position[:, :-1])
-        for i, g in gates(model):
-            c = load.counts[i]
-            g.e_score_correction_bias += args.bias_step * max(rate, 0.02) * torch.sign(c.mean() - c)
+        move_biases(model, load, args.bias_step * max(rate, 0.02))
         if step % 50 == 0:
             say(f"step {step}  load max/mean {[t['max_over_mean'] for t in load.table().values()]}")
     export(model, tok_json, args.out, args.sampling)
