@@ -1998,7 +1998,7 @@ static uint32_t dsv3__cpu_levels(void)
     const unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; /* F, DQ, BW, VL: leaf 7, ebx */
     const unsigned vbmi = 1u << 1, vnni = 1u << 11;                                    /* leaf 7, ecx */
     const unsigned vex_vnni = 1u << 4, bf16 = 1u << 5;                                 /* leaf 7.1, eax */
-    const unsigned amx = 1u << 24 | 1u << 25;                                          /* TILE, INT8: leaf 7, edx */
+    const unsigned amx = 1u << 22 | 1u << 24 | 1u << 25; /* BF16, TILE, INT8: leaf 7, edx */
     uint32_t levels = 1u << DSV3_ISA_SCALAR;
     unsigned a, b, c, d, more = 0, xcr0, high;
     if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !DSV3__CPU_HAS(c, avx))
@@ -2731,6 +2731,10 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    INT8. The sum over a group of columns (all, or those of one scale) is an exact integer, the groups are added as
    y = fmaf((float)sum, w_scale * x_scale, y), rising from +0.
 
+   HALVES. What attention multiplies where the mode is not f32: bf16, and 0 instead of what is below 2^-50, so that nothing
+   made of them is denormal. A sum over n of them is made in runs of 32: a and b are chains as above over the first 16 and
+   the other 16 of a run, from +0; then y += a + b. That is what tdpbf16ps does, with its words (first, other) of a run.
+
    All variants want denormals and round-to-nearest (dsv3__fp_enter). Pointers to weights may have any alignment; reads
    never pass the end of a row. */
 
@@ -2795,6 +2799,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
                      : "memory")
 #define DSV3__TILE_DOT(sum, w, x) /* signed bytes times signed bytes */ \
     __asm__ volatile("tdpbssd {%%tmm" #x ", %%tmm" #w ", %%tmm" #sum "|%%tmm" #sum ", %%tmm" #w ", %%tmm" #x "}" :)
+#define DSV3__TILE_DOT_BF16(sum, w, x) \
+    __asm__ volatile("tdpbf16ps {%%tmm" #x ", %%tmm" #w ", %%tmm" #sum "|%%tmm" #sum ", %%tmm" #w ", %%tmm" #x "}" :)
 #endif
 
 /* Bytes of scratch for `bytes` with n_x rows of x of k columns: their codes, and scales, by 16 rows. */
@@ -2845,6 +2851,15 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
                  any floats: what matters is that both sides use the same positions.
    outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]) for t rising
                  from 0 to n_t - 1, for every h < n_h and c < n_c.
+   shrink        x[i] *= scale, or 0 where that is below `least`, for i < n.
+   scale_max     x[i] *= scale for i < n; returns the largest that is not NaN, or -infinity.
+   half_keys     columns at ... at + n - 1 of `count` <= 64 rows of `width` columns, from rows row_bytes apart of f32, or of
+                 bf16, become halves in a layout of the variant's own; of the first n_c columns also the one half_sums
+                 reads. at and n are multiples of 32, width one of 64. keys [64 * width] floats.
+   half_query    q [n_h, stride] of `width` columns become halves in query [width * 16] floats. n_h <= 16, here and below.
+   half_scores   out[h * out_stride + t] = row h of query times row t < count of keys; up to t = 63 it may write anything.
+   half_sums     u[h * u_stride + c] goes on with p [n_h, p_stride], made halves here, times keys, over the rows t < count
+                 that half_keys was told, for c < n_c.
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n, 0 instead of what is below 2^-126; out may be gate or up. silu as
@@ -2869,6 +2884,8 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
     X(void, outer,                                                                                                  \
       (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
        size_t n_t, size_t n_c))                                                                                     \
+    X(void, shrink, (float *x, size_t n, float scale, float least))                                                 \
+    X(float, scale_max, (float *x, size_t n, float scale))                                                          \
     X(float, exp_sum, (float *x, size_t n, float max))                                                              \
     X(void, swiglu, (float *out, const float *gate, const float *up, size_t n))                                     \
     X(void, tile,                                                                                                   \
@@ -2890,7 +2907,17 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
-#define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X)
+#define DSV3__KERN_HALVES(X)                                                                                          \
+    X(void, half_keys,                                                                                                \
+      (float *keys, size_t at, size_t width, size_t n_c, const void *rows, size_t row_bytes, bool bf16, size_t count, \
+       size_t n))                                                                                                     \
+    X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))                      \
+    X(void, half_scores,                                                                                              \
+      (float *out, size_t out_stride, const float *keys, size_t count, const float *query, size_t n_h, size_t width)) \
+    X(void, half_sums,                                                                                                \
+      (float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, const float *keys, size_t count,       \
+       size_t width, size_t n_c))
+#define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X) DSV3__KERN_HALVES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
@@ -3222,6 +3249,24 @@ static float dsv3__k_tree16(float *t)
     return t[0];
 }
 
+static void dsv3__k_shrink_scalar(float *x, size_t n, float scale, float least)
+{
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
+        x[i] = fabsf(x[i]) < least ? 0 : x[i];
+    }
+}
+
+static float dsv3__k_scale_max_scalar(float *x, size_t n, float scale)
+{
+    float max = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
+}
+
 static float dsv3__k_exp_sum_scalar(float *x, size_t n, float max)
 {
     float t[16] = {0};
@@ -3237,6 +3282,124 @@ static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up
     for (size_t i = 0; i < n; i++)
         out[i] = dsv3__k_flush(dsv3__silu(gate[i]) * up[i]);
 }
+
+/* Halves, where there is no instruction for them: the same steps, made by `outer`. Keys are rows [64][width] of floats, a
+   query is turned: [width][n], n the heads and zeros, 8 or 16. */
+
+typedef void (*dsv3__outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
+                               size_t b_stride, size_t n_t, size_t n_c);
+typedef void (*dsv3__halves_fn)(float *out, const void *x, bool bf16, size_t n);
+
+#define DSV3__HALF_LEAST 0x26800000 /* the bits of 2^-50 */
+
+static void dsv3__k_halves_scalar(float *out, const void *x, bool bf16, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float v = dsv3__num_get((const uint8_t *)x, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32, i);
+        v = dsv3__bf16_decode(dsv3__bf16_encode(v));
+        out[i] = (dsv3__float_bits(v) & 0x7FFFFFFF) < DSV3__HALF_LEAST ? 0 : v;
+    }
+}
+
+DSV3__INLINE void dsv3__k_half_keys_by(dsv3__halves_fn halves, float *keys, size_t at, size_t width, const void *rows,
+                                       size_t row_bytes, bool bf16, size_t count, size_t n)
+{
+    for (size_t t = 0; t < count; t++)
+        halves(keys + t * width + at, (const uint8_t *)rows + t * row_bytes, bf16, n);
+}
+
+DSV3__INLINE void dsv3__k_half_query_by(dsv3__halves_fn halves, float *query, const float *q, size_t stride, size_t n_h,
+                                        size_t width)
+{
+    const size_t n = n_h <= 8 ? 8 : 16;
+    float some[64];
+    for (size_t h = 0; h < n; h++)
+        for (size_t c = 0; c < width; c += 64) {
+            if (h < n_h)
+                halves(some, q + h * stride + c, false, 64);
+            else
+                memset(some, 0, sizeof some);
+            for (size_t i = 0; i < 64; i++)
+                query[(c + i) * n + h] = some[i];
+        }
+}
+
+DSV3__INLINE void dsv3__k_half_scores_by(dsv3__outer_fn outer, float *out, size_t out_stride, const float *keys,
+                                         size_t count, const float *query, size_t n_h, size_t width)
+{
+    const size_t n = n_h <= 8 ? 8 : 16;
+    float y[64 * 16], a[64 * 16], b[64 * 16]; /* [count][n] */
+    memset(y, 0, sizeof y);
+    for (size_t c = 0; c < width; c += 32) {
+        memset(a, 0, count * n * sizeof *a);
+        memset(b, 0, count * n * sizeof *b);
+        outer(a, n, count, keys + c, width, query + c * n, n, 16, n);
+        outer(b, n, count, keys + c + 16, width, query + (c + 16) * n, n, 16, n);
+        for (size_t t = 0; t < count; t++)
+            for (size_t h = 0; h < 8; h++) { /* a constant, for the compiler's vectors */
+                y[t * n + h] += a[t * n + h] + b[t * n + h];
+                if (n > 8)
+                    y[t * n + 8 + h] += a[t * n + 8 + h] + b[t * n + 8 + h];
+            }
+    }
+    for (size_t h = 0; h < n_h; h++)
+        for (size_t t = 0; t < count; t++)
+            out[h * out_stride + t] = y[t * n + h];
+}
+
+DSV3__INLINE void dsv3__k_half_sums_by(dsv3__outer_fn outer, dsv3__halves_fn halves, float *u, size_t u_stride,
+                                       size_t n_h, const float *p, size_t p_stride, const float *keys, size_t count,
+                                       size_t width, size_t n_c)
+{
+    float half[16 * 64], a[16 * 64], b[16 * 64]; /* [n_h][64] */
+    for (size_t h = 0; h < n_h; h++)
+        halves(half + h * 64, p + h * p_stride, false, count);
+    for (size_t c = 0; c < n_c; c += 64) {
+        const size_t n = dsv3__min(n_c - c, 64);
+        for (size_t t = 0; t < count; t += 32) {
+            const size_t first = dsv3__min(count - t, 16), other = dsv3__min(count - t - first, 16);
+            memset(a, 0, n_h * 64 * sizeof *a);
+            memset(b, 0, n_h * 64 * sizeof *b);
+            outer(a, 64, n_h, half + t, 64, keys + t * width + c, width, first, n);
+            if (other)
+                outer(b, 64, n_h, half + t + 16, 64, keys + (t + 16) * width + c, width, other, n);
+            for (size_t h = 0; h < n_h; h++) {
+                float *to = u + h * u_stride + c;
+                const float *from_a = a + h * 64, *from_b = b + h * 64;
+                size_t i = 0;
+                for (; i + 8 <= n; i += 8)
+                    for (size_t j = 0; j < 8; j++)
+                        to[i + j] += from_a[i + j] + from_b[i + j];
+                for (; i < n; i++)
+                    to[i] += from_a[i] + from_b[i];
+            }
+        }
+    }
+}
+
+/* The four of a variant that has `outer` and `halves`. */
+#define DSV3__KERN_HALVES_BY(isa, outer, halves)                                                                \
+    static void dsv3__k_half_keys_##isa(float *keys, size_t at, size_t width, size_t n_c, const void *rows,     \
+                                        size_t row_bytes, bool bf16, size_t count, size_t n)                    \
+    {                                                                                                           \
+        (void)n_c;                                                                                              \
+        dsv3__k_half_keys_by(halves, keys, at, width, rows, row_bytes, bf16, count, n);                         \
+    }                                                                                                           \
+    static void dsv3__k_half_query_##isa(float *query, const float *q, size_t stride, size_t n_h, size_t width) \
+    {                                                                                                           \
+        dsv3__k_half_query_by(halves, query, q, stride, n_h, width);                                            \
+    }                                                                                                           \
+    static void dsv3__k_half_scores_##isa(float *out, size_t out_stride, const float *keys, size_t count,       \
+                                          const float *query, size_t n_h, size_t width)                         \
+    {                                                                                                           \
+        dsv3__k_half_scores_by(outer, out, out_stride, keys, count, query, n_h, width);                         \
+    }                                                                                                           \
+    static void dsv3__k_half_sums_##isa(float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, \
+                                        const float *keys, size_t count, size_t width, size_t n_c)              \
+    {                                                                                                           \
+        dsv3__k_half_sums_by(outer, halves, u, u_stride, n_h, p, p_stride, keys, count, width, n_c);            \
+    }
+DSV3__KERN_HALVES_BY(scalar, dsv3__k_outer_scalar, dsv3__k_halves_scalar)
 
 typedef void (*dsv3__tile_add_fn)(float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next,
                                   size_t n_w, const float *const *x, size_t x_step, size_t steps, size_t n_x,
@@ -4072,11 +4235,15 @@ DSV3__TARGET_AVX2 static void dsv3__k_outer_avx2(float *u, size_t u_stride, size
 {
     const size_t full = n_c / 8 * 8;
     size_t h = 0;
+    for (; full == 8 && h + 8 <= n_h; h += 8)
+        dsv3__k_outer_hc_avx2(u + h * u_stride, u_stride, a + h * a_stride, a_stride, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 24 <= full; c += 24)
             dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 3);
+        for (; c + 16 <= full; c += 16)
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 2);
         for (; c < full; c += 8)
             dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
     }
@@ -4091,6 +4258,52 @@ DSV3__TARGET_AVX2 static void dsv3__k_outer_avx2(float *u, size_t u_stride, size
     if (full < n_c)
         dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
+
+DSV3__TARGET_AVX2 static void dsv3__k_shrink_avx2(float *x, size_t n, float scale, float least)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale));
+        __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+        _mm256_storeu_ps(x + i, _mm256_and_ps(v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(least), _CMP_NLT_UQ)));
+    }
+    dsv3__k_shrink_scalar(x + i, n - i, scale, least);
+}
+
+DSV3__TARGET_AVX2 static float dsv3__k_scale_max_avx2(float *x, size_t n, float scale)
+{
+    __m256 max = _mm256_set1_ps(-INFINITY);
+    float m[8], rest;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale));
+        _mm256_storeu_ps(x + i, v);
+        max = _mm256_max_ps(v, max); /* the second operand, if one is NaN */
+    }
+    _mm256_storeu_ps(m, max);
+    rest = dsv3__k_scale_max_scalar(x + i, n - i, scale);
+    for (size_t j = 0; j < 8; j++)
+        rest = m[j] > rest ? m[j] : rest;
+    return rest;
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_halves_avx2(float *out, const void *x, bool bf16, size_t n)
+{
+    const uint8_t *from = (const uint8_t *)x;
+    const size_t size = bf16 ? 2 : 4;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = dsv3__k_load8_avx2(from + i * size, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32), magnitude;
+        if (!bf16)
+            v = _mm256_blendv_ps(dsv3__k_bf16_avx2(v), v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+        _mm256_storeu_ps(out + i,
+                         _mm256_and_ps(v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(dsv3__bits_float(DSV3__HALF_LEAST)),
+                                                        _CMP_NLT_UQ)));
+    }
+    dsv3__k_halves_scalar(out + i, from + i * size, bf16, n - i);
+}
+DSV3__KERN_HALVES_BY(avx2, dsv3__k_outer_avx2, dsv3__k_halves_avx2)
 
 /* dsv3__exp, 8 at once. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_exp8_avx2(__m256 x)
@@ -4823,6 +5036,8 @@ DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, 
 {
     const size_t full = n_c / 16 * 16;
     size_t h = 0;
+    for (; full == 16 && h + 8 <= n_h; h += 8)
+        dsv3__k_outer_hc_avx512(u + h * u_stride, u_stride, a + h * a_stride, a_stride, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
@@ -4840,7 +5055,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, 
             dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_avx2(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
 /* dsv3__k_flush, 16 at once. */
@@ -4851,6 +5066,24 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_flush_avx512(__m512 v)
     const __mmask16 keep = _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(DSV3__MIN_NORMAL), _CMP_NLT_UQ);
     return _mm512_maskz_mov_ps(keep, v);
 }
+
+DSV3__TARGET_AVX512 static float dsv3__k_scale_max_avx512(float *x, size_t n, float scale)
+{
+    __m512 max = _mm512_set1_ps(-INFINITY);
+    float m[16], rest;
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(x + i, v);
+        max = _mm512_max_ps(v, max); /* the second operand, if one is NaN */
+    }
+    _mm512_storeu_ps(m, max);
+    rest = dsv3__k_scale_max_scalar(x + i, n - i, scale);
+    for (size_t j = 0; j < 16; j++)
+        rest = m[j] > rest ? m[j] : rest;
+    return rest;
+}
+DSV3__KERN_HALVES_BY(avx512, dsv3__k_outer_avx512, dsv3__k_halves_avx2)
 
 /* dsv3__exp, 16 at once. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
@@ -5083,6 +5316,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         }
 }
 
+#define dsv3__k_shrink_avx512   dsv3__k_shrink_avx2
 #define dsv3__k_bytes_avx512    dsv3__k_bytes_avx2
 #define dsv3__k_to_bytes_avx512 dsv3__k_to_bytes_avx2
 
@@ -5247,6 +5481,12 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_
    the bits are the others'. The rows of w are loaded as they lie; the other operand has the words of 4 columns of 16 rows
    side by side, so rows of x are turned that way first, once for all rows of w that they meet here. */
 
+static const uint8_t dsv3__k_tile_shapes[64] = {
+    1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0,                                 /* palette 1 */
+    64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,                                 /* bytes of a row */
+    0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, /* rows */
+    0,  0, 0,  0, 0,  0, 0,  0};
+
 /* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
 DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_turn_avx512_amx(void *to, size_t to_stride, const void *const *from,
                                                                   size_t n)
@@ -5338,10 +5578,6 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
                                                              const int8_t *const *x, const float *const *x_scale,
                                                              size_t n_x, size_t k, size_t group, void *scratch)
 {
-    static const uint8_t shapes[64] = {1,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0, /* palette 1 */
-                                       64, 0,  64, 0,  64, 0,  64, 0,  64, 0, 64, 0, 64, 0, 64, 0, /* bytes of a row */
-                                       0,  0,  0,  0,  0,  0,  0,  0,  0,  0, 0,  0, 0,  0, 0,  0,
-                                       16, 16, 16, 16, 16, 16, 16, 16, 0,  0, 0,  0, 0,  0, 0,  0}; /* rows */
     const size_t n_groups = (k + group - 1) / group, tiles = (n_x + 15) / 16, steps = (k + 63) / 64;
     const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
     uint8_t *turned = (uint8_t *)scratch;                                    /* [steps][tiles][16][16][4] */
@@ -5362,7 +5598,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
             for (size_t j = 0; j < 16; j++)
                 xs[(g * tiles + t) * 16 + j] = x_scale[dsv3__min(16 * t + j, n_x - 1)][g];
     }
-    DSV3__TILES_BEGIN(&shapes);
+    DSV3__TILES_BEGIN(&dsv3__k_tile_shapes);
     for (size_t i = 0; i < n_w; i += 32) {
         const size_t rows = dsv3__min(n_w - i, 32), pairs = (tiles + 1) / 2;
         const uint8_t *next = (const uint8_t *)(w + (i + 32) * w_stride);
@@ -5406,6 +5642,166 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
             }
         }
     }
+    DSV3__TILES_END();
+}
+
+/* Halves. Keys are two things in one place: for scores [4 x 16 rows][width / 32 runs][16][16] words (first, other) of a
+   run of columns of a row, as they are loaded; for sums [n_c / 16][2 runs of rows][16][16] words (first, other) of a run
+   of rows at a column, as the second operand wants them. A query is [width / 32][16][16] words of a run at a head. */
+
+/* 32 columns of a row as 16 words of halves. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE __m512i dsv3__k_half_words_avx512_amx(const uint8_t *row, size_t column, bool bf16)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000);
+    __m512i words;
+    if (bf16) {
+        const __m256i *from = (const __m256i *)(const void *)(row + 2 * column);
+        words = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)),
+                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from + 1)), 16));
+    } else {
+        const float *from = (const float *)(const void *)(row + 4 * column);
+        const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
+        __m512 first = _mm512_loadu_ps(from), other = _mm512_loadu_ps(from + 16);
+        first = _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(first, first, _CMP_ORD_Q),
+                                   _mm512_castsi512_ps(dsv3__k_bf16_avx512(first)));
+        other = _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(other, other, _CMP_ORD_Q),
+                                   _mm512_castsi512_ps(dsv3__k_bf16_avx512(other)));
+        words = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                                _mm512_and_si512(_mm512_castps_si512(other), high));
+    }
+    return _mm512_maskz_mov_epi16(_mm512_cmpge_epu16_mask(_mm512_and_si512(words, _mm512_set1_epi16(0x7FFF)),
+                                                          _mm512_set1_epi16(DSV3__HALF_LEAST >> 16)),
+                                  words);
+}
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_keys_avx512_amx(float *keys, size_t at, size_t width, size_t n_c,
+                                                                 const void *rows, size_t row_bytes, bool bf16,
+                                                                 size_t count, size_t n)
+{
+    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000), low = _mm512_set1_epi32(0xFFFF);
+    const size_t runs = width / 32;
+    const __m512i none = _mm512_setzero_si512();
+    for (size_t t = 0; t < (count + 31) / 32 * 32;
+         t += t % 32 == 15 ? 17 : 1) { /* each first row of a run, with its other */
+        const uint8_t *row = (const uint8_t *)rows + t * row_bytes;
+        float *to = keys + ((t / 16 * runs + at / 32) * 16 + t % 16) * 16;
+        float *sums = keys + 64 * width / 2 + ((at / 16 * 2 + t / 32) * 16 + t % 16) * 16;
+        for (size_t c = 0; c < n; c += 32, to += 256, sums += 4 * 256) {
+            __m512i first = t < count ? dsv3__k_half_words_avx512_amx(row, c, bf16) : none;
+            __m512i other = t + 16 < count ? dsv3__k_half_words_avx512_amx(row + 16 * row_bytes, c, bf16) : none;
+            _mm512_storeu_ps(to, _mm512_castsi512_ps(first));
+            _mm512_storeu_ps(to + runs * 256, _mm512_castsi512_ps(other));
+            if (at + c < n_c) {
+                __m512i v = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi32(other, 16));
+                _mm512_storeu_ps(sums, _mm512_castsi512_ps(v));
+                v = _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(other, high));
+                _mm512_storeu_ps(sums + 2 * 256, _mm512_castsi512_ps(v));
+            }
+        }
+    }
+}
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_query_avx512_amx(float *query, const float *q, size_t stride,
+                                                                  size_t n_h, size_t width)
+{
+    float words[16][16];
+    const void *from[16];
+    for (size_t h = 0; h < 16; h++) /* heads that are not there repeat the last */
+        from[h] = words[dsv3__min(h, n_h - 1)];
+    for (size_t c = 0; c < width; c += 32) {
+        for (size_t h = 0; h < n_h; h++) {
+            const uint8_t *row = (const uint8_t *)(const void *)(q + h * stride);
+            _mm512_storeu_ps(words[h], _mm512_castsi512_ps(dsv3__k_half_words_avx512_amx(row, c, false)));
+        }
+        dsv3__k_turn_avx512_amx(query + c / 32 * 256, 64, from, 16);
+    }
+}
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, size_t out_stride, const float *keys,
+                                                                   size_t count, const float *query, size_t n_h,
+                                                                   size_t width)
+{
+    const size_t runs = width / 32;
+    float y[4][16][16];
+    const void *from[16];
+    (void)count; /* rows behind it are whatever was there */
+    DSV3__TILES_BEGIN(&dsv3__k_tile_shapes);
+    DSV3__TILE_ZERO(0);
+    DSV3__TILE_ZERO(1);
+    DSV3__TILE_ZERO(2);
+    DSV3__TILE_ZERO(3);
+    for (size_t r = 0; r < runs; r++) {
+        const float *key = keys + r * 256;
+        DSV3__TILE_LOAD(4, query + r * 256, 64);
+        DSV3__TILE_LOAD(5, key, 64);
+        DSV3__TILE_DOT_BF16(0, 5, 4);
+        DSV3__TILE_LOAD(6, key + runs * 256, 64);
+        DSV3__TILE_DOT_BF16(1, 6, 4);
+        DSV3__TILE_LOAD(7, key + 2 * runs * 256, 64);
+        DSV3__TILE_DOT_BF16(2, 7, 4);
+        DSV3__TILE_LOAD(5, key + 3 * runs * 256, 64);
+        DSV3__TILE_DOT_BF16(3, 5, 4);
+    }
+    DSV3__TILE_STORE(0, y[0], 64);
+    DSV3__TILE_STORE(1, y[1], 64);
+    DSV3__TILE_STORE(2, y[2], 64);
+    DSV3__TILE_STORE(3, y[3], 64);
+    DSV3__TILES_END();
+    for (size_t b = 0; b < 4; b++) {
+        for (size_t t = 0; t < 16; t++)
+            from[t] = y[b][t];
+        dsv3__k_turn_avx512_amx(out + 16 * b, out_stride * sizeof(float), from, n_h);
+    }
+}
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_sums_avx512_amx(float *u, size_t u_stride, size_t n_h, const float *p,
+                                                                 size_t p_stride, const float *keys, size_t count,
+                                                                 size_t width, size_t n_c)
+{
+    const size_t full = n_c / 16 * 16, u_bytes = u_stride * sizeof(float);
+    const float *from = keys + 64 * width / 2;
+    float half[2][16][16], some[16][16];
+    uint8_t shapes[64];
+    memcpy(shapes, dsv3__k_tile_shapes, sizeof shapes);
+    for (size_t t = 0; t < 6; t++) /* sums and p have as many rows as there are heads */
+        shapes[48 + t] = (uint8_t)n_h;
+    for (size_t h = 0; h < n_h; h++) {
+        float row[64];
+        memset(row, 0, sizeof row);
+        memcpy(row, p + h * p_stride, count * sizeof(float));
+        for (size_t r = 0; r < 2; r++) {
+            const uint8_t *at = (const uint8_t *)(const void *)row;
+            _mm512_storeu_ps(half[r][h], _mm512_castsi512_ps(dsv3__k_half_words_avx512_amx(at, 32 * r, false)));
+        }
+    }
+    DSV3__TILES_BEGIN(&shapes);
+    DSV3__TILE_LOAD(4, half[0], 64);
+    DSV3__TILE_LOAD(5, half[1], 64);
+#define DSV3__SUMS(sum, to, stride, from)         \
+    do {                                          \
+        DSV3__TILE_LOAD(sum, to, stride);         \
+        DSV3__TILE_LOAD(6, from, 64);             \
+        DSV3__TILE_DOT_BF16(sum, 4, 6);           \
+        if (count > 32) {                         \
+            DSV3__TILE_LOAD(7, (from) + 256, 64); \
+            DSV3__TILE_DOT_BF16(sum, 5, 7);       \
+        }                                         \
+        DSV3__TILE_STORE(sum, to, stride);        \
+    } while (0)
+    size_t c = 0;
+    for (; c + 32 <= full; c += 32, from += 4 * 256) {
+        DSV3__SUMS(0, u + c, u_bytes, from);
+        DSV3__SUMS(1, u + c + 16, u_bytes, from + 2 * 256);
+    }
+    for (; c < n_c; c += 16, from += 2 * 256) {
+        const size_t bytes = dsv3__min(n_c - c, 16) * sizeof(float);
+        for (size_t h = 0; h < n_h; h++)
+            memcpy(some[h], u + h * u_stride + c, bytes);
+        DSV3__SUMS(0, some[0], 64, from);
+        for (size_t h = 0; h < n_h; h++)
+            memcpy(u + h * u_stride + c, some[h], bytes);
+    }
+#undef DSV3__SUMS
     DSV3__TILES_END();
 }
 #endif // DSV3__AMX
@@ -6306,6 +6702,54 @@ static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const floa
         dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
+static void dsv3__k_shrink_neon(float *x, size_t n, float scale, float least)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vmulq_n_f32(vld1q_f32(x + i), scale);
+        uint32x4_t tiny = vcltq_f32(vabsq_f32(v), vdupq_n_f32(least));
+        vst1q_f32(x + i, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), tiny)));
+    }
+    dsv3__k_shrink_scalar(x + i, n - i, scale, least);
+}
+
+static float dsv3__k_scale_max_neon(float *x, size_t n, float scale)
+{
+    float32x4_t max = vdupq_n_f32(-INFINITY);
+    float m[4], rest;
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vmulq_n_f32(vld1q_f32(x + i), scale);
+        vst1q_f32(x + i, v);
+        max = vbslq_f32(vcgtq_f32(v, max), v, max);
+    }
+    vst1q_f32(m, max);
+    rest = dsv3__k_scale_max_scalar(x + i, n - i, scale);
+    for (size_t j = 0; j < 4; j++)
+        rest = m[j] > rest ? m[j] : rest;
+    return rest;
+}
+
+static void dsv3__k_halves_neon(float *out, const void *x, bool bf16, size_t n)
+{
+    const uint8_t *from = (const uint8_t *)x;
+    const size_t size = bf16 ? 2 : 4;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        float32x4x2_t v = dsv3__k_load8_neon(from + i * size, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32);
+        DSV3__UNROLL
+        for (size_t j = 0; j < 2; j++) {
+            float32x4_t r = v.val[j];
+            if (!bf16)
+                r = vbslq_f32(vceqq_f32(r, r), dsv3__k_bf16_neon(r), r);
+            uint32x4_t tiny = vcltq_f32(vabsq_f32(r), vdupq_n_f32(dsv3__bits_float(DSV3__HALF_LEAST)));
+            vst1q_f32(out + i + 4 * j, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(r), tiny)));
+        }
+    }
+    dsv3__k_halves_scalar(out + i, from + i * size, bf16, n - i);
+}
+DSV3__KERN_HALVES_BY(neon, dsv3__k_outer_neon, dsv3__k_halves_neon)
+
 /* dsv3__exp, 4 at once. */
 DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
 {
@@ -6397,7 +6841,8 @@ static const dsv3__kern dsv3__kern_avx_vnni = {DSV3_ISA_AVX_VNNI,
                                                false,
                                                DSV3__TWO_120,
                                                DSV3__KERN_COMMON(DSV3__KERN_AVX2) DSV3__KERN_PAIRS(DSV3__KERN_AVX2)
-                                                   DSV3__KERN_BYTES(DSV3__KERN_AVX_VNNI)};
+                                                   DSV3__KERN_BYTES(DSV3__KERN_AVX_VNNI)
+                                                       DSV3__KERN_HALVES(DSV3__KERN_AVX2)};
 #undef DSV3__KERN_AVX_VNNI
 #endif
 #undef DSV3__KERN_AVX2
@@ -6416,16 +6861,17 @@ static const dsv3__kern dsv3__kern_avx512_vnni = {
     32,
     false,
     DSV3__TWO_120,
-    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
-static const dsv3__kern dsv3__kern_avx512_bf16 = {DSV3_ISA_AVX512_BF16,
-                                                  16,
-                                                  6,
-                                                  32,
-                                                  true,
-                                                  1,
-                                                  DSV3__KERN_COMMON(DSV3__KERN_AVX512)
-                                                      DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
-                                                          DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)};
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI)
+        DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
+static const dsv3__kern dsv3__kern_avx512_bf16 = {
+    DSV3_ISA_AVX512_BF16,
+    16,
+    6,
+    32,
+    true,
+    1,
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
+        DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI) DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
 #define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
@@ -6436,7 +6882,8 @@ static const dsv3__kern dsv3__kern_avx512_amx = {
     128,
     false,
     DSV3__TWO_120,
-    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_AMX)};
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512) DSV3__KERN_BYTES(DSV3__KERN_AVX512_AMX)
+        DSV3__KERN_HALVES(DSV3__KERN_AVX512_AMX)};
 #undef DSV3__KERN_AVX512_AMX
 #endif
 #undef DSV3__KERN_AVX512_VNNI
@@ -9476,8 +9923,8 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 // =============================================================================
 
 #define DSV3__STRIP      128 /* outputs a task computes, of several rows: those that share scales; of few rows half of it */
-#define DSV3__HEAD_ROWS  16  /* rows, and */
-#define DSV3__HEAD_GROUP 8   /* heads at most, that one attention task takes */
+#define DSV3__HEAD_ROWS  8   /* rows, and */
+#define DSV3__HEAD_GROUP 16  /* heads at most, that one attention task takes */
 #define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
 #define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum: a page */
 #define DSV3__KEY_SPAN   512 /* positions summed up before they are added to the rest */
@@ -9497,15 +9944,18 @@ typedef struct dsv3__mlp_group {
 
 /* Where a worker writes what only it reads. */
 typedef struct dsv3__worker {
-    float *panel;   /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
-    float *a, *b;   /* [max_batch, DSV3__STRIP] outputs of a strip */
-    float *q;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
-    float *u;       /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, kv_lora_rank] sums of each row */
-    float *u_span;  /* the same, of one span of positions */
-    float *row;     /* [widest] */
-    float *score;   /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
-    float *w_uk;    /* [DSV3__UK_ROWS, kv_lora_rank] */
-    float *keys;    /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
+    float *panel;  /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
+    float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
+    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
+    float *u;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, kv_lora_rank] sums of each row */
+    float *u_span; /* the same, of one span of positions */
+    float *row;    /* [widest] */
+    float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
+    float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
+    float *keys;   /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
+    float *halves; /* [DSV3__KEY_BLOCK, cache_stride] the same block for >>kern's halves; NULL in f32 */
+    const uint8_t *halves_page; /* which block it is, and how many rows of it; NULL: none */
+    uint32_t halves_count;
     uint8_t *taken; /* [n_routed_experts] the router's marks */
     float *choice;  /* [2, n_routed_experts] its scores */
 } dsv3__worker;
@@ -9525,6 +9975,7 @@ typedef struct dsv3__work {
     uint32_t max_batch;  /* rows at once */
     bool tiled;          /* this pass: how rows are packed, see >>mm, and */
     uint32_t strip;      /* the outputs of a task */
+    bool halves;         /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32 */
     size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
     /* the cache: see dsv3__mla_layout */
     uint8_t *cache; /* [pages, layers, layer_bytes] */
@@ -9597,6 +10048,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     memset(w, 0, sizeof *w);
     w->m = m;
     w->max_batch = max_batch;
+    w->halves = m->mode.compute != DSV3_COMPUTE_F32;
     w->cache_stride = ((size_t)c->kv_lora_rank + c->qk_rope_head_dim + 63) / 64 * 64;
     w->x_stride = dsv3__mm_pad(c->hidden_size);
     w->q_a_stride = c->q_lora_rank ? dsv3__mm_pad(c->q_lora_rank) : 0;
@@ -9645,6 +10097,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
         t.keys = (float *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * w->cache_stride, f);
+        t.halves = (float *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, f);
+        t.halves_page = NULL, t.halves_count = 0;
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
         t.choice = (float *)dsv3__carve(base, &used, experts * 2, f);
         if (base)
@@ -10099,14 +10553,39 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__mla_store(w->m->k, &w->rope_key, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
-/* q [rows, group, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
+/* The same rows, from row `none` on, as halves: [count - none, cache_stride] in the kernels' layout. Rows of a task that
+   meet the same block find it made. */
+static const float *dsv3__mla_halves(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page, uint32_t none,
+                                     uint32_t count)
+{
+    const dsv3__kern *k = w->m->k;
+    const dsv3__cache_part *parts[2];
+    const uint32_t latent = w->latent.n, n = count - none;
+    if (mine->halves_page == page && mine->halves_count == count)
+        return mine->halves;
+    mine->halves_page = page, mine->halves_count = count;
+    parts[0] = &w->latent, parts[1] = &w->rope_key;
+    if (w->latent.dtype == DSV3_DTYPE_BF16 && w->rope_key.dtype == DSV3_DTYPE_BF16 && latent % 32 == 0 &&
+        latent + w->rope_key.n == w->cache_stride) {
+        for (uint32_t i = 0; i < 2; i++)
+            k->half_keys(mine->halves, i ? latent : 0, w->cache_stride, latent,
+                         page + parts[i]->codes + none * parts[i]->code_row, parts[i]->code_row, true, n, parts[i]->n);
+    } else {
+        const float *keys = dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
+        k->half_keys(mine->halves, 0, w->cache_stride, latent, keys, w->cache_stride * sizeof(float), false, n,
+                     w->cache_stride);
+    }
+    return mine->halves;
+}
+
+/* q [rows, DSV3__HEAD_GROUP, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
 static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0,
                              uint32_t n_heads)
 {
     const dsv3__work *w = t->w;
     const dsv3_config *c = &w->m->config;
     const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, latent = c->kv_lora_rank;
-    const size_t head_stride = t->group * w->cache_stride; /* from a row's query to the next row's */
+    const size_t head_stride = DSV3__HEAD_GROUP * w->cache_stride; /* from a row's query to the next row's */
     memset(mine->q, 0, n_rows * head_stride * sizeof(float));
     for (uint32_t j = 0; j < n_heads; j++) {
         float *q = mine->q + j * w->cache_stride;
@@ -10129,14 +10608,14 @@ typedef struct dsv3__mla_sum {
     float max[DSV3__HEAD_GROUP], sum[DSV3__HEAD_GROUP];
 } dsv3__mla_sum;
 
-/* Brings head j to a new, larger maximum. u [kv_lora_rank] */
-static void dsv3__mla_rescale(dsv3__mla_sum *s, uint32_t j, float *u, uint32_t latent, float max)
+/* Brings head j to a new, larger maximum. u [kv_lora_rank]; what falls below `least` becomes 0. */
+static void dsv3__mla_rescale(const dsv3__kern *k, dsv3__mla_sum *s, uint32_t j, float *u, uint32_t latent, float max,
+                              float least)
 {
-    float shrink = dsv3__exp(s->max[j] - max); /* 0 when there was nothing yet */
+    const float by = dsv3__exp(s->max[j] - max); /* 0 when there was nothing yet */
     s->max[j] = max;
-    s->sum[j] *= shrink;
-    for (uint32_t i = 0; i < latent; i++)
-        u[i] *= shrink;
+    s->sum[j] *= by;
+    k->shrink(u, latent, by, least);
 }
 
 static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32_t latent)
@@ -10147,29 +10626,32 @@ static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32
 }
 
 /* Adds the cache rows t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK; of the first `shift` there are
-   none. q [n_heads, cache_stride], u [n_heads, kv_lora_rank] */
+   none. q [n_heads, cache_stride], or what half_query made of it; u [n_heads, kv_lora_rank] */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
                             uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
     const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift;
-    const float *cache =
-        dsv3__mla_keys(w, mine, dsv3__mla_page(w, row, t->layer, t0), count); /* [count, cache_stride] */
-    cache += none * w->cache_stride, count -= none;
-    k->tile(mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
-            w->cache_stride);
+    const uint8_t *page = dsv3__mla_page(w, row, t->layer, t0);
+    const float *keys = w->halves ? dsv3__mla_halves(w, mine, page, none, count)
+                                  : dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
+    count -= none;
+    if (w->halves)
+        k->half_scores(mine->score, DSV3__KEY_BLOCK, keys, count, q, n_heads, w->cache_stride);
+    else
+        k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
+                w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
-        float *score = mine->score + j * DSV3__KEY_BLOCK, max = -INFINITY;
-        for (uint32_t i = 0; i < count; i++) {
-            score[i] *= w->m->softmax_scale;
-            max = score[i] > max ? score[i] : max;
-        }
+        float *score = mine->score + j * DSV3__KEY_BLOCK, max = k->scale_max(score, count, w->m->softmax_scale);
         if (max > s->max[j])
-            dsv3__mla_rescale(s, j, u + j * latent, latent, max);
+            dsv3__mla_rescale(k, s, j, u + j * latent, latent, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
         s->sum[j] += k->exp_sum(score, count, s->max[j]);
     }
-    k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, cache, w->cache_stride, count, latent);
+    if (w->halves)
+        k->half_sums(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, count, w->cache_stride, latent);
+    else
+        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
 }
 
 /* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank
@@ -10183,8 +10665,14 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
     const size_t u_stride = (size_t)DSV3__HEAD_GROUP * latent;
     dsv3__mla_sum all[DSV3__HEAD_ROWS], span[DSV3__HEAD_ROWS];
     uint32_t at[DSV3__HEAD_ROWS], last = 0; /* the last place in the cache that a row sees; of all */
+    mine->halves_page = NULL;
     for (uint32_t i = 0; i < n_rows; i++) {
         dsv3__mla_clear(&all[i], mine->u + i * u_stride, n_heads, latent);
+        if (t->w->halves) {
+            float *q = mine->q + i * head_stride;
+            memcpy(mine->keys, q, n_heads * t->w->cache_stride * sizeof(float));
+            t->w->m->k->half_query(q, mine->keys, t->w->cache_stride, n_heads, t->w->cache_stride);
+        }
         at[i] = rows[i].position + rows[i].shift;
         last = at[i] > last ? at[i] : last;
     }
@@ -10200,12 +10688,16 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
         for (uint32_t i = 0; i < n_rows; i++)
             for (uint32_t j = 0; j < n_heads && t0 <= at[i]; j++) {
                 float *u = mine->u + i * u_stride + j * latent, *from = mine->u_span + i * u_stride + j * latent;
+                uint32_t c = 0;
                 if (span[i].max[j] > all[i].max[j])
-                    dsv3__mla_rescale(&all[i], j, u, latent, span[i].max[j]);
+                    dsv3__mla_rescale(t->w->m->k, &all[i], j, u, latent, span[i].max[j], 0);
                 else
-                    dsv3__mla_rescale(&span[i], j, from, latent, all[i].max[j]);
+                    dsv3__mla_rescale(t->w->m->k, &span[i], j, from, latent, all[i].max[j], 0);
                 all[i].sum[j] += span[i].sum[j];
-                for (uint32_t c = 0; c < latent; c++)
+                for (; c + 16 <= latent; c += 16)
+                    for (uint32_t x = 0; x < 16; x++)
+                        u[c + x] += from[c + x];
+                for (; c < latent; c++)
                     u[c] += from[c];
             }
     }
@@ -10228,7 +10720,7 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
     const uint32_t h0 = task % n_groups * t->group, row0 = task / n_groups * DSV3__HEAD_ROWS;
     const uint32_t n_heads = (uint32_t)dsv3__min(t->group, c->num_attention_heads - h0);
     const uint32_t n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0);
-    const size_t head_stride = t->group * w->cache_stride;
+    const size_t head_stride = DSV3__HEAD_GROUP * w->cache_stride;
     dsv3__mla_absorb(t, mine, row0, n_rows, h0, n_heads);
     dsv3__mla_attend(t, mine, &t->rows[row0], n_rows, head_stride, n_heads);
     for (uint32_t j = 0; j < n_heads; j++) {
@@ -18836,7 +19328,7 @@ static dsv3_result dsv3__ws_opts(dsv3_workspace_opts *o, const dsv3_model *m, co
     if (!o->max_batch)
         o->max_batch = 512;
     if (o->cache_latent == DSV3_CACHE_AUTO)
-        o->cache_latent = DSV3_CACHE_F32;
+        o->cache_latent = m->mode.compute == DSV3_COMPUTE_F32 ? DSV3_CACHE_F32 : DSV3_CACHE_BF16;
     if (o->cache_rope == DSV3_CACHE_AUTO)
         o->cache_rope = o->cache_latent == DSV3_CACHE_F32 ? DSV3_CACHE_F32 : DSV3_CACHE_BF16;
     if ((uint32_t)o->cache_latent > DSV3_CACHE_I8 || (uint32_t)o->cache_rope > DSV3_CACHE_I8)
@@ -20900,7 +21392,7 @@ static dsv3_result dsv3__api_open(dsv3_model *m, const dsv3_reader *reader, cons
     m->mode.powers = strcmp(m->config.scale_fmt, "ue8m0") == 0;
     DSV3__TRY(dsv3__wt_bind(m, o->no_mtp, err));
     dsv3__wt_forms(m);
-    if (m->bytes) {
+    if (m->mode.compute != DSV3_COMPUTE_F32) {
         DSV3__TRY(dsv3__mm_permit(&m->k, o->isa, err));
         m->mode.k = m->exact.k = m->k;
     }

@@ -78,10 +78,12 @@ typedef struct emu_si {
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi8_epi16
 #undef _mm512_cmpeq_epi8_mask
+#undef _mm512_cmpge_epu16_mask
 #undef _mm512_cmp_ps_mask
 #undef _mm512_shuffle_f32x4
 #undef _mm512_permute_ps
 #undef _mm512_maskz_mov_ps
+#undef _mm512_maskz_mov_epi16
 #undef _mm512_mask_mov_ps
 #undef _mm512_castsi128_si512
 #undef _mm512_inserti32x4
@@ -294,6 +296,29 @@ EMU emu_ps emu_maskz_mov_ps(__mmask16 mask, emu_ps a)
 }
 #define _mm512_maskz_mov_ps emu_maskz_mov_ps
 
+EMU uint32_t emu_cmpge_epu16_mask(emu_si a, emu_si b)
+{
+    uint16_t x[32], y[32];
+    uint32_t mask = 0;
+    memcpy(x, &a, 64);
+    memcpy(y, &b, 64);
+    for (int i = 0; i < 32; i++)
+        mask |= (uint32_t)(x[i] >= y[i]) << i;
+    return mask;
+}
+#define _mm512_cmpge_epu16_mask emu_cmpge_epu16_mask
+
+EMU emu_si emu_maskz_mov_epi16(uint32_t mask, emu_si a)
+{
+    uint16_t x[32];
+    memcpy(x, &a, 64);
+    for (int i = 0; i < 32; i++)
+        x[i] = mask >> i & 1 ? x[i] : 0;
+    memcpy(&a, x, 64);
+    return a;
+}
+#define _mm512_maskz_mov_epi16 emu_maskz_mov_epi16
+
 EMU emu_ps emu_mask_mov_ps(emu_ps b, __mmask16 mask, emu_ps a)
 {
     float v[16], other[16];
@@ -412,15 +437,17 @@ typedef struct emu_tile {
 } emu_tile;
 
 static __thread emu_tile emu_tiles[8];
+static __thread uint8_t emu_rows[8];
 static __thread int emu_tiles_open;
 
 static void emu_tiles_begin(const uint8_t *shapes)
 {
     int ok = shapes[0] == 1;
     for (int t = 0; t < 8; t++)
-        ok = ok && shapes[16 + 2 * t] == 64 && shapes[17 + 2 * t] == 0 && shapes[48 + t] == 16;
+        ok = ok && shapes[16 + 2 * t] == 64 && shapes[17 + 2 * t] == 0 && shapes[48 + t] >= 1 && shapes[48 + t] <= 16;
     if (!ok || emu_tiles_open)
         __builtin_trap();
+    memcpy(emu_rows, shapes + 48, 8);
     memset(emu_tiles, 0x55, sizeof emu_tiles);
     emu_tiles_open = 1;
 }
@@ -429,7 +456,8 @@ static void emu_tile_load(int t, const void *p, size_t stride)
 {
     if (!emu_tiles_open)
         __builtin_trap();
-    for (size_t i = 0; i < 16; i++)
+    memset(&emu_tiles[t], 0, sizeof emu_tiles[t]);
+    for (size_t i = 0; i < emu_rows[t]; i++)
         memcpy(emu_tiles[t].word[i], (const uint8_t *)p + i * stride, 64);
 }
 
@@ -437,16 +465,21 @@ static void emu_tile_store(int t, void *p, size_t stride)
 {
     if (!emu_tiles_open)
         __builtin_trap();
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < emu_rows[t]; i++)
         memcpy((uint8_t *)p + i * stride, emu_tiles[t].word[i], 64);
+}
+
+static void emu_tiles_fit(int sum, int a, int b)
+{
+    if (!emu_tiles_open || emu_rows[sum] != emu_rows[a] || emu_rows[b] != 16)
+        __builtin_trap();
 }
 
 /* sum[m][n] += the 4 products of word k of row m of a with word n of row k of b, for all k. */
 static void emu_tile_dot(int sum, int a, int b)
 {
-    if (!emu_tiles_open)
-        __builtin_trap();
-    for (int m = 0; m < 16; m++)
+    emu_tiles_fit(sum, a, b);
+    for (int m = 0; m < emu_rows[a]; m++)
         for (int k = 0; k < 16; k++) {
             int8_t w[4], x[16][4];
             memcpy(w, &emu_tiles[a].word[m][k], 4);
@@ -456,12 +489,38 @@ static void emu_tile_dot(int sum, int a, int b)
                     emu_tiles[sum].word[m][n] = (int32_t)((uint32_t)emu_tiles[sum].word[m][n] + (uint32_t)(w[i] * x[n][i]));
         }
 }
+
+/* sum[m][n] += (the low halves' products, from +0 up) + (the high halves'). Operands and results below 2^-126 are 0. */
+static void emu_tile_dot_bf16(int sum, int a, int b)
+{
+    const unsigned csr = _mm_getcsr();
+    emu_tiles_fit(sum, a, b);
+    _mm_setcsr(0x9FC0); /* flush to zero, denormals are zeros */
+    for (int m = 0; m < emu_rows[a]; m++)
+        for (int n = 0; n < 16; n++) {
+            volatile float even = 0, odd = 0, y;
+            for (int k = 0; k < 16; k++) {
+                uint32_t w = (uint32_t)emu_tiles[a].word[m][k], x = (uint32_t)emu_tiles[b].word[k][n];
+                uint32_t bits[4] = {w << 16, x << 16, w & 0xFFFF0000u, x & 0xFFFF0000u};
+                float v[4];
+                memcpy(v, bits, sizeof v);
+                even = __builtin_fmaf(v[0], v[1], even);
+                odd = __builtin_fmaf(v[2], v[3], odd);
+            }
+            memcpy((void *)&y, &emu_tiles[sum].word[m][n], sizeof y);
+            even = even + odd;
+            y = y + even;
+            memcpy(&emu_tiles[sum].word[m][n], (const void *)&y, sizeof y);
+        }
+    _mm_setcsr(csr);
+}
 #define DSV3__TILES_BEGIN(shapes) emu_tiles_begin(*(shapes))
 #define DSV3__TILES_END() (emu_tiles_open = 0)
 #define DSV3__TILE_ZERO(t) memset(&emu_tiles[t], 0, sizeof emu_tiles[t])
 #define DSV3__TILE_LOAD emu_tile_load
 #define DSV3__TILE_STORE emu_tile_store
 #define DSV3__TILE_DOT emu_tile_dot
+#define DSV3__TILE_DOT_BF16 emu_tile_dot_bf16
 
 #endif
 #endif /* DSV3_EMULATE_AVX512_H */

@@ -847,7 +847,150 @@ TEST(outer_bits)
         }
 }
 
+// ---- Halves ----------------------------------------------------------------------------------------------
+
+static float half(float v)
+{
+    float r = dsv3__bf16_decode(dsv3__bf16_encode(v));
+    return fabsf(r) < ldexpf(1, -50) ? 0 : r;
+}
+
+/* y + a + b of every run of 32, as the contract says. */
+static float half_sum(float y, const float *w, size_t w_step, const float *x, size_t x_step, size_t n)
+{
+    for (size_t r = 0; r < n; r += 32) {
+        float a = 0, b = 0;
+        for (size_t i = r; i < n && i < r + 16; i++)
+            a = fmaf(half(w[i * w_step]), half(x[i * x_step]), a);
+        for (size_t i = r + 16; i < n && i < r + 32; i++)
+            b = fmaf(half(w[i * w_step]), half(x[i * x_step]), b);
+        a += b;
+        y += a;
+    }
+    return y;
+}
+
+/* Numbers of every size that a half may have, and some that it may not; or tame ones. */
+static float half_float(bool wild)
+{
+    float v = random_float();
+    return !wild ? v : ldexpf(v, (int)(random_bits() % 120) - 70);
+}
+
+TEST(halves)
+{
+    enum { WIDE = 192 };
+    static const size_t across[] = {64, 128, 192}, latents[] = {64, 96, 100, 17, 192}, heads[] = {1, 3, 8, 9, 16},
+                        counts[] = {1, 5, 16, 17, 31, 32, 33, 48, 50, 64};
+    static float keys[64][WIDE], q[16][WIDE], p[16][64], start[16][WIDE + 3], u[16][WIDE + 3], expected[16][WIDE + 3];
+    static float packed[64 * WIDE], query[16 * WIDE], scores[16][64];
+    static uint16_t codes[64][WIDE];
+    random_state = 23;
+    for (size_t n = 0; n < 300; n++) {
+        const size_t width = across[n % 3], count = counts[random_bits() % DSV3__COUNT(counts)],
+                     n_h = heads[random_bits() % DSV3__COUNT(heads)];
+        size_t latent = latents[random_bits() % DSV3__COUNT(latents)];
+        const bool bf16 = n % 2, wild = n % 7 == 0;
+        latent = latent > width ? width : latent;
+        for (size_t t = 0; t < 64; t++)
+            for (size_t c = 0; c < width; c++) {
+                keys[t][c] = half_float(wild);
+                if (bf16)
+                    keys[t][c] = dsv3__bf16_decode(codes[t][c] = dsv3__bf16_encode(keys[t][c]));
+            }
+        for (size_t h = 0; h < 16; h++) {
+            for (size_t c = 0; c < width; c++)
+                q[h][c] = half_float(wild), start[h][c] = random_float();
+            for (size_t t = 0; t < 64; t++)
+                p[h][t] = t < count ? fabsf(half_float(wild)) : NAN; /* what nobody may read */
+        }
+        FOR_VARIANTS(k)
+        {
+            bool ok = true;
+            memset(packed, 0xFF, sizeof packed); /* NaN wherever it is not written */
+            memset(query, 0xFF, sizeof query);
+            if (bf16) { /* in two parts */
+                k->half_keys(packed, 0, width, latent, codes[0], sizeof codes[0], true, count, width / 64 * 32);
+                k->half_keys(packed, width / 64 * 32, width, latent, &codes[0][width / 64 * 32], sizeof codes[0], true, count,
+                             width - width / 64 * 32);
+            } else {
+                k->half_keys(packed, 0, width, latent, keys[0], sizeof keys[0], false, count, width);
+            }
+            k->half_query(query, q[0], WIDE, n_h, width);
+            k->half_scores(scores[0], 64, packed, count, query, n_h, width);
+            for (size_t h = 0; h < n_h; h++)
+                for (size_t t = 0; t < count; t++) {
+                    float y = half_sum(0, keys[t], 1, q[h], 1, width);
+                    ok = ok && same_bits(&y, &scores[h][t], 1);
+                }
+            CHECK(ok);
+            memcpy(u, start, sizeof u);
+            memcpy(expected, start, sizeof u);
+            for (size_t h = 0; h < n_h; h++)
+                for (size_t c = 0; c < latent; c++)
+                    expected[h][c] = half_sum(start[h][c], p[h], 1, &keys[0][c], WIDE, count);
+            k->half_sums(u[0], WIDE + 3, n_h, p[0], 64, packed, count, width, latent);
+            if (!CHECK(memcmp(u, expected, sizeof u) == 0))
+                printf("    %s, width %zu, latent %zu, %zu heads, %zu rows\n", dsv3_isa_name(k->isa), width, latent, n_h, count);
+        }
+    }
+}
+
+/* A NaN in a row of the cache reaches those who see the row, and nobody else. */
+TEST(halves_nan)
+{
+    static float keys[64][64], q[16][64], p[16][64], u[16][64], scores[16][64], packed[64 * 64], query[16 * 64];
+    static const uint32_t nans[] = {0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001};
+    for (size_t i = 0; i < DSV3__COUNT(nans); i++) {
+        FOR_VARIANTS(k)
+        {
+            for (size_t t = 0; t < 64; t++)
+                for (size_t c = 0; c < 64; c++)
+                    keys[t][c] = 1, q[t % 16][c] = 1, p[t % 16][c] = 1;
+            keys[40][7] = dsv3__bits_float(nans[i]);
+            for (size_t count = 39; count < 43; count++) {
+                bool ok = true;
+                memset(u, 0, sizeof u);
+                k->half_keys(packed, 0, 64, 64, keys[0], sizeof keys[0], false, count, 64);
+                k->half_query(query, q[0], 64, 16, 64);
+                k->half_scores(scores[0], 64, packed, count, query, 16, 64);
+                k->half_sums(u[0], 64, 16, p[0], 64, packed, count, 64, 64);
+                for (size_t h = 0; h < 16; h++)
+                    for (size_t c = 0; c < 64; c++) {
+                        ok = ok && (c >= count || (scores[h][c] != scores[h][c]) == (c == 40));
+                        ok = ok && (u[h][c] != u[h][c]) == (c == 7 && count > 40);
+                    }
+                CHECK(ok);
+            }
+        }
+    }
+}
+
 // ---- exp -------------------------------------------------------------------------------------------------
+
+TEST(scale_max_bits)
+{
+    static float x[100], y[100], z[100];
+    random_state = 29;
+    for (size_t n = 0; n < 100; n++) {
+        float most = -INFINITY;
+        for (size_t i = 0; i < n; i++) {
+            x[i] = i % 11 == 5 ? NAN : random_float() - 2;
+            most = x[i] * 0.3f > most ? x[i] * 0.3f : most;
+        }
+        FOR_VARIANTS(k)
+        {
+            memcpy(y, x, sizeof y);
+            CHECK(k->scale_max(y, n, 0.3f) == most);
+            memcpy(z, x, sizeof z);
+            k->shrink(z, n, 0.3f, 0.25f);
+            for (size_t i = 0; i < n; i++)
+                CHECK(x[i] != x[i] ? z[i] != z[i] : z[i] == (fabsf(x[i] * 0.3f) < 0.25f ? 0 : x[i] * 0.3f));
+            for (size_t i = 0; i < n; i++)
+                CHECK(x[i] != x[i] ? y[i] != y[i] : y[i] == x[i] * 0.3f);
+        }
+    }
+}
 
 static double ulps(float found, double expected)
 {
@@ -963,5 +1106,5 @@ TEST(tables)
 }
 
 TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
-          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(exp_accuracy), RUN(exp_bits),
+          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(halves), RUN(halves_nan), RUN(scale_max_bits), RUN(exp_accuracy), RUN(exp_bits),
           RUN(tables))
