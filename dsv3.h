@@ -5674,31 +5674,38 @@ DSV3__TARGET_AVX512_AMX DSV3__INLINE __m512i dsv3__k_half_words_avx512_amx(const
                                   words);
 }
 
+/* PERF: rows are read one after another, as memory likes it; then words are paired again from what lies in L2. */
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_keys_avx512_amx(float *keys, size_t at, size_t width, size_t n_c,
                                                                  const void *rows, size_t row_bytes, bool bf16,
                                                                  size_t count, size_t n)
 {
     const __m512i high = _mm512_set1_epi32((int)0xFFFF0000), low = _mm512_set1_epi32(0xFFFF);
-    const size_t runs = width / 32;
-    const __m512i none = _mm512_setzero_si512();
-    for (size_t t = 0; t < (count + 31) / 32 * 32;
-         t += t % 32 == 15 ? 17 : 1) { /* each first row of a run, with its other */
+    const size_t tile = 16 * 16, runs = width / 32, end = (count + 31) / 32 * 32;
+    float *sums = keys + 64 * width / 2 + at / 16 * 2 * tile;
+    for (size_t t = 0; t < end; t++) { /* zeros up to the end of a run */
         const uint8_t *row = (const uint8_t *)rows + t * row_bytes;
-        float *to = keys + ((t / 16 * runs + at / 32) * 16 + t % 16) * 16;
-        float *sums = keys + 64 * width / 2 + ((at / 16 * 2 + t / 32) * 16 + t % 16) * 16;
-        for (size_t c = 0; c < n; c += 32, to += 256, sums += 4 * 256) {
-            __m512i first = t < count ? dsv3__k_half_words_avx512_amx(row, c, bf16) : none;
-            __m512i other = t + 16 < count ? dsv3__k_half_words_avx512_amx(row + 16 * row_bytes, c, bf16) : none;
-            _mm512_storeu_ps(to, _mm512_castsi512_ps(first));
-            _mm512_storeu_ps(to + runs * 256, _mm512_castsi512_ps(other));
-            if (at + c < n_c) {
-                __m512i v = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi32(other, 16));
-                _mm512_storeu_ps(sums, _mm512_castsi512_ps(v));
-                v = _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_and_si512(other, high));
-                _mm512_storeu_ps(sums + 2 * 256, _mm512_castsi512_ps(v));
+        float *to = keys + (t / 16 * runs + at / 32) * tile + t % 16 * 16;
+        for (size_t c = 0; c < n; c += 32, to += tile) {
+            __m512i words = _mm512_setzero_si512();
+            if (t < count) {
+                words = dsv3__k_half_words_avx512_amx(row, c, bf16);
+                DSV3__PREFETCH(row + (bf16 ? 2 : 4) * c);
             }
+            _mm512_storeu_ps(to, _mm512_castsi512_ps(words));
         }
     }
+    for (size_t c = 0; c < n && at + c < n_c; c += 32)
+        for (size_t t = 0; t < end; t += 32) {
+            const float *from = keys + (t / 16 * runs + (at + c) / 32) * tile;
+            float *to = sums + (c / 16 * 2 + t / 32) * tile;
+            for (size_t i = 0; i < tile; i += 16) {
+                const __m512i first = _mm512_loadu_si512(from + i), other = _mm512_loadu_si512(from + runs * tile + i);
+                _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(first, low),
+                                                                             _mm512_slli_epi32(other, 16))));
+                _mm512_storeu_ps(to + 2 * tile + i, _mm512_castsi512_ps(_mm512_or_si512(
+                                                        _mm512_srli_epi32(first, 16), _mm512_and_si512(other, high))));
+            }
+        }
 }
 
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_query_avx512_amx(float *query, const float *q, size_t stride,
