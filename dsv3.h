@@ -2732,8 +2732,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    y = fmaf((float)sum, w_scale * x_scale, y), rising from +0.
 
    HALVES. What attention multiplies where the mode is not f32: bf16, and 0 instead of what is below 2^-50, so that nothing
-   made of them is denormal. A sum over n of them is made in runs of 32: a and b are chains as above over the first 16 and
-   the other 16 of a run, from +0; then y += a + b. That is what tdpbf16ps does, with its words (first, other) of a run.
+   made of them is denormal. A sum over n of them is made in runs of 32: a and b are chains as above over the even and the
+   odd positions of a run, from +0; then y += a + b. That is what tdpbf16ps does with the bf16 as they lie.
 
    All variants want denormals and round-to-nearest (dsv3__fp_enter). Pointers to weights may have any alignment; reads
    never pass the end of a row. */
@@ -2817,6 +2817,16 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 /* The most floats of `sum` of one tile. */
 #define DSV3__TILE_SUM (DSV3__TILE_W * 6 * 64)
 
+/* Rows of the cache that attention meets at once, as halves: `count` of them, of `width` columns (a multiple of 64), in two
+   parts side by side. 64 rows may be read, whatever is in those behind `count`. */
+typedef struct dsv3__half_block {
+    const uint8_t *rows[2]; /* bf16 */
+    size_t row_bytes[2];
+    size_t n[2]; /* columns of a part, a multiple of 32; n[0] + n[1] = width, and half_sums needs columns of part 0 */
+    size_t width, count;
+    float *made; /* [64, width] what a variant makes of it, 64-aligned */
+} dsv3__half_block;
+
 /* A variant works on registers of `lanes` floats, 4, 8 or 16: lane l of register g of a block is position g * lanes + l.
 
    dot_<dtype>   the dot product of one row of weights w [k] with a packed row x [ceil64(k)].
@@ -2849,17 +2859,17 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
    tile          out[j * out_stride + i] = dot product of row i < n_w of w (f32, w_stride floats apart) and row j < n_x
                  of x (x_stride floats apart; with index: row index[j] of x). Both [k], k a multiple of 64. Rows are
                  any floats: what matters is that both sides use the same positions.
-   outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]) for t rising
+   outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t * a_step], b[t * b_stride + c], same u) for t rising
                  from 0 to n_t - 1, for every h < n_h and c < n_c.
    shrink        x[i] *= scale, or 0 where that is below `least`, for i < n.
    scale_max     x[i] *= scale for i < n; returns the largest that is not NaN, or -infinity.
-   half_keys     columns at ... at + n - 1 of `count` <= 64 rows of `width` columns, from rows row_bytes apart of f32, or of
-                 bf16, become halves in a layout of the variant's own; of the first n_c columns also the one half_sums
-                 reads. at and n are multiples of 32, width one of 64. keys [64 * width] floats.
-   half_query    q [n_h, stride] of `width` columns become halves in query [width * 16] floats. n_h <= 16, here and below.
+   to_halves     out[i] = x[i] as a half, a bf16, for i < n.
+   half_keys     makes `made` of the rows of a block of the cache.
+   half_query    q [n_h, stride] of `width` columns become halves in query [width * 16] floats, in a layout of the variant's
+                 own. n_h <= 16, here and below.
    half_scores   out[h * out_stride + t] = row h of query times row t < count of keys; up to t = 63 it may write anything.
-   half_sums     u[h * u_stride + c] goes on with p [n_h, p_stride], made halves here, times keys, over the rows t < count
-                 that half_keys was told, for c < n_c.
+   half_sums     u[h * u_stride + c] goes on with p [n_h, p_stride], made halves here, times keys, over rows t < count, for
+                 c < n_c.
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n, 0 instead of what is below 2^-126; out may be gate or up. silu as
@@ -2882,8 +2892,8 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
        const float *const *x, size_t x_step, size_t steps, size_t n_x, bool first))                                 \
     X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                        \
     X(void, outer,                                                                                                  \
-      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
-       size_t n_t, size_t n_c))                                                                                     \
+      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step, const float *b,       \
+       size_t b_stride, size_t n_t, size_t n_c))                                                                    \
     X(void, shrink, (float *x, size_t n, float scale, float least))                                                 \
     X(float, scale_max, (float *x, size_t n, float scale))                                                          \
     X(float, exp_sum, (float *x, size_t n, float max))                                                              \
@@ -2907,16 +2917,15 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
-#define DSV3__KERN_HALVES(X)                                                                                          \
-    X(void, half_keys,                                                                                                \
-      (float *keys, size_t at, size_t width, size_t n_c, const void *rows, size_t row_bytes, bool bf16, size_t count, \
-       size_t n))                                                                                                     \
-    X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))                      \
-    X(void, half_scores,                                                                                              \
-      (float *out, size_t out_stride, const float *keys, size_t count, const float *query, size_t n_h, size_t width)) \
-    X(void, half_sums,                                                                                                \
-      (float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, const float *keys, size_t count,       \
-       size_t width, size_t n_c))
+#define DSV3__KERN_HALVES(X)                                                                                 \
+    X(void, to_halves, (uint16_t * out, const float *x, size_t n))                                           \
+    X(void, half_keys, (const dsv3__half_block *keys))                                                       \
+    X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))             \
+    X(void, half_scores,                                                                                     \
+      (float *out, size_t out_stride, const dsv3__half_block *keys, const float *query, size_t n_h))         \
+    X(void, half_sums,                                                                                       \
+      (float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, const dsv3__half_block *keys, \
+       size_t n_c))
 #define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X) DSV3__KERN_HALVES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
@@ -3231,13 +3240,13 @@ static void dsv3__k_tree_scalar(float *out, size_t out_stride, const float *sum,
         }
 }
 
-static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
-                                 size_t b_stride, size_t n_t, size_t n_c)
+static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
+                                 const float *b, size_t b_stride, size_t n_t, size_t n_c)
 {
     for (size_t h = 0; h < n_h; h++)
         for (size_t t = 0; t < n_t; t++)
             for (size_t c = 0; c < n_c; c++)
-                u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]);
+                u[h * u_stride + c] = fmaf(a[h * a_stride + t * a_step], b[t * b_stride + c], u[h * u_stride + c]);
 }
 
 /* The sum of the 16 chains of exp_sum. */
@@ -3283,123 +3292,129 @@ static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up
         out[i] = dsv3__k_flush(dsv3__silu(gate[i]) * up[i]);
 }
 
-/* Halves, where there is no instruction for them: the same steps, made by `outer`. Keys are rows [64][width] of floats, a
-   query is turned: [width][n], n the heads and zeros, 8 or 16. */
+/* Halves, where there is no instruction for them: the same steps, made by `outer`. What is made of a block are its rows as
+   floats [count][width]; a query is turned: [width][n], n the heads and zeros, 8 or 16. */
 
-typedef void (*dsv3__outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
-                               size_t b_stride, size_t n_t, size_t n_c);
-typedef void (*dsv3__halves_fn)(float *out, const void *x, bool bf16, size_t n);
+typedef void (*dsv3__outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
+                               const float *b, size_t b_stride, size_t n_t, size_t n_c);
+typedef void (*dsv3__to_halves_fn)(uint16_t *out, const float *x, size_t n);
+typedef void (*dsv3__from_halves_fn)(float *out, const uint8_t *codes, size_t n);
 
 #define DSV3__HALF_LEAST 0x26800000 /* the bits of 2^-50 */
 
-static void dsv3__k_halves_scalar(float *out, const void *x, bool bf16, size_t n)
+static void dsv3__k_to_halves_scalar(uint16_t *out, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        float v = dsv3__num_get((const uint8_t *)x, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32, i);
-        v = dsv3__bf16_decode(dsv3__bf16_encode(v));
-        out[i] = (dsv3__float_bits(v) & 0x7FFFFFFF) < DSV3__HALF_LEAST ? 0 : v;
+        const uint16_t code = dsv3__bf16_encode(x[i]);
+        out[i] = (code & 0x7FFF) < DSV3__HALF_LEAST >> 16 ? 0 : code;
     }
 }
 
-DSV3__INLINE void dsv3__k_half_keys_by(dsv3__halves_fn halves, float *keys, size_t at, size_t width, const void *rows,
-                                       size_t row_bytes, bool bf16, size_t count, size_t n)
+static void dsv3__k_from_halves_scalar(float *out, const uint8_t *codes, size_t n)
 {
-    for (size_t t = 0; t < count; t++)
-        halves(keys + t * width + at, (const uint8_t *)rows + t * row_bytes, bf16, n);
+    for (size_t i = 0; i < n; i++)
+        out[i] = dsv3__bf16_decode(dsv3__load16(codes + 2 * i));
 }
 
-DSV3__INLINE void dsv3__k_half_query_by(dsv3__halves_fn halves, float *query, const float *q, size_t stride, size_t n_h,
+DSV3__INLINE void dsv3__k_half_keys_by(dsv3__from_halves_fn from, const dsv3__half_block *keys)
+{
+    for (size_t t = 0; t < keys->count; t++) {
+        from(keys->made + t * keys->width, keys->rows[0] + t * keys->row_bytes[0], keys->n[0]);
+        from(keys->made + t * keys->width + keys->n[0], keys->rows[1] + t * keys->row_bytes[1], keys->n[1]);
+    }
+}
+
+DSV3__INLINE void dsv3__k_half_query_by(dsv3__to_halves_fn to, float *query, const float *q, size_t stride, size_t n_h,
                                         size_t width)
 {
     const size_t n = n_h <= 8 ? 8 : 16;
-    float some[64];
-    for (size_t h = 0; h < n; h++)
+    uint16_t some[64];
+    memset(some, 0, sizeof some);
+    for (size_t h = n; h-- > 0;)
         for (size_t c = 0; c < width; c += 64) {
             if (h < n_h)
-                halves(some, q + h * stride + c, false, 64);
-            else
-                memset(some, 0, sizeof some);
+                to(some, q + h * stride + c, 64);
             for (size_t i = 0; i < 64; i++)
-                query[(c + i) * n + h] = some[i];
+                query[(c + i) * n + h] = dsv3__bf16_decode(some[i]);
         }
 }
 
-DSV3__INLINE void dsv3__k_half_scores_by(dsv3__outer_fn outer, float *out, size_t out_stride, const float *keys,
-                                         size_t count, const float *query, size_t n_h, size_t width)
+DSV3__INLINE void dsv3__k_half_scores_by(dsv3__outer_fn outer, float *out, size_t out_stride,
+                                         const dsv3__half_block *keys, const float *query, size_t n_h)
 {
-    const size_t n = n_h <= 8 ? 8 : 16;
+    const size_t n = n_h <= 8 ? 8 : 16, width = keys->width, count = keys->count;
     float y[64 * 16], a[64 * 16], b[64 * 16]; /* [count][n] */
     memset(y, 0, sizeof y);
     for (size_t c = 0; c < width; c += 32) {
+        const float *rows = keys->made + c;
         memset(a, 0, count * n * sizeof *a);
         memset(b, 0, count * n * sizeof *b);
-        outer(a, n, count, keys + c, width, query + c * n, n, 16, n);
-        outer(b, n, count, keys + c + 16, width, query + (c + 16) * n, n, 16, n);
-        for (size_t t = 0; t < count; t++)
-            for (size_t h = 0; h < 8; h++) { /* a constant, for the compiler's vectors */
-                y[t * n + h] += a[t * n + h] + b[t * n + h];
-                if (n > 8)
-                    y[t * n + 8 + h] += a[t * n + 8 + h] + b[t * n + 8 + h];
-            }
+        outer(a, n, count, rows, width, 2, query + c * n, 2 * n, 16, n);
+        outer(b, n, count, rows + 1, width, 2, query + (c + 1) * n, 2 * n, 16, n);
+        for (size_t i = 0; i < count * n; i += 8)
+            for (size_t j = i; j < i + 8; j++) /* a constant, for the compiler's vectors */
+                y[j] += a[j] + b[j];
     }
     for (size_t h = 0; h < n_h; h++)
         for (size_t t = 0; t < count; t++)
             out[h * out_stride + t] = y[t * n + h];
 }
 
-DSV3__INLINE void dsv3__k_half_sums_by(dsv3__outer_fn outer, dsv3__halves_fn halves, float *u, size_t u_stride,
-                                       size_t n_h, const float *p, size_t p_stride, const float *keys, size_t count,
-                                       size_t width, size_t n_c)
+DSV3__INLINE void dsv3__k_half_sums_by(dsv3__outer_fn outer, dsv3__to_halves_fn to, dsv3__from_halves_fn from, float *u,
+                                       size_t u_stride, size_t n_h, const float *p, size_t p_stride,
+                                       const dsv3__half_block *keys, size_t n_c)
 {
+    const size_t width = keys->width, count = keys->count;
     float half[16 * 64], a[16 * 64], b[16 * 64]; /* [n_h][64] */
-    for (size_t h = 0; h < n_h; h++)
-        halves(half + h * 64, p + h * p_stride, false, count);
+    for (size_t h = 0; h < n_h; h++) {
+        uint16_t codes[64];
+        to(codes, p + h * p_stride, count);
+        from(half + h * 64, (const uint8_t *)(const void *)codes, count);
+    }
     for (size_t c = 0; c < n_c; c += 64) {
         const size_t n = dsv3__min(n_c - c, 64);
         for (size_t t = 0; t < count; t += 32) {
-            const size_t first = dsv3__min(count - t, 16), other = dsv3__min(count - t - first, 16);
+            const size_t rows = dsv3__min(count - t, 32);
+            const float *at = keys->made + t * width + c;
             memset(a, 0, n_h * 64 * sizeof *a);
             memset(b, 0, n_h * 64 * sizeof *b);
-            outer(a, 64, n_h, half + t, 64, keys + t * width + c, width, first, n);
-            if (other)
-                outer(b, 64, n_h, half + t + 16, 64, keys + (t + 16) * width + c, width, other, n);
+            outer(a, 64, n_h, half + t, 64, 2, at, 2 * width, (rows + 1) / 2, n);
+            outer(b, 64, n_h, half + t + 1, 64, 2, at + width, 2 * width, rows / 2, n);
             for (size_t h = 0; h < n_h; h++) {
-                float *to = u + h * u_stride + c;
+                float *sum = u + h * u_stride + c;
                 const float *from_a = a + h * 64, *from_b = b + h * 64;
                 size_t i = 0;
                 for (; i + 8 <= n; i += 8)
-                    for (size_t j = 0; j < 8; j++)
-                        to[i + j] += from_a[i + j] + from_b[i + j];
+                    for (size_t j = i; j < i + 8; j++)
+                        sum[j] += from_a[j] + from_b[j];
                 for (; i < n; i++)
-                    to[i] += from_a[i] + from_b[i];
+                    sum[i] += from_a[i] + from_b[i];
             }
         }
     }
 }
 
-/* The four of a variant that has `outer` and `halves`. */
-#define DSV3__KERN_HALVES_BY(isa, outer, halves)                                                                \
-    static void dsv3__k_half_keys_##isa(float *keys, size_t at, size_t width, size_t n_c, const void *rows,     \
-                                        size_t row_bytes, bool bf16, size_t count, size_t n)                    \
+/* The four of a variant that has the three. */
+#define DSV3__KERN_HALVES_BY(isa, outer, to, from)                                                              \
+    static void dsv3__k_half_keys_##isa(const dsv3__half_block *keys)                                           \
     {                                                                                                           \
-        (void)n_c;                                                                                              \
-        dsv3__k_half_keys_by(halves, keys, at, width, rows, row_bytes, bf16, count, n);                         \
+        dsv3__k_half_keys_by(from, keys);                                                                       \
     }                                                                                                           \
     static void dsv3__k_half_query_##isa(float *query, const float *q, size_t stride, size_t n_h, size_t width) \
     {                                                                                                           \
-        dsv3__k_half_query_by(halves, query, q, stride, n_h, width);                                            \
+        dsv3__k_half_query_by(to, query, q, stride, n_h, width);                                                \
     }                                                                                                           \
-    static void dsv3__k_half_scores_##isa(float *out, size_t out_stride, const float *keys, size_t count,       \
-                                          const float *query, size_t n_h, size_t width)                         \
+    static void dsv3__k_half_scores_##isa(float *out, size_t out_stride, const dsv3__half_block *keys,          \
+                                          const float *query, size_t n_h)                                       \
     {                                                                                                           \
-        dsv3__k_half_scores_by(outer, out, out_stride, keys, count, query, n_h, width);                         \
+        dsv3__k_half_scores_by(outer, out, out_stride, keys, query, n_h);                                       \
     }                                                                                                           \
     static void dsv3__k_half_sums_##isa(float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, \
-                                        const float *keys, size_t count, size_t width, size_t n_c)              \
+                                        const dsv3__half_block *keys, size_t n_c)                               \
     {                                                                                                           \
-        dsv3__k_half_sums_by(outer, halves, u, u_stride, n_h, p, p_stride, keys, count, width, n_c);            \
+        dsv3__k_half_sums_by(outer, to, from, u, u_stride, n_h, p, p_stride, keys, n_c);                        \
     }
-DSV3__KERN_HALVES_BY(scalar, dsv3__k_outer_scalar, dsv3__k_halves_scalar)
+DSV3__KERN_HALVES_BY(scalar, dsv3__k_outer_scalar, dsv3__k_to_halves_scalar, dsv3__k_from_halves_scalar)
 
 typedef void (*dsv3__tile_add_fn)(float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next,
                                   size_t n_w, const float *const *x, size_t x_step, size_t steps, size_t n_x,
@@ -4200,8 +4215,8 @@ DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, c
 
 /* H rows of u by C registers of columns; H and C are constants. */
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_stride, const float *a, size_t a_stride,
-                                                          const float *b, size_t b_stride, size_t n_t, const size_t H,
-                                                          const size_t C)
+                                                          size_t a_step, const float *b, size_t b_stride, size_t n_t,
+                                                          const size_t H, const size_t C)
 {
     __m256 acc[12], v[8], s;
     DSV3__UNROLL
@@ -4216,7 +4231,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_str
             v[c] = _mm256_loadu_ps(b + t * b_stride + 8 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            s = _mm256_set1_ps(a[h * a_stride + t]);
+            s = _mm256_set1_ps(a[h * a_stride + t * a_step]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = _mm256_fmadd_ps(s, v[c], acc[h * C + c]);
@@ -4231,32 +4246,32 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_str
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_outer_avx2(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
-                                                 const float *b, size_t b_stride, size_t n_t, size_t n_c)
+                                                 size_t a_step, const float *b, size_t b_stride, size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 8 * 8;
     size_t h = 0;
     for (; full == 8 && h + 8 <= n_h; h += 8)
-        dsv3__k_outer_hc_avx2(u + h * u_stride, u_stride, a + h * a_stride, a_stride, b, b_stride, n_t, 8, 1);
+        dsv3__k_outer_hc_avx2(u + h * u_stride, u_stride, a + h * a_stride, a_stride, a_step, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 24 <= full; c += 24)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 3);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 3);
         for (; c + 16 <= full; c += 16)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 2);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 2);
         for (; c < full; c += 8)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 64 <= full; c += 64)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 8)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_shrink_avx2(float *x, size_t n, float scale, float least)
@@ -4287,23 +4302,34 @@ DSV3__TARGET_AVX2 static float dsv3__k_scale_max_avx2(float *x, size_t n, float 
     return rest;
 }
 
-DSV3__TARGET_AVX2 static void dsv3__k_halves_avx2(float *out, const void *x, bool bf16, size_t n)
+DSV3__TARGET_AVX2 static void dsv3__k_to_halves_avx2(uint16_t *out, const float *x, size_t n)
 {
-    const uint8_t *from = (const uint8_t *)x;
-    const size_t size = bf16 ? 2 : 4;
+    const __m256i nan = _mm256_set1_epi32((int)DSV3__NAN_BITS), magnitude = _mm256_set1_epi16(0x7FFF);
     size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 v = dsv3__k_load8_avx2(from + i * size, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32), magnitude;
-        if (!bf16)
-            v = _mm256_blendv_ps(dsv3__k_bf16_avx2(v), v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
-        _mm256_storeu_ps(out + i,
-                         _mm256_and_ps(v, _mm256_cmp_ps(magnitude, _mm256_set1_ps(dsv3__bits_float(DSV3__HALF_LEAST)),
-                                                        _CMP_NLT_UQ)));
+    for (; i + 16 <= n; i += 16) {
+        __m256i half[2], codes;
+        DSV3__UNROLL
+        for (size_t j = 0; j < 2; j++) {
+            __m256 v = _mm256_loadu_ps(x + i + 8 * j), bits = dsv3__k_bf16_avx2(v);
+            bits = _mm256_blendv_ps(bits, _mm256_castsi256_ps(nan), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+            half[j] = _mm256_srli_epi32(_mm256_castps_si256(bits), 16);
+        }
+        codes = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xD8);
+        codes = _mm256_and_si256(codes, _mm256_cmpgt_epi16(_mm256_and_si256(codes, magnitude),
+                                                           _mm256_set1_epi16((DSV3__HALF_LEAST >> 16) - 1)));
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), codes);
     }
-    dsv3__k_halves_scalar(out + i, from + i * size, bf16, n - i);
+    dsv3__k_to_halves_scalar(out + i, x + i, n - i);
 }
-DSV3__KERN_HALVES_BY(avx2, dsv3__k_outer_avx2, dsv3__k_halves_avx2)
+
+DSV3__TARGET_AVX2 static void dsv3__k_from_halves_avx2(float *out, const uint8_t *codes, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(out + i, dsv3__k_load8_avx2(codes + 2 * i, DSV3_DTYPE_BF16));
+    dsv3__k_from_halves_scalar(out + i, codes + 2 * i, n - i);
+}
+DSV3__KERN_HALVES_BY(avx2, dsv3__k_outer_avx2, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
 
 /* dsv3__exp, 8 at once. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_exp8_avx2(__m256 x)
@@ -5000,8 +5026,9 @@ DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_strid
 
 /* H rows of u by C registers of columns; H and C are constants. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u_stride, const float *a,
-                                                              size_t a_stride, const float *b, size_t b_stride,
-                                                              size_t n_t, const size_t H, const size_t C)
+                                                              size_t a_stride, size_t a_step, const float *b,
+                                                              size_t b_stride, size_t n_t, const size_t H,
+                                                              const size_t C)
 {
     __m512 acc[16], v[8], s;
     DSV3__UNROLL
@@ -5016,7 +5043,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u
             v[c] = _mm512_loadu_ps(b + t * b_stride + 16 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            s = _mm512_set1_ps(a[h * a_stride + t]);
+            s = _mm512_set1_ps(a[h * a_stride + t * a_step]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = _mm512_fmadd_ps(s, v[c], acc[h * C + c]);
@@ -5031,31 +5058,31 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u
 }
 
 DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, size_t n_h, const float *a,
-                                                     size_t a_stride, const float *b, size_t b_stride, size_t n_t,
-                                                     size_t n_c)
+                                                     size_t a_stride, size_t a_step, const float *b, size_t b_stride,
+                                                     size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 16 * 16;
     size_t h = 0;
     for (; full == 16 && h + 8 <= n_h; h += 8)
-        dsv3__k_outer_hc_avx512(u + h * u_stride, u_stride, a + h * a_stride, a_stride, b, b_stride, n_t, 8, 1);
+        dsv3__k_outer_hc_avx512(u + h * u_stride, u_stride, a + h * a_stride, a_stride, a_step, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 64 <= full; c += 64)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 4);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 4);
         for (; c < full; c += 16)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 128 <= full; c += 128)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 16)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_avx2(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_avx2(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
 }
 
 /* dsv3__k_flush, 16 at once. */
@@ -5083,7 +5110,7 @@ DSV3__TARGET_AVX512 static float dsv3__k_scale_max_avx512(float *x, size_t n, fl
         rest = m[j] > rest ? m[j] : rest;
     return rest;
 }
-DSV3__KERN_HALVES_BY(avx512, dsv3__k_outer_avx512, dsv3__k_halves_avx2)
+DSV3__KERN_HALVES_BY(avx512, dsv3__k_outer_avx512, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
 
 /* dsv3__exp, 16 at once. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
@@ -5316,9 +5343,10 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         }
 }
 
-#define dsv3__k_shrink_avx512   dsv3__k_shrink_avx2
-#define dsv3__k_bytes_avx512    dsv3__k_bytes_avx2
-#define dsv3__k_to_bytes_avx512 dsv3__k_to_bytes_avx2
+#define dsv3__k_shrink_avx512    dsv3__k_shrink_avx2
+#define dsv3__k_to_halves_avx512 dsv3__k_to_halves_avx2
+#define dsv3__k_bytes_avx512     dsv3__k_bytes_avx2
+#define dsv3__k_to_bytes_avx512  dsv3__k_to_bytes_avx2
 
 #if DSV3__VNNI
 // ---- AVX-512 VNNI ----------------------------------------------------------------------------------------------
@@ -5645,110 +5673,71 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
     DSV3__TILES_END();
 }
 
-/* Halves. Keys are two things in one place: for scores [4 x 16 rows][width / 32 runs][16][16] words (first, other) of a
-   run of columns of a row, as they are loaded; for sums [n_c / 16][2 runs of rows][16][16] words (first, other) of a run
-   of rows at a column, as the second operand wants them. A query is [width / 32][16][16] words of a run at a head. */
+/* Halves. For scores, rows of the cache are loaded as they lie, and a query is turned: [width / 32][16][16] words (even, odd
+   column) of a run at a head. For sums, words (even, odd row) at a column are made: [n / 16] of two runs of rows [16][16].
+   PERF: such a pair of tiles lies 2112 bytes behind the one before: 2048, and a row's words were all in one set of L1. */
 
-/* 32 columns of a row as 16 words of halves. */
-DSV3__TARGET_AVX512_AMX DSV3__INLINE __m512i dsv3__k_half_words_avx512_amx(const uint8_t *row, size_t column, bool bf16)
-{
-    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000);
-    __m512i words;
-    if (bf16) {
-        const __m256i *from = (const __m256i *)(const void *)(row + 2 * column);
-        words = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from)),
-                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from + 1)), 16));
-    } else {
-        const float *from = (const float *)(const void *)(row + 4 * column);
-        const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
-        __m512 first = _mm512_loadu_ps(from), other = _mm512_loadu_ps(from + 16);
-        first = _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(first, first, _CMP_ORD_Q),
-                                   _mm512_castsi512_ps(dsv3__k_bf16_avx512(first)));
-        other = _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(other, other, _CMP_ORD_Q),
-                                   _mm512_castsi512_ps(dsv3__k_bf16_avx512(other)));
-        words = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16),
-                                _mm512_and_si512(_mm512_castps_si512(other), high));
-    }
-    return _mm512_maskz_mov_epi16(_mm512_cmpge_epu16_mask(_mm512_and_si512(words, _mm512_set1_epi16(0x7FFF)),
-                                                          _mm512_set1_epi16(DSV3__HALF_LEAST >> 16)),
-                                  words);
-}
+#define DSV3__HALF_PAIR 528 /* floats */
 
-/* PERF: rows are read one after another, as memory likes it; then words are paired again from what lies in L2. */
-DSV3__TARGET_AVX512_AMX static void dsv3__k_half_keys_avx512_amx(float *keys, size_t at, size_t width, size_t n_c,
-                                                                 const void *rows, size_t row_bytes, bool bf16,
-                                                                 size_t count, size_t n)
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_keys_avx512_amx(const dsv3__half_block *keys)
 {
-    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000), low = _mm512_set1_epi32(0xFFFF);
-    const size_t tile = 16 * 16, runs = width / 32, end = (count + 31) / 32 * 32;
-    float *sums = keys + 64 * width / 2 + at / 16 * 2 * tile;
-    for (size_t t = 0; t < end; t++) { /* zeros up to the end of a run */
-        const uint8_t *row = (const uint8_t *)rows + t * row_bytes;
-        float *to = keys + (t / 16 * runs + at / 32) * tile + t % 16 * 16;
-        for (size_t c = 0; c < n; c += 32, to += tile) {
-            __m512i words = _mm512_setzero_si512();
-            if (t < count) {
-                words = dsv3__k_half_words_avx512_amx(row, c, bf16);
-                DSV3__PREFETCH(row + (bf16 ? 2 : 4) * c);
+    for (size_t t = 0; t < (keys->count + 31) / 32 * 32; t += 2) { /* zeros up to the end of a run */
+        const uint8_t *even = keys->rows[0] + t * keys->row_bytes[0], *odd = even + keys->row_bytes[0];
+        float *to = keys->made + (t / 32 * 16 + t % 32 / 2) * 16;
+        for (size_t c = 0; c < keys->n[0]; c += 16, to += DSV3__HALF_PAIR) {
+            __m512i v = _mm512_setzero_si512(), w = v;
+            if (t < keys->count) {
+                v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(even + 2 * c)));
+                DSV3__PREFETCH_AT(even + 2 * c, 8192);
             }
-            _mm512_storeu_ps(to, _mm512_castsi512_ps(words));
+            if (t + 1 < keys->count) {
+                w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(odd + 2 * c)));
+                DSV3__PREFETCH_AT(odd + 2 * c, 8192);
+            }
+            _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_or_si512(v, _mm512_slli_epi32(w, 16))));
         }
     }
-    for (size_t c = 0; c < n && at + c < n_c; c += 32)
-        for (size_t t = 0; t < end; t += 32) {
-            const float *from = keys + (t / 16 * runs + (at + c) / 32) * tile;
-            float *to = sums + (c / 16 * 2 + t / 32) * tile;
-            for (size_t i = 0; i < tile; i += 16) {
-                const __m512i first = _mm512_loadu_si512(from + i), other = _mm512_loadu_si512(from + runs * tile + i);
-                _mm512_storeu_ps(to + i, _mm512_castsi512_ps(_mm512_or_si512(_mm512_and_si512(first, low),
-                                                                             _mm512_slli_epi32(other, 16))));
-                _mm512_storeu_ps(to + 2 * tile + i, _mm512_castsi512_ps(_mm512_or_si512(
-                                                        _mm512_srli_epi32(first, 16), _mm512_and_si512(other, high))));
-            }
-        }
 }
 
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_query_avx512_amx(float *query, const float *q, size_t stride,
                                                                   size_t n_h, size_t width)
 {
-    float words[16][16];
+    uint16_t halves[16][32];
     const void *from[16];
     for (size_t h = 0; h < 16; h++) /* heads that are not there repeat the last */
-        from[h] = words[dsv3__min(h, n_h - 1)];
+        from[h] = halves[dsv3__min(h, n_h - 1)];
     for (size_t c = 0; c < width; c += 32) {
-        for (size_t h = 0; h < n_h; h++) {
-            const uint8_t *row = (const uint8_t *)(const void *)(q + h * stride);
-            _mm512_storeu_ps(words[h], _mm512_castsi512_ps(dsv3__k_half_words_avx512_amx(row, c, false)));
-        }
+        for (size_t h = 0; h < n_h; h++)
+            dsv3__k_to_halves_avx2(halves[h], q + h * stride + c, 32);
         dsv3__k_turn_avx512_amx(query + c / 32 * 256, 64, from, 16);
     }
 }
 
-DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, size_t out_stride, const float *keys,
-                                                                   size_t count, const float *query, size_t n_h,
-                                                                   size_t width)
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, size_t out_stride,
+                                                                   const dsv3__half_block *keys, const float *query,
+                                                                   size_t n_h)
 {
-    const size_t runs = width / 32;
     float y[4][16][16];
     const void *from[16];
-    (void)count; /* rows behind it are whatever was there */
     DSV3__TILES_BEGIN(&dsv3__k_tile_shapes);
     DSV3__TILE_ZERO(0);
     DSV3__TILE_ZERO(1);
     DSV3__TILE_ZERO(2);
     DSV3__TILE_ZERO(3);
-    for (size_t r = 0; r < runs; r++) {
-        const float *key = keys + r * 256;
-        DSV3__TILE_LOAD(4, query + r * 256, 64);
-        DSV3__TILE_LOAD(5, key, 64);
-        DSV3__TILE_DOT_BF16(0, 5, 4);
-        DSV3__TILE_LOAD(6, key + runs * 256, 64);
-        DSV3__TILE_DOT_BF16(1, 6, 4);
-        DSV3__TILE_LOAD(7, key + 2 * runs * 256, 64);
-        DSV3__TILE_DOT_BF16(2, 7, 4);
-        DSV3__TILE_LOAD(5, key + 3 * runs * 256, 64);
-        DSV3__TILE_DOT_BF16(3, 5, 4);
-    }
+    for (size_t part = 0; part < 2; part++)
+        for (size_t c = 0; c < keys->n[part]; c += 32, query += 256) {
+            const size_t stride = keys->row_bytes[part];
+            const uint8_t *rows = keys->rows[part] + 2 * c;
+            DSV3__TILE_LOAD(4, query, 64);
+            DSV3__TILE_LOAD(5, rows, stride);
+            DSV3__TILE_DOT_BF16(0, 5, 4);
+            DSV3__TILE_LOAD(6, rows + 16 * stride, stride);
+            DSV3__TILE_DOT_BF16(1, 6, 4);
+            DSV3__TILE_LOAD(7, rows + 32 * stride, stride);
+            DSV3__TILE_DOT_BF16(2, 7, 4);
+            DSV3__TILE_LOAD(5, rows + 48 * stride, stride);
+            DSV3__TILE_DOT_BF16(3, 5, 4);
+        }
     DSV3__TILE_STORE(0, y[0], 64);
     DSV3__TILE_STORE(1, y[1], 64);
     DSV3__TILE_STORE(2, y[2], 64);
@@ -5762,49 +5751,44 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, s
 }
 
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_sums_avx512_amx(float *u, size_t u_stride, size_t n_h, const float *p,
-                                                                 size_t p_stride, const float *keys, size_t count,
-                                                                 size_t width, size_t n_c)
+                                                                 size_t p_stride, const dsv3__half_block *keys,
+                                                                 size_t n_c)
 {
     const size_t full = n_c / 16 * 16, u_bytes = u_stride * sizeof(float);
-    const float *from = keys + 64 * width / 2;
-    float half[2][16][16], some[16][16];
+    const float *from = keys->made;
+    const bool two = keys->count > 32; /* runs */
+    uint16_t half[16][64];
+    float some[16][16];
     uint8_t shapes[64];
     memcpy(shapes, dsv3__k_tile_shapes, sizeof shapes);
     for (size_t t = 0; t < 6; t++) /* sums and p have as many rows as there are heads */
         shapes[48 + t] = (uint8_t)n_h;
-    for (size_t h = 0; h < n_h; h++) {
-        float row[64];
-        memset(row, 0, sizeof row);
-        memcpy(row, p + h * p_stride, count * sizeof(float));
-        for (size_t r = 0; r < 2; r++) {
-            const uint8_t *at = (const uint8_t *)(const void *)row;
-            _mm512_storeu_ps(half[r][h], _mm512_castsi512_ps(dsv3__k_half_words_avx512_amx(at, 32 * r, false)));
-        }
-    }
+    memset(half, 0, sizeof half);
+    for (size_t h = 0; h < n_h; h++)
+        dsv3__k_to_halves_avx2(half[h], p + h * p_stride, keys->count);
     DSV3__TILES_BEGIN(&shapes);
-    DSV3__TILE_LOAD(4, half[0], 64);
-    DSV3__TILE_LOAD(5, half[1], 64);
-#define DSV3__SUMS(sum, to, stride, from)         \
-    do {                                          \
-        DSV3__TILE_LOAD(sum, to, stride);         \
-        DSV3__TILE_LOAD(6, from, 64);             \
-        DSV3__TILE_DOT_BF16(sum, 4, 6);           \
-        if (count > 32) {                         \
-            DSV3__TILE_LOAD(7, (from) + 256, 64); \
-            DSV3__TILE_DOT_BF16(sum, 5, 7);       \
-        }                                         \
-        DSV3__TILE_STORE(sum, to, stride);        \
-    } while (0)
+    DSV3__TILE_LOAD(4, half[0], sizeof half[0]);
+    DSV3__TILE_LOAD(5, &half[0][32], sizeof half[0]);
+#define DSV3__SUMS(sum, words, to, stride)      \
+    DSV3__TILE_LOAD(sum, to, stride);           \
+    DSV3__TILE_LOAD(words, from, 64);           \
+    DSV3__TILE_DOT_BF16(sum, 4, words);         \
+    if (two) {                                  \
+        DSV3__TILE_LOAD(words, from + 256, 64); \
+        DSV3__TILE_DOT_BF16(sum, 5, words);     \
+    }                                           \
+    DSV3__TILE_STORE(sum, to, stride);          \
+    from += DSV3__HALF_PAIR
     size_t c = 0;
-    for (; c + 32 <= full; c += 32, from += 4 * 256) {
-        DSV3__SUMS(0, u + c, u_bytes, from);
-        DSV3__SUMS(1, u + c + 16, u_bytes, from + 2 * 256);
+    for (; c + 32 <= full; c += 32) {
+        DSV3__SUMS(0, 6, u + c, u_bytes);
+        DSV3__SUMS(1, 7, u + c + 16, u_bytes);
     }
-    for (; c < n_c; c += 16, from += 2 * 256) {
+    for (; c < n_c; c += 16) {
         const size_t bytes = dsv3__min(n_c - c, 16) * sizeof(float);
         for (size_t h = 0; h < n_h; h++)
             memcpy(some[h], u + h * u_stride + c, bytes);
-        DSV3__SUMS(0, some[0], 64, from);
+        DSV3__SUMS(0, 6, some[0], 64);
         for (size_t h = 0; h < n_h; h++)
             memcpy(u + h * u_stride + c, some[h], bytes);
     }
@@ -6654,8 +6638,8 @@ static void dsv3__k_tile_neon(float *out, size_t out_stride, const float *w, siz
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
-DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, const float *b,
-                                        size_t b_stride, size_t n_t, const size_t H, const size_t C)
+DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, size_t a_step,
+                                        const float *b, size_t b_stride, size_t n_t, const size_t H, const size_t C)
 {
     float32x4_t acc[16], v[8];
     DSV3__UNROLL
@@ -6670,7 +6654,7 @@ DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *
             v[c] = vld1q_f32(b + t * b_stride + 4 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            const float32x4_t s = vdupq_n_f32(a[h * a_stride + t]);
+            const float32x4_t s = vdupq_n_f32(a[h * a_stride + t * a_step]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = vfmaq_f32(acc[h * C + c], s, v[c]);
@@ -6684,8 +6668,8 @@ DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *
     }
 }
 
-static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
-                               size_t b_stride, size_t n_t, size_t n_c)
+static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
+                               const float *b, size_t b_stride, size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 4 * 4;
     size_t h = 0;
@@ -6693,20 +6677,20 @@ static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const floa
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 16 <= full; c += 16)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 4);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 4);
         for (; c < full; c += 4)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 32 <= full; c += 32)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 4)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
 }
 
 static void dsv3__k_shrink_neon(float *x, size_t n, float scale, float least)
@@ -6737,25 +6721,30 @@ static float dsv3__k_scale_max_neon(float *x, size_t n, float scale)
     return rest;
 }
 
-static void dsv3__k_halves_neon(float *out, const void *x, bool bf16, size_t n)
+static void dsv3__k_to_halves_neon(uint16_t *out, const float *x, size_t n)
 {
-    const uint8_t *from = (const uint8_t *)x;
-    const size_t size = bf16 ? 2 : 4;
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const float32x4_t v = vld1q_f32(x + i);
+        const uint32x4_t nan = vdupq_n_u32(DSV3__NAN_BITS);
+        uint32x4_t bits = vbslq_u32(vceqq_f32(v, v), vreinterpretq_u32_f32(dsv3__k_bf16_neon(v)), nan);
+        uint32x4_t tiny = vcltq_u32(vandq_u32(bits, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(DSV3__HALF_LEAST));
+        vst1_u16(out + i, vshrn_n_u32(vbicq_u32(bits, tiny), 16));
+    }
+    dsv3__k_to_halves_scalar(out + i, x + i, n - i);
+}
+
+static void dsv3__k_from_halves_neon(float *out, const uint8_t *codes, size_t n)
+{
     size_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        float32x4x2_t v = dsv3__k_load8_neon(from + i * size, bf16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32);
-        DSV3__UNROLL
-        for (size_t j = 0; j < 2; j++) {
-            float32x4_t r = v.val[j];
-            if (!bf16)
-                r = vbslq_f32(vceqq_f32(r, r), dsv3__k_bf16_neon(r), r);
-            uint32x4_t tiny = vcltq_f32(vabsq_f32(r), vdupq_n_f32(dsv3__bits_float(DSV3__HALF_LEAST)));
-            vst1q_f32(out + i + 4 * j, vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(r), tiny)));
-        }
+        const float32x4x2_t v = dsv3__k_load8_neon(codes + 2 * i, DSV3_DTYPE_BF16);
+        vst1q_f32(out + i, v.val[0]);
+        vst1q_f32(out + i + 4, v.val[1]);
     }
-    dsv3__k_halves_scalar(out + i, from + i * size, bf16, n - i);
+    dsv3__k_from_halves_scalar(out + i, codes + 2 * i, n - i);
 }
-DSV3__KERN_HALVES_BY(neon, dsv3__k_outer_neon, dsv3__k_halves_neon)
+DSV3__KERN_HALVES_BY(neon, dsv3__k_outer_neon, dsv3__k_to_halves_neon, dsv3__k_from_halves_neon)
 
 /* dsv3__exp, 4 at once. */
 DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
@@ -6881,6 +6870,7 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {
         DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI) DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
+#define dsv3__k_to_halves_avx512_amx         dsv3__k_to_halves_avx2
 #define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
 static const dsv3__kern dsv3__kern_avx512_amx = {
     DSV3_ISA_AVX512_AMX,
@@ -9960,11 +9950,12 @@ typedef struct dsv3__worker {
     float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
     float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
     float *keys;   /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
-    float *halves; /* [DSV3__KEY_BLOCK, cache_stride] the same block for >>kern's halves; NULL in f32 */
-    const uint8_t *halves_page; /* which block it is, and how many rows of it; NULL: none */
-    uint32_t halves_count;
-    uint8_t *taken; /* [n_routed_experts] the router's marks */
-    float *choice;  /* [2, n_routed_experts] its scores */
+    uint16_t *codes; /* [DSV3__KEY_BLOCK, cache_stride] the same block as bf16, where the cache has it otherwise; and */
+    float *made;     /* [DSV3__KEY_BLOCK, cache_stride] what >>kern makes of it. Both NULL in f32 */
+    dsv3__half_block block;    /* which points into these or into the cache */
+    const uint8_t *block_page; /* where it comes from; NULL: no block yet */
+    uint8_t *taken;            /* [n_routed_experts] the router's marks */
+    float *choice;             /* [2, n_routed_experts] its scores */
 } dsv3__worker;
 
 /* Where one part of a cache row, the latent or k_pe, lies in a layer of a page. Offsets and strides in bytes. */
@@ -10104,8 +10095,10 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
         t.keys = (float *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * w->cache_stride, f);
-        t.halves = (float *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, f);
-        t.halves_page = NULL, t.halves_count = 0;
+        t.codes = (uint16_t *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, 2);
+        t.made = (float *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, f);
+        memset(&t.block, 0, sizeof t.block);
+        t.block_page = NULL;
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
         t.choice = (float *)dsv3__carve(base, &used, experts * 2, f);
         if (base)
@@ -10475,7 +10468,7 @@ DSV3__INLINE uint8_t *dsv3__mla_page(const dsv3__work *w, const dsv3__row *row, 
 
 /* v [p->n] becomes row `slot` of the part. A function of v alone. Of 8 bits: each block as to_bytes makes it, so what is
    not finite stays not finite. */
-static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, uint8_t *page, uint32_t slot,
+static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, bool halves, uint8_t *page, uint32_t slot,
                             const float *v)
 {
     uint8_t *codes = page + p->codes + slot * p->code_row;
@@ -10485,9 +10478,11 @@ static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, uint
         return;
     }
     if (p->dtype == DSV3_DTYPE_BF16) {
-        uint16_t *halves = (uint16_t *)(void *)codes;
-        for (uint32_t i = 0; i < p->n; i++)
-            halves[i] = dsv3__bf16_encode(v[i]);
+        uint16_t *out = (uint16_t *)(void *)codes;
+        if (halves)
+            k->to_halves(out, v, p->n);
+        for (uint32_t i = 0; i < p->n && !halves; i++)
+            out[i] = dsv3__bf16_encode(v[i]);
         return;
     }
     for (uint32_t i = 0; i < p->n; i += DSV3__CACHE_BLOCK) {
@@ -10556,33 +10551,34 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
         key[j] = 0;
     const uint32_t at = row->position + row->shift;
     uint8_t *page = dsv3__mla_page(w, row, t->layer, at);
-    dsv3__mla_store(w->m->k, &w->latent, page, at % DSV3_PAGE_TOKENS, key);
-    dsv3__mla_store(w->m->k, &w->rope_key, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
+    dsv3__mla_store(w->m->k, &w->latent, w->halves, page, at % DSV3_PAGE_TOKENS, key);
+    dsv3__mla_store(w->m->k, &w->rope_key, w->halves, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
-/* The same rows, from row `none` on, as halves: [count - none, cache_stride] in the kernels' layout. Rows of a task that
-   meet the same block find it made. */
-static const float *dsv3__mla_halves(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page, uint32_t none,
-                                     uint32_t count)
+/* The same rows, from row `none` on, as halves. Rows of a task that meet the same block find it made. */
+static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page,
+                                                uint32_t none, uint32_t count)
 {
-    const dsv3__kern *k = w->m->k;
     const dsv3__cache_part *parts[2];
-    const uint32_t latent = w->latent.n, n = count - none;
-    if (mine->halves_page == page && mine->halves_count == count)
-        return mine->halves;
-    mine->halves_page = page, mine->halves_count = count;
+    dsv3__half_block *b = &mine->block;
+    if (mine->block_page == page && b->count == count - none)
+        return b;
+    mine->block_page = page;
+    b->width = w->cache_stride, b->count = count - none, b->made = mine->made;
     parts[0] = &w->latent, parts[1] = &w->rope_key;
-    if (w->latent.dtype == DSV3_DTYPE_BF16 && w->rope_key.dtype == DSV3_DTYPE_BF16 && latent % 32 == 0 &&
-        latent + w->rope_key.n == w->cache_stride) {
+    if (w->latent.dtype == DSV3_DTYPE_BF16 && w->rope_key.dtype == DSV3_DTYPE_BF16 && w->latent.n % 32 == 0 &&
+        w->latent.n + w->rope_key.n == w->cache_stride && !none) {
         for (uint32_t i = 0; i < 2; i++)
-            k->half_keys(mine->halves, i ? latent : 0, w->cache_stride, latent,
-                         page + parts[i]->codes + none * parts[i]->code_row, parts[i]->code_row, true, n, parts[i]->n);
+            b->rows[i] = page + parts[i]->codes, b->row_bytes[i] = parts[i]->code_row, b->n[i] = parts[i]->n;
     } else {
         const float *keys = dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
-        k->half_keys(mine->halves, 0, w->cache_stride, latent, keys, w->cache_stride * sizeof(float), false, n,
-                     w->cache_stride);
+        w->m->k->to_halves(mine->codes, keys, b->count * w->cache_stride);
+        b->rows[0] = b->rows[1] = (const uint8_t *)mine->codes;
+        b->row_bytes[0] = b->row_bytes[1] = w->cache_stride * sizeof(uint16_t);
+        b->n[0] = w->cache_stride, b->n[1] = 0;
     }
-    return mine->halves;
+    w->m->k->half_keys(b);
+    return b;
 }
 
 /* q [rows, DSV3__HEAD_GROUP, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
@@ -10602,7 +10598,7 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32
             uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
             for (uint32_t r = 0; r < count; r++)
                 dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
-            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
+            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, 1, mine->w_uk, latent, count, latent);
         }
         for (uint32_t i = 0; i < n_rows; i++)
             dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope,
@@ -10641,11 +10637,11 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
     const dsv3__kern *k = w->m->k;
     const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift;
     const uint8_t *page = dsv3__mla_page(w, row, t->layer, t0);
-    const float *keys = w->halves ? dsv3__mla_halves(w, mine, page, none, count)
-                                  : dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
+    const dsv3__half_block *halves = w->halves ? dsv3__mla_halves(w, mine, page, none, count) : NULL;
+    const float *keys = w->halves ? NULL : dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
     count -= none;
-    if (w->halves)
-        k->half_scores(mine->score, DSV3__KEY_BLOCK, keys, count, q, n_heads, w->cache_stride);
+    if (halves)
+        k->half_scores(mine->score, DSV3__KEY_BLOCK, halves, q, n_heads);
     else
         k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
                 w->cache_stride);
@@ -10655,10 +10651,10 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
             dsv3__mla_rescale(k, s, j, u + j * latent, latent, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
         s->sum[j] += k->exp_sum(score, count, s->max[j]);
     }
-    if (w->halves)
-        k->half_sums(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, count, w->cache_stride, latent);
+    if (halves)
+        k->half_sums(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, halves, latent);
     else
-        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
+        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, 1, keys, w->cache_stride, count, latent);
 }
 
 /* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank
@@ -10672,7 +10668,7 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
     const size_t u_stride = (size_t)DSV3__HEAD_GROUP * latent;
     dsv3__mla_sum all[DSV3__HEAD_ROWS], span[DSV3__HEAD_ROWS];
     uint32_t at[DSV3__HEAD_ROWS], last = 0; /* the last place in the cache that a row sees; of all */
-    mine->halves_page = NULL;
+    mine->block_page = NULL;
     for (uint32_t i = 0; i < n_rows; i++) {
         dsv3__mla_clear(&all[i], mine->u + i * u_stride, n_heads, latent);
         if (t->w->halves) {

@@ -841,7 +841,7 @@ TEST(outer_bits)
             FOR_VARIANTS(k)
             {
                 memcpy(u, start, sizeof start);
-                k->outer(u, STRIDE, heads[i], a, 40, b, STRIDE, T, columns[j]);
+                k->outer(u, STRIDE, heads[i], a, 40, 1, b, STRIDE, T, columns[j]);
                 CHECK(same_bits(u, expected, DSV3__COUNT(u)));
             }
         }
@@ -860,9 +860,9 @@ static float half_sum(float y, const float *w, size_t w_step, const float *x, si
 {
     for (size_t r = 0; r < n; r += 32) {
         float a = 0, b = 0;
-        for (size_t i = r; i < n && i < r + 16; i++)
+        for (size_t i = r; i < n && i < r + 32; i += 2)
             a = fmaf(half(w[i * w_step]), half(x[i * x_step]), a);
-        for (size_t i = r + 16; i < n && i < r + 32; i++)
+        for (size_t i = r + 1; i < n && i < r + 32; i += 2)
             b = fmaf(half(w[i * w_step]), half(x[i * x_step]), b);
         a += b;
         y += a;
@@ -883,20 +883,26 @@ TEST(halves)
     static const size_t across[] = {64, 128, 192}, latents[] = {64, 96, 100, 17, 192}, heads[] = {1, 3, 8, 9, 16},
                         counts[] = {1, 5, 16, 17, 31, 32, 33, 48, 50, 64};
     static float keys[64][WIDE], q[16][WIDE], p[16][64], start[16][WIDE + 3], u[16][WIDE + 3], expected[16][WIDE + 3];
-    static float packed[64 * WIDE], query[16 * WIDE], scores[16][64];
+    static float query[16 * WIDE], scores[16][64];
+    static float packed[64 * WIDE];
     static uint16_t codes[64][WIDE];
     random_state = 23;
     for (size_t n = 0; n < 300; n++) {
         const size_t width = across[n % 3], count = counts[random_bits() % DSV3__COUNT(counts)],
                      n_h = heads[random_bits() % DSV3__COUNT(heads)];
         size_t latent = latents[random_bits() % DSV3__COUNT(latents)];
-        const bool bf16 = n % 2, wild = n % 7 == 0;
-        latent = latent > width ? width : latent;
+        const bool wild = n % 7 == 0;
+        dsv3__half_block block = {{(const uint8_t *)codes, (const uint8_t *)&codes[0][width / 64 * 32]}, {sizeof codes[0], sizeof codes[0]},
+                                  {width / 64 * 32, width - width / 64 * 32}, width, count, packed};
+        if (n % 2)
+            block.n[0] = width, block.n[1] = 0; /* in one part */
+        latent = latent > block.n[0] ? block.n[0] : latent;
         for (size_t t = 0; t < 64; t++)
             for (size_t c = 0; c < width; c++) {
                 keys[t][c] = half_float(wild);
-                if (bf16)
-                    keys[t][c] = dsv3__bf16_decode(codes[t][c] = dsv3__bf16_encode(keys[t][c]));
+                uint16_t code = 0x7FC0;
+                dsv3__k_to_halves_scalar(&code, &keys[t][c], 1);
+                codes[t][c] = t < count ? code : 0x7FC0; /* NaN where nobody may look */
             }
         for (size_t h = 0; h < 16; h++) {
             for (size_t c = 0; c < width; c++)
@@ -909,15 +915,15 @@ TEST(halves)
             bool ok = true;
             memset(packed, 0xFF, sizeof packed); /* NaN wherever it is not written */
             memset(query, 0xFF, sizeof query);
-            if (bf16) { /* in two parts */
-                k->half_keys(packed, 0, width, latent, codes[0], sizeof codes[0], true, count, width / 64 * 32);
-                k->half_keys(packed, width / 64 * 32, width, latent, &codes[0][width / 64 * 32], sizeof codes[0], true, count,
-                             width - width / 64 * 32);
-            } else {
-                k->half_keys(packed, 0, width, latent, keys[0], sizeof keys[0], false, count, width);
+            for (size_t h = 0; h < n_h; h++) { /* of any length */
+                uint16_t some[WIDE + 1];
+                k->to_halves(some, q[h], width - h);
+                for (size_t c = 0; c + h < width; c++)
+                    ok = ok && dsv3__bf16_decode(some[c]) == half(q[h][c]);
             }
+            k->half_keys(&block);
             k->half_query(query, q[0], WIDE, n_h, width);
-            k->half_scores(scores[0], 64, packed, count, query, n_h, width);
+            k->half_scores(scores[0], 64, &block, query, n_h);
             for (size_t h = 0; h < n_h; h++)
                 for (size_t t = 0; t < count; t++) {
                     float y = half_sum(0, keys[t], 1, q[h], 1, width);
@@ -929,7 +935,7 @@ TEST(halves)
             for (size_t h = 0; h < n_h; h++)
                 for (size_t c = 0; c < latent; c++)
                     expected[h][c] = half_sum(start[h][c], p[h], 1, &keys[0][c], WIDE, count);
-            k->half_sums(u[0], WIDE + 3, n_h, p[0], 64, packed, count, width, latent);
+            k->half_sums(u[0], WIDE + 3, n_h, p[0], 64, &block, latent);
             if (!CHECK(memcmp(u, expected, sizeof u) == 0))
                 printf("    %s, width %zu, latent %zu, %zu heads, %zu rows\n", dsv3_isa_name(k->isa), width, latent, n_h, count);
         }
@@ -939,7 +945,8 @@ TEST(halves)
 /* A NaN in a row of the cache reaches those who see the row, and nobody else. */
 TEST(halves_nan)
 {
-    static float keys[64][64], q[16][64], p[16][64], u[16][64], scores[16][64], packed[64 * 64], query[16 * 64];
+    static float keys[64][64], q[16][64], p[16][64], u[16][64], scores[16][64], query[16 * 64], packed[64 * 64];
+    static uint16_t codes[64][64];
     static const uint32_t nans[] = {0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001};
     for (size_t i = 0; i < DSV3__COUNT(nans); i++) {
         FOR_VARIANTS(k)
@@ -951,10 +958,12 @@ TEST(halves_nan)
             for (size_t count = 39; count < 43; count++) {
                 bool ok = true;
                 memset(u, 0, sizeof u);
-                k->half_keys(packed, 0, 64, 64, keys[0], sizeof keys[0], false, count, 64);
+                dsv3__half_block block = {{(const uint8_t *)codes, NULL}, {sizeof codes[0], 0}, {64, 0}, 64, count, packed};
+                k->to_halves(codes[0], keys[0], 64 * 64);
+                k->half_keys(&block);
                 k->half_query(query, q[0], 64, 16, 64);
-                k->half_scores(scores[0], 64, packed, count, query, 16, 64);
-                k->half_sums(u[0], 64, 16, p[0], 64, packed, count, 64, 64);
+                k->half_scores(scores[0], 64, &block, query, 16);
+                k->half_sums(u[0], 64, 16, p[0], 64, &block, 64);
                 for (size_t h = 0; h < 16; h++)
                     for (size_t c = 0; c < 64; c++) {
                         ok = ok && (c >= count || (scores[h][c] != scores[h][c]) == (c == 40));
