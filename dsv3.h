@@ -2859,7 +2859,7 @@ typedef struct dsv3__half_block {
    tile          out[j * out_stride + i] = dot product of row i < n_w of w (f32, w_stride floats apart) and row j < n_x
                  of x (x_stride floats apart; with index: row index[j] of x). Both [k], k a multiple of 64. Rows are
                  any floats: what matters is that both sides use the same positions.
-   outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t * a_step], b[t * b_stride + c], same u) for t rising
+   outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]) for t rising
                  from 0 to n_t - 1, for every h < n_h and c < n_c.
    shrink        x[i] *= scale, or 0 where that is below `least`, for i < n.
    scale_max     x[i] *= scale for i < n; returns the largest that is not NaN, or -infinity.
@@ -2892,8 +2892,8 @@ typedef struct dsv3__half_block {
        const float *const *x, size_t x_step, size_t steps, size_t n_x, bool first))                                 \
     X(void, tree, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))                        \
     X(void, outer,                                                                                                  \
-      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step, const float *b,       \
-       size_t b_stride, size_t n_t, size_t n_c))                                                                    \
+      (float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b, size_t b_stride,     \
+       size_t n_t, size_t n_c))                                                                                     \
     X(void, shrink, (float *x, size_t n, float scale, float least))                                                 \
     X(float, scale_max, (float *x, size_t n, float scale))                                                          \
     X(float, exp_sum, (float *x, size_t n, float max))                                                              \
@@ -3240,13 +3240,13 @@ static void dsv3__k_tree_scalar(float *out, size_t out_stride, const float *sum,
         }
 }
 
-static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
-                                 const float *b, size_t b_stride, size_t n_t, size_t n_c)
+static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
+                                 size_t b_stride, size_t n_t, size_t n_c)
 {
     for (size_t h = 0; h < n_h; h++)
         for (size_t t = 0; t < n_t; t++)
             for (size_t c = 0; c < n_c; c++)
-                u[h * u_stride + c] = fmaf(a[h * a_stride + t * a_step], b[t * b_stride + c], u[h * u_stride + c]);
+                u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]);
 }
 
 /* The sum of the 16 chains of exp_sum. */
@@ -3292,11 +3292,12 @@ static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up
         out[i] = dsv3__k_flush(dsv3__silu(gate[i]) * up[i]);
 }
 
-/* Halves, where there is no instruction for them: the same steps, made by `outer`. What is made of a block are its rows as
-   floats [count][width]; a query is turned: [width][n], n the heads and zeros, 8 or 16. */
+/* Halves, where there is no instruction for them. What is made of a block are its rows as floats [count][width]; a query is
+   turned: [width][n], n the heads and zeros, 8 or 16. Then both products are the same one, `half_outer`: u[h * u_stride + c]
+   goes on with the sum of a[h * a_stride + t] * b[t * b_stride + c] over t < n_t. */
 
-typedef void (*dsv3__outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
-                               const float *b, size_t b_stride, size_t n_t, size_t n_c);
+typedef void (*dsv3__half_outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
+                                    const float *b, size_t b_stride, size_t n_t, size_t n_c);
 typedef void (*dsv3__to_halves_fn)(uint16_t *out, const float *x, size_t n);
 typedef void (*dsv3__from_halves_fn)(float *out, const uint8_t *codes, size_t n);
 
@@ -3308,6 +3309,21 @@ static void dsv3__k_to_halves_scalar(uint16_t *out, const float *x, size_t n)
         const uint16_t code = dsv3__bf16_encode(x[i]);
         out[i] = (code & 0x7FFF) < DSV3__HALF_LEAST >> 16 ? 0 : code;
     }
+}
+
+static void dsv3__k_half_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
+                                      const float *b, size_t b_stride, size_t n_t, size_t n_c)
+{
+    for (size_t h = 0; h < n_h; h++)
+        for (size_t c = 0; c < n_c; c++)
+            for (size_t r = 0; r < n_t; r += 32) {
+                float even = 0, odd = 0;
+                for (size_t t = r; t < n_t && t < r + 32; t += 2)
+                    even = fmaf(a[h * a_stride + t], b[t * b_stride + c], even);
+                for (size_t t = r + 1; t < n_t && t < r + 32; t += 2)
+                    odd = fmaf(a[h * a_stride + t], b[t * b_stride + c], odd);
+                u[h * u_stride + c] += even + odd;
+            }
 }
 
 static void dsv3__k_from_halves_scalar(float *out, const uint8_t *codes, size_t n)
@@ -3339,59 +3355,29 @@ DSV3__INLINE void dsv3__k_half_query_by(dsv3__to_halves_fn to, float *query, con
         }
 }
 
-DSV3__INLINE void dsv3__k_half_scores_by(dsv3__outer_fn outer, float *out, size_t out_stride,
+DSV3__INLINE void dsv3__k_half_scores_by(dsv3__half_outer_fn outer, float *out, size_t out_stride,
                                          const dsv3__half_block *keys, const float *query, size_t n_h)
 {
-    const size_t n = n_h <= 8 ? 8 : 16, width = keys->width, count = keys->count;
-    float y[64 * 16], a[64 * 16], b[64 * 16]; /* [count][n] */
-    memset(y, 0, sizeof y);
-    for (size_t c = 0; c < width; c += 32) {
-        const float *rows = keys->made + c;
-        memset(a, 0, count * n * sizeof *a);
-        memset(b, 0, count * n * sizeof *b);
-        outer(a, n, count, rows, width, 2, query + c * n, 2 * n, 16, n);
-        outer(b, n, count, rows + 1, width, 2, query + (c + 1) * n, 2 * n, 16, n);
-        for (size_t i = 0; i < count * n; i += 8)
-            for (size_t j = i; j < i + 8; j++) /* a constant, for the compiler's vectors */
-                y[j] += a[j] + b[j];
-    }
+    const size_t n = n_h <= 8 ? 8 : 16;
+    float y[64 * 16]; /* [count][n] */
+    memset(y, 0, keys->count * n * sizeof *y);
+    outer(y, n, keys->count, keys->made, keys->width, query, n, keys->width, n);
     for (size_t h = 0; h < n_h; h++)
-        for (size_t t = 0; t < count; t++)
+        for (size_t t = 0; t < keys->count; t++)
             out[h * out_stride + t] = y[t * n + h];
 }
 
-DSV3__INLINE void dsv3__k_half_sums_by(dsv3__outer_fn outer, dsv3__to_halves_fn to, dsv3__from_halves_fn from, float *u,
-                                       size_t u_stride, size_t n_h, const float *p, size_t p_stride,
+DSV3__INLINE void dsv3__k_half_sums_by(dsv3__half_outer_fn outer, dsv3__to_halves_fn to, dsv3__from_halves_fn from,
+                                       float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride,
                                        const dsv3__half_block *keys, size_t n_c)
 {
-    const size_t width = keys->width, count = keys->count;
-    float half[16 * 64], a[16 * 64], b[16 * 64]; /* [n_h][64] */
+    float half[16 * 64];
     for (size_t h = 0; h < n_h; h++) {
         uint16_t codes[64];
-        to(codes, p + h * p_stride, count);
-        from(half + h * 64, (const uint8_t *)(const void *)codes, count);
+        to(codes, p + h * p_stride, keys->count);
+        from(half + h * 64, (const uint8_t *)(const void *)codes, keys->count);
     }
-    for (size_t c = 0; c < n_c; c += 64) {
-        const size_t n = dsv3__min(n_c - c, 64);
-        for (size_t t = 0; t < count; t += 32) {
-            const size_t rows = dsv3__min(count - t, 32);
-            const float *at = keys->made + t * width + c;
-            memset(a, 0, n_h * 64 * sizeof *a);
-            memset(b, 0, n_h * 64 * sizeof *b);
-            outer(a, 64, n_h, half + t, 64, 2, at, 2 * width, (rows + 1) / 2, n);
-            outer(b, 64, n_h, half + t + 1, 64, 2, at + width, 2 * width, rows / 2, n);
-            for (size_t h = 0; h < n_h; h++) {
-                float *sum = u + h * u_stride + c;
-                const float *from_a = a + h * 64, *from_b = b + h * 64;
-                size_t i = 0;
-                for (; i + 8 <= n; i += 8)
-                    for (size_t j = i; j < i + 8; j++)
-                        sum[j] += from_a[j] + from_b[j];
-                for (; i < n; i++)
-                    sum[i] += from_a[i] + from_b[i];
-            }
-        }
-    }
+    outer(u, u_stride, n_h, half, 64, keys->made, keys->width, keys->count, n_c);
 }
 
 /* The four of a variant that has the three. */
@@ -3414,7 +3400,7 @@ DSV3__INLINE void dsv3__k_half_sums_by(dsv3__outer_fn outer, dsv3__to_halves_fn 
     {                                                                                                           \
         dsv3__k_half_sums_by(outer, to, from, u, u_stride, n_h, p, p_stride, keys, n_c);                        \
     }
-DSV3__KERN_HALVES_BY(scalar, dsv3__k_outer_scalar, dsv3__k_to_halves_scalar, dsv3__k_from_halves_scalar)
+DSV3__KERN_HALVES_BY(scalar, dsv3__k_half_outer_scalar, dsv3__k_to_halves_scalar, dsv3__k_from_halves_scalar)
 
 typedef void (*dsv3__tile_add_fn)(float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next,
                                   size_t n_w, const float *const *x, size_t x_step, size_t steps, size_t n_x,
@@ -4215,8 +4201,8 @@ DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, c
 
 /* H rows of u by C registers of columns; H and C are constants. */
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_stride, const float *a, size_t a_stride,
-                                                          size_t a_step, const float *b, size_t b_stride, size_t n_t,
-                                                          const size_t H, const size_t C)
+                                                          const float *b, size_t b_stride, size_t n_t, const size_t H,
+                                                          const size_t C)
 {
     __m256 acc[12], v[8], s;
     DSV3__UNROLL
@@ -4231,7 +4217,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_str
             v[c] = _mm256_loadu_ps(b + t * b_stride + 8 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            s = _mm256_set1_ps(a[h * a_stride + t * a_step]);
+            s = _mm256_set1_ps(a[h * a_stride + t]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = _mm256_fmadd_ps(s, v[c], acc[h * C + c]);
@@ -4246,32 +4232,28 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_outer_hc_avx2(float *u, size_t u_str
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_outer_avx2(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
-                                                 size_t a_step, const float *b, size_t b_stride, size_t n_t, size_t n_c)
+                                                 const float *b, size_t b_stride, size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 8 * 8;
     size_t h = 0;
-    for (; full == 8 && h + 8 <= n_h; h += 8)
-        dsv3__k_outer_hc_avx2(u + h * u_stride, u_stride, a + h * a_stride, a_stride, a_step, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 24 <= full; c += 24)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 3);
-        for (; c + 16 <= full; c += 16)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 2);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 3);
         for (; c < full; c += 8)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 64 <= full; c += 64)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 8)
-            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_avx2(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_shrink_avx2(float *x, size_t n, float scale, float least)
@@ -4302,6 +4284,71 @@ DSV3__TARGET_AVX2 static float dsv3__k_scale_max_avx2(float *x, size_t n, float 
     return rest;
 }
 
+/* H rows of u by C registers of columns; H and C are constants. */
+DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_half_outer_hc_avx2(float *u, size_t u_stride, const float *a,
+                                                               size_t a_stride, const float *b, size_t b_stride,
+                                                               size_t n_t, const size_t H, const size_t C)
+{
+    __m256 even[8], odd[8], v[2], w[2], s;
+    for (size_t r = 0; r < n_t; r += 32) {
+        const size_t end = dsv3__min(n_t, r + 32);
+        DSV3__UNROLL
+        for (size_t i = 0; i < H * C; i++)
+            even[i] = odd[i] = _mm256_setzero_ps();
+        for (size_t t = r; t < end; t += 2) {
+            const bool pair = t + 1 < end;
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                v[c] = _mm256_loadu_ps(b + t * b_stride + 8 * c);
+                w[c] = pair ? _mm256_loadu_ps(b + (t + 1) * b_stride + 8 * c) : _mm256_setzero_ps();
+            }
+            DSV3__UNROLL
+            for (size_t h = 0; h < H; h++) {
+                s = _mm256_set1_ps(a[h * a_stride + t]);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    even[h * C + c] = _mm256_fmadd_ps(s, v[c], even[h * C + c]);
+                s = _mm256_set1_ps(pair ? a[h * a_stride + t + 1] : 0);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    odd[h * C + c] = _mm256_fmadd_ps(s, w[c], odd[h * C + c]);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t h = 0; h < H; h++) {
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                float *to = u + h * u_stride + 8 * c;
+                _mm256_storeu_ps(to,
+                                 _mm256_add_ps(_mm256_loadu_ps(to), _mm256_add_ps(even[h * C + c], odd[h * C + c])));
+            }
+        }
+    }
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_half_outer_avx2(float *u, size_t u_stride, size_t n_h, const float *a,
+                                                      size_t a_stride, const float *b, size_t b_stride, size_t n_t,
+                                                      size_t n_c)
+{
+    size_t c = 0;
+    for (size_t n; c + 8 <= n_c; c += 8 * n) {
+        size_t h = 0;
+        n = c + 2 * 8 <= n_c ? 2 : 1;
+        for (; n == 2 && h + 2 <= n_h; h += 2)
+            dsv3__k_half_outer_hc_avx2(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t,
+                                       2, 2);
+        for (; n == 1 && h + 4 <= n_h; h += 4)
+            dsv3__k_half_outer_hc_avx2(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t,
+                                       4, 1);
+        for (; h < n_h; h++)
+            for (size_t i = 0; i < n; i++)
+                dsv3__k_half_outer_hc_avx2(u + h * u_stride + c + 8 * i, u_stride, a + h * a_stride, a_stride,
+                                           b + c + 8 * i, b_stride, n_t, 1, 1);
+    }
+    if (c < n_c)
+        dsv3__k_half_outer_scalar(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
+}
+
 DSV3__TARGET_AVX2 static void dsv3__k_to_halves_avx2(uint16_t *out, const float *x, size_t n)
 {
     const __m256i nan = _mm256_set1_epi32((int)DSV3__NAN_BITS), magnitude = _mm256_set1_epi16(0x7FFF);
@@ -4329,7 +4376,7 @@ DSV3__TARGET_AVX2 static void dsv3__k_from_halves_avx2(float *out, const uint8_t
         _mm256_storeu_ps(out + i, dsv3__k_load8_avx2(codes + 2 * i, DSV3_DTYPE_BF16));
     dsv3__k_from_halves_scalar(out + i, codes + 2 * i, n - i);
 }
-DSV3__KERN_HALVES_BY(avx2, dsv3__k_outer_avx2, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
+DSV3__KERN_HALVES_BY(avx2, dsv3__k_half_outer_avx2, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
 
 /* dsv3__exp, 8 at once. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_exp8_avx2(__m256 x)
@@ -5026,9 +5073,8 @@ DSV3__TARGET_AVX512 static void dsv3__k_tile_avx512(float *out, size_t out_strid
 
 /* H rows of u by C registers of columns; H and C are constants. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u_stride, const float *a,
-                                                              size_t a_stride, size_t a_step, const float *b,
-                                                              size_t b_stride, size_t n_t, const size_t H,
-                                                              const size_t C)
+                                                              size_t a_stride, const float *b, size_t b_stride,
+                                                              size_t n_t, const size_t H, const size_t C)
 {
     __m512 acc[16], v[8], s;
     DSV3__UNROLL
@@ -5043,7 +5089,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u
             v[c] = _mm512_loadu_ps(b + t * b_stride + 16 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            s = _mm512_set1_ps(a[h * a_stride + t * a_step]);
+            s = _mm512_set1_ps(a[h * a_stride + t]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = _mm512_fmadd_ps(s, v[c], acc[h * C + c]);
@@ -5058,31 +5104,29 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_outer_hc_avx512(float *u, size_t u
 }
 
 DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, size_t n_h, const float *a,
-                                                     size_t a_stride, size_t a_step, const float *b, size_t b_stride,
-                                                     size_t n_t, size_t n_c)
+                                                     size_t a_stride, const float *b, size_t b_stride, size_t n_t,
+                                                     size_t n_c)
 {
     const size_t full = n_c / 16 * 16;
     size_t h = 0;
-    for (; full == 16 && h + 8 <= n_h; h += 8)
-        dsv3__k_outer_hc_avx512(u + h * u_stride, u_stride, a + h * a_stride, a_stride, a_step, b, b_stride, n_t, 8, 1);
     for (; h + 4 <= n_h; h += 4) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 64 <= full; c += 64)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 4);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 4);
         for (; c < full; c += 16)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 128 <= full; c += 128)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 16)
-            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_avx512(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_avx2(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
 /* dsv3__k_flush, 16 at once. */
@@ -5110,7 +5154,72 @@ DSV3__TARGET_AVX512 static float dsv3__k_scale_max_avx512(float *x, size_t n, fl
         rest = m[j] > rest ? m[j] : rest;
     return rest;
 }
-DSV3__KERN_HALVES_BY(avx512, dsv3__k_outer_avx512, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
+/* H rows of u by C registers of columns; H and C are constants. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_half_outer_hc_avx512(float *u, size_t u_stride, const float *a,
+                                                                   size_t a_stride, const float *b, size_t b_stride,
+                                                                   size_t n_t, const size_t H, const size_t C)
+{
+    __m512 even[8], odd[8], v[2], w[2], s;
+    for (size_t r = 0; r < n_t; r += 32) {
+        const size_t end = dsv3__min(n_t, r + 32);
+        DSV3__UNROLL
+        for (size_t i = 0; i < H * C; i++)
+            even[i] = odd[i] = _mm512_setzero_ps();
+        for (size_t t = r; t < end; t += 2) {
+            const bool pair = t + 1 < end;
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                v[c] = _mm512_loadu_ps(b + t * b_stride + 16 * c);
+                w[c] = pair ? _mm512_loadu_ps(b + (t + 1) * b_stride + 16 * c) : _mm512_setzero_ps();
+            }
+            DSV3__UNROLL
+            for (size_t h = 0; h < H; h++) {
+                s = _mm512_set1_ps(a[h * a_stride + t]);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    even[h * C + c] = _mm512_fmadd_ps(s, v[c], even[h * C + c]);
+                s = _mm512_set1_ps(pair ? a[h * a_stride + t + 1] : 0);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    odd[h * C + c] = _mm512_fmadd_ps(s, w[c], odd[h * C + c]);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t h = 0; h < H; h++) {
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                float *to = u + h * u_stride + 16 * c;
+                _mm512_storeu_ps(to,
+                                 _mm512_add_ps(_mm512_loadu_ps(to), _mm512_add_ps(even[h * C + c], odd[h * C + c])));
+            }
+        }
+    }
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_half_outer_avx512(float *u, size_t u_stride, size_t n_h, const float *a,
+                                                          size_t a_stride, const float *b, size_t b_stride, size_t n_t,
+                                                          size_t n_c)
+{
+    size_t c = 0;
+    for (size_t n; c + 16 <= n_c; c += 16 * n) {
+        size_t h = 0;
+        n = c + 2 * 16 <= n_c ? 2 : 1;
+        for (; n == 2 && h + 4 <= n_h; h += 4)
+            dsv3__k_half_outer_hc_avx512(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride,
+                                         n_t, 4, 2);
+        for (; n == 1 && h + 8 <= n_h; h += 8)
+            dsv3__k_half_outer_hc_avx512(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride,
+                                         n_t, 8, 1);
+        for (; h < n_h; h++)
+            for (size_t i = 0; i < n; i++)
+                dsv3__k_half_outer_hc_avx512(u + h * u_stride + c + 16 * i, u_stride, a + h * a_stride, a_stride,
+                                             b + c + 16 * i, b_stride, n_t, 1, 1);
+    }
+    if (c < n_c)
+        dsv3__k_half_outer_avx2(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
+}
+
+DSV3__KERN_HALVES_BY(avx512, dsv3__k_half_outer_avx512, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
 
 /* dsv3__exp, 16 at once. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
@@ -6638,8 +6747,8 @@ static void dsv3__k_tile_neon(float *out, size_t out_stride, const float *w, siz
 }
 
 /* H rows of u by C registers of columns; H and C are constants. */
-DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, size_t a_step,
-                                        const float *b, size_t b_stride, size_t n_t, const size_t H, const size_t C)
+DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, const float *b,
+                                        size_t b_stride, size_t n_t, const size_t H, const size_t C)
 {
     float32x4_t acc[16], v[8];
     DSV3__UNROLL
@@ -6654,7 +6763,7 @@ DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *
             v[c] = vld1q_f32(b + t * b_stride + 4 * c);
         DSV3__UNROLL
         for (size_t h = 0; h < H; h++) {
-            const float32x4_t s = vdupq_n_f32(a[h * a_stride + t * a_step]);
+            const float32x4_t s = vdupq_n_f32(a[h * a_stride + t]);
             DSV3__UNROLL
             for (size_t c = 0; c < C; c++)
                 acc[h * C + c] = vfmaq_f32(acc[h * C + c], s, v[c]);
@@ -6668,8 +6777,8 @@ DSV3__INLINE void dsv3__k_outer_hc_neon(float *u, size_t u_stride, const float *
     }
 }
 
-static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, size_t a_step,
-                               const float *b, size_t b_stride, size_t n_t, size_t n_c)
+static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
+                               size_t b_stride, size_t n_t, size_t n_c)
 {
     const size_t full = n_c / 4 * 4;
     size_t h = 0;
@@ -6677,20 +6786,20 @@ static void dsv3__k_outer_neon(float *u, size_t u_stride, size_t n_h, const floa
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 16 <= full; c += 16)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 4);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 4);
         for (; c < full; c += 4)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 4, 1);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 4, 1);
     }
     for (; h < n_h; h++) {
         float *to = u + h * u_stride;
         size_t c = 0;
         for (; c + 32 <= full; c += 32)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 8);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 8);
         for (; c < full; c += 4)
-            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, a_step, b + c, b_stride, n_t, 1, 1);
+            dsv3__k_outer_hc_neon(to + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t, 1, 1);
     }
     if (full < n_c)
-        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, a_step, b + full, b_stride, n_t, n_c - full);
+        dsv3__k_outer_scalar(u + full, u_stride, n_h, a, a_stride, b + full, b_stride, n_t, n_c - full);
 }
 
 static void dsv3__k_shrink_neon(float *x, size_t n, float scale, float least)
@@ -6721,6 +6830,68 @@ static float dsv3__k_scale_max_neon(float *x, size_t n, float scale)
     return rest;
 }
 
+/* H rows of u by C registers of columns; H and C are constants. */
+DSV3__INLINE void dsv3__k_half_outer_hc_neon(float *u, size_t u_stride, const float *a, size_t a_stride, const float *b,
+                                             size_t b_stride, size_t n_t, const size_t H, const size_t C)
+{
+    float32x4_t even[8], odd[8], v[2], w[2], s;
+    for (size_t r = 0; r < n_t; r += 32) {
+        const size_t end = dsv3__min(n_t, r + 32);
+        DSV3__UNROLL
+        for (size_t i = 0; i < H * C; i++)
+            even[i] = odd[i] = vdupq_n_f32(0);
+        for (size_t t = r; t < end; t += 2) {
+            const bool pair = t + 1 < end;
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                v[c] = vld1q_f32(b + t * b_stride + 4 * c);
+                w[c] = pair ? vld1q_f32(b + (t + 1) * b_stride + 4 * c) : vdupq_n_f32(0);
+            }
+            DSV3__UNROLL
+            for (size_t h = 0; h < H; h++) {
+                s = vdupq_n_f32(a[h * a_stride + t]);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    even[h * C + c] = vfmaq_f32(even[h * C + c], s, v[c]);
+                s = vdupq_n_f32(pair ? a[h * a_stride + t + 1] : 0);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    odd[h * C + c] = vfmaq_f32(odd[h * C + c], s, w[c]);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t h = 0; h < H; h++) {
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                float *to = u + h * u_stride + 4 * c;
+                vst1q_f32(to, vaddq_f32(vld1q_f32(to), vaddq_f32(even[h * C + c], odd[h * C + c])));
+            }
+        }
+    }
+}
+
+static void dsv3__k_half_outer_neon(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
+                                    const float *b, size_t b_stride, size_t n_t, size_t n_c)
+{
+    size_t c = 0;
+    for (size_t n; c + 4 <= n_c; c += 4 * n) {
+        size_t h = 0;
+        n = c + 2 * 4 <= n_c ? 2 : 1;
+        for (; n == 2 && h + 4 <= n_h; h += 4)
+            dsv3__k_half_outer_hc_neon(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t,
+                                       4, 2);
+        for (; n == 1 && h + 8 <= n_h; h += 8)
+            dsv3__k_half_outer_hc_neon(u + h * u_stride + c, u_stride, a + h * a_stride, a_stride, b + c, b_stride, n_t,
+                                       8, 1);
+        for (; h < n_h; h++)
+            for (size_t i = 0; i < n; i++)
+                dsv3__k_half_outer_hc_neon(u + h * u_stride + c + 4 * i, u_stride, a + h * a_stride, a_stride,
+                                           b + c + 4 * i, b_stride, n_t, 1, 1);
+    }
+    if (c < n_c)
+        dsv3__k_half_outer_scalar(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
+}
+
 static void dsv3__k_to_halves_neon(uint16_t *out, const float *x, size_t n)
 {
     size_t i = 0;
@@ -6744,7 +6915,7 @@ static void dsv3__k_from_halves_neon(float *out, const uint8_t *codes, size_t n)
     }
     dsv3__k_from_halves_scalar(out + i, codes + 2 * i, n - i);
 }
-DSV3__KERN_HALVES_BY(neon, dsv3__k_outer_neon, dsv3__k_to_halves_neon, dsv3__k_from_halves_neon)
+DSV3__KERN_HALVES_BY(neon, dsv3__k_half_outer_neon, dsv3__k_to_halves_neon, dsv3__k_from_halves_neon)
 
 /* dsv3__exp, 4 at once. */
 DSV3__INLINE float32x4_t dsv3__k_exp4_neon(float32x4_t x)
@@ -10598,7 +10769,7 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32
             uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
             for (uint32_t r = 0; r < count; r++)
                 dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
-            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, 1, mine->w_uk, latent, count, latent);
+            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
         }
         for (uint32_t i = 0; i < n_rows; i++)
             dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope,
@@ -10654,7 +10825,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
     if (halves)
         k->half_sums(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, halves, latent);
     else
-        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, 1, keys, w->cache_stride, count, latent);
+        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
 }
 
 /* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank

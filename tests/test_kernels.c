@@ -841,7 +841,7 @@ TEST(outer_bits)
             FOR_VARIANTS(k)
             {
                 memcpy(u, start, sizeof start);
-                k->outer(u, STRIDE, heads[i], a, 40, 1, b, STRIDE, T, columns[j]);
+                k->outer(u, STRIDE, heads[i], a, 40, b, STRIDE, T, columns[j]);
                 CHECK(same_bits(u, expected, DSV3__COUNT(u)));
             }
         }
