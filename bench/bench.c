@@ -201,7 +201,7 @@ typedef struct model {
     const char *name, *isa_name, *dtype, *head_dtype; /* dtype: of most of the weights */
     const char *compute;
     dsv3_isa isa;
-    peak main, rest; /* the instruction for weights of `dtype`; for the router, a bf16 head and attention */
+    peak main, rest, attention; /* the instruction for weights of `dtype`; for the router and a bf16 head; for the cache */
     spans mapped;    /* all tensors */
     double fixed_bytes, routed_bytes;         /* read for every token; all routed experts */
     double mtp_fixed_bytes, mtp_routed_bytes; /* the same of prediction layers, the head they read included */
@@ -309,6 +309,7 @@ static void model_open(model *b, const char *dir, dsv3_isa isa, uint32_t compute
     b->compute = compute_resolve(compute, b->dtype);
     b->main = peak_of(b->isa, compute_products(b->compute));
     b->rest = peak_of(b->isa, strcmp(b->compute, "f32") ? "bf16" : "f32");
+    b->attention = peak_of(b->isa, strcmp(b->compute, "f32") ? "halves" : "f32");
 }
 
 static void model_close(model *b)
@@ -319,7 +320,7 @@ static void model_close(model *b)
 
 typedef struct work { /* of one call */
     double bytes;
-    double main, rest; /* multiply-adds, by the instruction that does them: see model */
+    double main, rest, attention; /* multiply-adds, by the instruction that does them: see model */
 } work;
 
 /* The part of the routed experts that a row uses. */
@@ -363,8 +364,8 @@ static void work_of(const model *b, uint32_t rows, double context, double touche
     bool same = strcmp(b->head_dtype, b->dtype) == 0;
     w->bytes = pieces * (b->fixed_bytes + b->routed_bytes * touched + b->cache_bytes * (context + rows));
     w->main = rows * (b->fixed_macs + b->routed_macs * active_share(b)) + (same ? b->head_macs : 0);
-    w->rest =
-        rows * b->router_macs + (same ? 0 : b->head_macs) + pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
+    w->rest = rows * b->router_macs + (same ? 0 : b->head_macs);
+    w->attention = pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
 }
 
 // =============================================================================
@@ -442,7 +443,7 @@ typedef struct scene {
 
 /* The roofs at one moment. */
 typedef struct roofs {
-    double read, main, rest;
+    double read, main, rest, attention;
 } roofs;
 
 static roofs roofs_now(model *b, uint32_t threads)
@@ -452,6 +453,7 @@ static roofs roofs_now(model *b, uint32_t threads)
     r.read = mapped > huge ? mapped : huge;
     r.main = peak_rate(b->main, threads);
     r.rest = b->rest == b->main ? r.main : peak_rate(b->rest, threads);
+    r.attention = b->attention == b->rest ? r.rest : peak_rate(b->attention, threads);
     return r;
 }
 
@@ -537,10 +539,10 @@ static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_
     c->spent += took;
     roofs after = roofs_now(b, threads), mean;
     mean.read = (before->read + after.read) / 2, mean.main = (before->main + after.main) / 2;
-    mean.rest = (before->rest + after.rest) / 2;
+    mean.rest = (before->rest + after.rest) / 2, mean.attention = (before->attention + after.attention) / 2;
     *before = after;
-    double by_bytes = c->w.bytes / mean.read, macs = c->w.main + c->w.rest;
-    double by_macs = mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest : 0;
+    double by_bytes = c->w.bytes / mean.read, macs = c->w.main + c->w.rest + c->w.attention;
+    double by_macs = mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest + c->w.attention / mean.attention : 0;
     c->read[r] = mean.read;
     c->peak[r] = by_macs > 0 ? macs / by_macs : 0;
     c->bound[r] = c->rows / (by_bytes > by_macs ? by_bytes : by_macs);
@@ -585,7 +587,7 @@ static void scene_fields(const model *b, uint32_t threads, const scene *c)
 {
     stats tok_s = stats_of(c->rate, c->reps);
     double gb_s = 1e-9 * stats_of(c->read, c->reps).mid, gmac_s = 1e-9 * stats_of(c->peak, c->reps).mid;
-    double macs = c->w.main + c->w.rest;
+    double macs = c->w.main + c->w.rest + c->w.attention;
     out_begin(c->what, "what", b, threads);
     out_number("context", "context", 0, c->context);
     out_number("rows", "rows", 0, c->rows);

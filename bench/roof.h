@@ -159,6 +159,28 @@ __attribute__((target("amx-tile,amx-int8"))) static uint64_t chains_tdpbssd(uint
     DSV3__TILES_END();
     return n;
 }
+
+/* Of bf16 half as many. */
+__attribute__((target("amx-tile,amx-bf16"))) static uint64_t chains_tdpbf16ps(uint64_t n)
+{
+    if (!dsv3__cpu_lend_tiles())
+        return 0;
+    DSV3__TILES_BEGIN(&dsv3__k_tile_shapes);
+    DSV3__TILE_ZERO(4);
+    DSV3__TILE_ZERO(5);
+    DSV3__TILE_ZERO(6);
+    DSV3__TILE_ZERO(7);
+    for (n /= 32; n--;) {
+        for (int i = 0; i < 3; i++) { /* 12 */
+            DSV3__TILE_DOT_BF16(0, 4, 6);
+            DSV3__TILE_DOT_BF16(1, 4, 7);
+            DSV3__TILE_DOT_BF16(2, 5, 6);
+            DSV3__TILE_DOT_BF16(3, 5, 7);
+        }
+    }
+    DSV3__TILES_END();
+    return n;
+}
 #define AMX_CHAINS(name) name
 #else
 #define AMX_CHAINS(name) NULL
@@ -178,6 +200,7 @@ typedef enum peak {
     PEAK_DPBUSD,
     PEAK_DPBF16,
     PEAK_TDPBSSD,
+    PEAK_TDPBF16,
     N_PEAKS
 } peak;
 
@@ -193,6 +216,7 @@ static const struct {
     {"vpdpbusd zmm", 64, NEW_CHAINS(chains_dpbusd_zmm)},
     {"vdpbf16ps zmm", 32, NEW_CHAINS(chains_dpbf16_zmm)},
     {"tdpbssd", 16384 / 32, AMX_CHAINS(chains_tdpbssd)},
+    {"tdpbf16ps", 8192 / 32, AMX_CHAINS(chains_tdpbf16ps)},
 };
 
 /* Does this CPU have the instruction, this program a loop of it, and the system the registers. */
@@ -211,7 +235,8 @@ static bool peak_there(peak p)
     case PEAK_DPBUSD_YMM: return a1 >> 4 & 1;      /* AVX-VNNI */
     case PEAK_DPBUSD: return zmm && (c >> 11 & 1); /* AVX512_VNNI */
     case PEAK_DPBF16: return zmm && (a1 >> 5 & 1); /* AVX512_BF16 */
-    case PEAK_TDPBSSD: return dsv3_isa_supported(DSV3_ISA_AVX512_AMX) && dsv3__cpu_lend_tiles();
+    case PEAK_TDPBSSD:
+    case PEAK_TDPBF16: return dsv3_isa_supported(DSV3_ISA_AVX512_AMX) && dsv3__cpu_lend_tiles();
     default: return true;
     }
 }
@@ -230,7 +255,7 @@ static double peak_rate(peak p, uint32_t n)
     return p < N_PEAKS ? 12.0 * N_CHAIN_STEPS * PEAKS[p].macs * n / on_threads(n, chains_job, &p) : 0;
 }
 
-/* The fastest instruction for products in f32, in bf16 or in 8 bits that kernels of this level may use; bf16 where there is
+/* The fastest instruction for products in f32, in bf16, of halves (attention's) or in 8 bits that kernels of this level may use; bf16 where there is
    none of its own is two f32 FMAs a pair. */
 static peak peak_of(dsv3_isa isa, const char *products)
 {
@@ -243,7 +268,9 @@ static peak peak_of(dsv3_isa isa, const char *products)
                : vnni && peak_there(PEAK_DPBUSD)                         ? PEAK_DPBUSD
                : isa == DSV3_ISA_AVX_VNNI && peak_there(PEAK_DPBUSD_YMM) ? PEAK_DPBUSD_YMM
                                                                          : PEAK_MADDUBS;
-    if (strcmp(products, "f32") && bf16 && peak_there(PEAK_DPBF16))
+    if (strcmp(products, "halves") == 0 && amx && peak_there(PEAK_TDPBF16))
+        return PEAK_TDPBF16;
+    if (strcmp(products, "bf16") == 0 && bf16 && peak_there(PEAK_DPBF16))
         return PEAK_DPBF16;
     return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
 }

