@@ -2817,12 +2817,12 @@ typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void 
 /* The most floats of `sum` of one tile. */
 #define DSV3__TILE_SUM (DSV3__TILE_W * 6 * 64)
 
-/* Rows of the cache that attention meets at once, as halves: `count` of them, of `width` columns (a multiple of 64), in two
-   parts side by side. 64 rows may be read, whatever is in those behind `count`. */
+/* Rows of the cache that attention meets at once, as halves: `count` of them, of `width` columns (a multiple of 32), in
+   parts side by side, which may be the same memory. 64 rows may be read, whatever is in those behind `count`. */
 typedef struct dsv3__half_block {
-    const uint8_t *rows[2]; /* bf16 */
-    size_t row_bytes[2];
-    size_t n[2]; /* columns of a part, a multiple of 32; n[0] + n[1] = width, and half_sums needs columns of part 0 */
+    const uint8_t *rows[4]; /* bf16 */
+    size_t row_bytes[4];
+    size_t n[4]; /* columns of a part, a multiple of 32, or 0; half_sums needs columns of part 0 */
     size_t width, count;
     float *made; /* [64, width] what a variant makes of it, 64-aligned */
 } dsv3__half_block;
@@ -2864,6 +2864,7 @@ typedef struct dsv3__half_block {
    shrink        x[i] *= scale, or 0 where that is below `least`, for i < n.
    scale_max     x[i] *= scale for i < n; returns the largest that is not NaN, or -infinity.
    to_halves     out[i] = x[i] as a half, a bf16, for i < n.
+   split_halves  first[i] = x[i] as a half, rest[i] = x[i] - first[i] as a half, for i < n.
    half_keys     makes `made` of the rows of a block of the cache.
    half_query    q [n_h, stride] of `width` columns become halves in query [width * 16] floats, in a layout of the variant's
                  own. n_h <= 16, here and below.
@@ -2919,6 +2920,7 @@ typedef struct dsv3__half_block {
        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
 #define DSV3__KERN_HALVES(X)                                                                                 \
     X(void, to_halves, (uint16_t * out, const float *x, size_t n))                                           \
+    X(void, split_halves, (uint16_t * first, uint16_t * rest, const float *x, size_t n))                     \
     X(void, half_keys, (const dsv3__half_block *keys))                                                       \
     X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))             \
     X(void, half_scores,                                                                                     \
@@ -3303,11 +3305,28 @@ typedef void (*dsv3__from_halves_fn)(float *out, const uint8_t *codes, size_t n)
 
 #define DSV3__HALF_LEAST 0x26800000 /* the bits of 2^-50 */
 
+/* v as a half, as f32. */
+DSV3__INLINE float dsv3__k_half(float v)
+{
+    const uint16_t code = dsv3__bf16_encode(v);
+    return (code & 0x7FFF) < DSV3__HALF_LEAST >> 16 ? 0 : dsv3__bf16_decode(code);
+}
+
 static void dsv3__k_to_halves_scalar(uint16_t *out, const float *x, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
         const uint16_t code = dsv3__bf16_encode(x[i]);
         out[i] = (code & 0x7FFF) < DSV3__HALF_LEAST >> 16 ? 0 : code;
+    }
+}
+
+static void dsv3__k_split_halves_scalar(uint16_t *first, uint16_t *rest, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float v;
+        dsv3__k_to_halves_scalar(&first[i], &x[i], 1);
+        v = x[i] - dsv3__bf16_decode(first[i]);
+        dsv3__k_to_halves_scalar(&rest[i], &v, 1);
     }
 }
 
@@ -3335,8 +3354,10 @@ static void dsv3__k_from_halves_scalar(float *out, const uint8_t *codes, size_t 
 DSV3__INLINE void dsv3__k_half_keys_by(dsv3__from_halves_fn from, const dsv3__half_block *keys)
 {
     for (size_t t = 0; t < keys->count; t++) {
-        from(keys->made + t * keys->width, keys->rows[0] + t * keys->row_bytes[0], keys->n[0]);
-        from(keys->made + t * keys->width + keys->n[0], keys->rows[1] + t * keys->row_bytes[1], keys->n[1]);
+        float *to = keys->made + t * keys->width;
+        for (size_t part = 0; part < 4; to += keys->n[part++])
+            if (keys->n[part])
+                from(to, keys->rows[part] + t * keys->row_bytes[part], keys->n[part]);
     }
 }
 
@@ -3344,13 +3365,13 @@ DSV3__INLINE void dsv3__k_half_query_by(dsv3__to_halves_fn to, float *query, con
                                         size_t width)
 {
     const size_t n = n_h <= 8 ? 8 : 16;
-    uint16_t some[64];
+    uint16_t some[32];
     memset(some, 0, sizeof some);
     for (size_t h = n; h-- > 0;)
-        for (size_t c = 0; c < width; c += 64) {
+        for (size_t c = 0; c < width; c += 32) {
             if (h < n_h)
-                to(some, q + h * stride + c, 64);
-            for (size_t i = 0; i < 64; i++)
+                to(some, q + h * stride + c, 32);
+            for (size_t i = 0; i < 32; i++)
                 query[(c + i) * n + h] = dsv3__bf16_decode(some[i]);
         }
 }
@@ -4349,24 +4370,42 @@ DSV3__TARGET_AVX2 static void dsv3__k_half_outer_avx2(float *u, size_t u_stride,
         dsv3__k_half_outer_scalar(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
 }
 
+/* 16 halves. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_halves16_avx2(__m256 v0, __m256 v1)
+{
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32((int)DSV3__NAN_BITS));
+    const __m256i least = _mm256_set1_epi16((DSV3__HALF_LEAST >> 16) - 1);
+    __m256 b0 = _mm256_blendv_ps(dsv3__k_bf16_avx2(v0), nan, _mm256_cmp_ps(v0, v0, _CMP_UNORD_Q));
+    __m256 b1 = _mm256_blendv_ps(dsv3__k_bf16_avx2(v1), nan, _mm256_cmp_ps(v1, v1, _CMP_UNORD_Q));
+    __m256i codes = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(b0), 16),
+                                        _mm256_srli_epi32(_mm256_castps_si256(b1), 16));
+    codes = _mm256_permute4x64_epi64(codes, 0xD8);
+    return _mm256_and_si256(codes, _mm256_cmpgt_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x7FFF)), least));
+}
+
 DSV3__TARGET_AVX2 static void dsv3__k_to_halves_avx2(uint16_t *out, const float *x, size_t n)
 {
-    const __m256i nan = _mm256_set1_epi32((int)DSV3__NAN_BITS), magnitude = _mm256_set1_epi16(0x7FFF);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(void *)(out + i),
+                            dsv3__k_halves16_avx2(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i + 8)));
+    dsv3__k_to_halves_scalar(out + i, x + i, n - i);
+}
+
+DSV3__TARGET_AVX2 static void dsv3__k_split_halves_avx2(uint16_t *first, uint16_t *rest, const float *x, size_t n)
+{
     size_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        __m256i half[2], codes;
-        DSV3__UNROLL
-        for (size_t j = 0; j < 2; j++) {
-            __m256 v = _mm256_loadu_ps(x + i + 8 * j), bits = dsv3__k_bf16_avx2(v);
-            bits = _mm256_blendv_ps(bits, _mm256_castsi256_ps(nan), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-            half[j] = _mm256_srli_epi32(_mm256_castps_si256(bits), 16);
-        }
-        codes = _mm256_permute4x64_epi64(_mm256_packus_epi32(half[0], half[1]), 0xD8);
-        codes = _mm256_and_si256(codes, _mm256_cmpgt_epi16(_mm256_and_si256(codes, magnitude),
-                                                           _mm256_set1_epi16((DSV3__HALF_LEAST >> 16) - 1)));
-        _mm256_storeu_si256((__m256i *)(void *)(out + i), codes);
+        __m256 v0 = _mm256_loadu_ps(x + i), v1 = _mm256_loadu_ps(x + i + 8);
+        const __m256i codes = dsv3__k_halves16_avx2(v0, v1);
+        __m256i h0 = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(codes)),
+                h1 = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(codes, 1));
+        v0 = _mm256_sub_ps(v0, _mm256_castsi256_ps(_mm256_slli_epi32(h0, 16)));
+        v1 = _mm256_sub_ps(v1, _mm256_castsi256_ps(_mm256_slli_epi32(h1, 16)));
+        _mm256_storeu_si256((__m256i *)(void *)(first + i), codes);
+        _mm256_storeu_si256((__m256i *)(void *)(rest + i), dsv3__k_halves16_avx2(v0, v1));
     }
-    dsv3__k_to_halves_scalar(out + i, x + i, n - i);
+    dsv3__k_split_halves_scalar(first + i, rest + i, x + i, n - i);
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_from_halves_avx2(float *out, const uint8_t *codes, size_t n)
@@ -5452,10 +5491,11 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         }
 }
 
-#define dsv3__k_shrink_avx512    dsv3__k_shrink_avx2
-#define dsv3__k_to_halves_avx512 dsv3__k_to_halves_avx2
-#define dsv3__k_bytes_avx512     dsv3__k_bytes_avx2
-#define dsv3__k_to_bytes_avx512  dsv3__k_to_bytes_avx2
+#define dsv3__k_shrink_avx512       dsv3__k_shrink_avx2
+#define dsv3__k_to_halves_avx512    dsv3__k_to_halves_avx2
+#define dsv3__k_split_halves_avx512 dsv3__k_split_halves_avx2
+#define dsv3__k_bytes_avx512        dsv3__k_bytes_avx2
+#define dsv3__k_to_bytes_avx512     dsv3__k_to_bytes_avx2
 
 #if DSV3__VNNI
 // ---- AVX-512 VNNI ----------------------------------------------------------------------------------------------
@@ -5833,7 +5873,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, s
     DSV3__TILE_ZERO(1);
     DSV3__TILE_ZERO(2);
     DSV3__TILE_ZERO(3);
-    for (size_t part = 0; part < 2; part++)
+    for (size_t part = 0; part < 4; part++)
         for (size_t c = 0; c < keys->n[part]; c += 32, query += 256) {
             const size_t stride = keys->row_bytes[part];
             const uint8_t *rows = keys->rows[part] + 2 * c;
@@ -6892,17 +6932,32 @@ static void dsv3__k_half_outer_neon(float *u, size_t u_stride, size_t n_h, const
         dsv3__k_half_outer_scalar(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
 }
 
+/* 4 halves, as f32. */
+DSV3__INLINE float32x4_t dsv3__k_halves4_neon(float32x4_t v)
+{
+    uint32x4_t bits =
+        vbslq_u32(vceqq_f32(v, v), vreinterpretq_u32_f32(dsv3__k_bf16_neon(v)), vdupq_n_u32(DSV3__NAN_BITS));
+    uint32x4_t tiny = vcltq_u32(vandq_u32(bits, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(DSV3__HALF_LEAST));
+    return vreinterpretq_f32_u32(vbicq_u32(bits, tiny));
+}
+
 static void dsv3__k_to_halves_neon(uint16_t *out, const float *x, size_t n)
 {
     size_t i = 0;
-    for (; i + 4 <= n; i += 4) {
-        const float32x4_t v = vld1q_f32(x + i);
-        const uint32x4_t nan = vdupq_n_u32(DSV3__NAN_BITS);
-        uint32x4_t bits = vbslq_u32(vceqq_f32(v, v), vreinterpretq_u32_f32(dsv3__k_bf16_neon(v)), nan);
-        uint32x4_t tiny = vcltq_u32(vandq_u32(bits, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(DSV3__HALF_LEAST));
-        vst1_u16(out + i, vshrn_n_u32(vbicq_u32(bits, tiny), 16));
-    }
+    for (; i + 4 <= n; i += 4)
+        vst1_u16(out + i, vshrn_n_u32(vreinterpretq_u32_f32(dsv3__k_halves4_neon(vld1q_f32(x + i))), 16));
     dsv3__k_to_halves_scalar(out + i, x + i, n - i);
+}
+
+static void dsv3__k_split_halves_neon(uint16_t *first, uint16_t *rest, const float *x, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const float32x4_t v = vld1q_f32(x + i), f = dsv3__k_halves4_neon(v), r = dsv3__k_halves4_neon(vsubq_f32(v, f));
+        vst1_u16(first + i, vshrn_n_u32(vreinterpretq_u32_f32(f), 16));
+        vst1_u16(rest + i, vshrn_n_u32(vreinterpretq_u32_f32(r), 16));
+    }
+    dsv3__k_split_halves_scalar(first + i, rest + i, x + i, n - i);
 }
 
 static void dsv3__k_from_halves_neon(float *out, const uint8_t *codes, size_t n)
@@ -7041,6 +7096,7 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {
         DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI) DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
+#define dsv3__k_split_halves_avx512_amx      dsv3__k_split_halves_avx2
 #define dsv3__k_to_halves_avx512_amx         dsv3__k_to_halves_avx2
 #define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
 static const dsv3__kern dsv3__kern_avx512_amx = {
@@ -10114,16 +10170,17 @@ typedef struct dsv3__mlp_group {
 typedef struct dsv3__worker {
     float *panel;  /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
     float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
-    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, cache_stride] absorbed queries, then attended latents */
+    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries, then attended latents */
     float *u;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, kv_lora_rank] sums of each row */
     float *u_span; /* the same, of one span of positions */
     float *row;    /* [widest] */
     float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
     float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
     float *keys;   /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
-    uint16_t *codes; /* [DSV3__KEY_BLOCK, cache_stride] the same block as bf16, where the cache has it otherwise; and */
-    float *made;     /* [DSV3__KEY_BLOCK, cache_stride] what >>kern makes of it. Both NULL in f32 */
-    dsv3__half_block block;    /* which points into these or into the cache */
+    uint16_t
+        *codes; /* [DSV3__KEY_BLOCK, half_latent], [.., 2 half_rope] of the block as halves, where they do not lie in */
+    float *made;            /* the cache; [DSV3__KEY_BLOCK, half_width] what >>kern makes of them. Both NULL in f32 */
+    dsv3__half_block block; /* which points into these or into the cache */
     const uint8_t *block_page; /* where it comes from; NULL: no block yet */
     uint8_t *taken;            /* [n_routed_experts] the router's marks */
     float *choice;             /* [2, n_routed_experts] its scores */
@@ -10141,11 +10198,13 @@ typedef struct dsv3__cache_part {
 typedef struct dsv3__work {
     const dsv3_model *m;
     dsv3__pool *pool;
-    uint32_t max_batch;  /* rows at once */
-    bool tiled;          /* this pass: how rows are packed, see >>mm, and */
-    uint32_t strip;      /* the outputs of a task */
-    bool halves;         /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32 */
-    size_t cache_stride; /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
+    uint32_t max_batch; /* rows at once */
+    bool tiled;         /* this pass: how rows are packed, see >>mm, and */
+    uint32_t strip;     /* the outputs of a task */
+    bool halves; /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
+    size_t half_latent, half_rope, half_width; /* latent, k_pe, k_pe, rest of k_pe; each to a multiple of 32; in all */
+    size_t query_stride;                       /* floats of a head's query, in either form */
+    size_t cache_stride;                       /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
     /* the cache: see dsv3__mla_layout */
     uint8_t *cache; /* [pages, layers, layer_bytes] */
     uint64_t layer_bytes, page_bytes;
@@ -10219,6 +10278,10 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->max_batch = max_batch;
     w->halves = m->mode.compute != DSV3_COMPUTE_F32;
     w->cache_stride = ((size_t)c->kv_lora_rank + c->qk_rope_head_dim + 63) / 64 * 64;
+    w->half_latent = w->halves ? ((size_t)c->kv_lora_rank + 31) / 32 * 32 : 0;
+    w->half_rope = w->halves ? ((size_t)c->qk_rope_head_dim + 31) / 32 * 32 : 0;
+    w->half_width = w->half_latent + 3 * w->half_rope;
+    w->query_stride = w->half_width > w->cache_stride ? w->half_width : w->cache_stride;
     w->x_stride = dsv3__mm_pad(c->hidden_size);
     w->q_a_stride = c->q_lora_rank ? dsv3__mm_pad(c->q_lora_rank) : 0;
     w->q_stride = (size_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
@@ -10259,15 +10322,15 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.panel = (float *)dsv3__carve(base, &used, dsv3__mm_panel_floats(widest), f);
         t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
-        t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->cache_stride, f);
+        t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->query_stride, f);
         t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
         t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
         t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
         t.keys = (float *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * w->cache_stride, f);
-        t.codes = (uint16_t *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, 2);
-        t.made = (float *)dsv3__carve(base, &used, w->halves ? DSV3__KEY_BLOCK * w->cache_stride : 0, f);
+        t.codes = (uint16_t *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * (w->half_latent + 2 * w->half_rope), 2);
+        t.made = (float *)dsv3__carve(base, &used, DSV3__KEY_BLOCK * w->half_width, f);
         memset(&t.block, 0, sizeof t.block);
         t.block_page = NULL;
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
@@ -10726,43 +10789,74 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__mla_store(w->m->k, &w->rope_key, w->halves, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
-/* The same rows, from row `none` on, as halves. Rows of a task that meet the same block find it made. */
+/* The same rows, from row `none` on, as halves. k_pe is two of them, what the first leaves being the second, and meets a
+   query's two in three products (k_pe's error is what scores feel: it alone would change one expert in a hundred). Rows of a
+   task that meet the same block find it made. */
 static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page,
                                                 uint32_t none, uint32_t count)
 {
-    const dsv3__cache_part *parts[2];
+    const dsv3__kern *k = w->m->k;
+    const size_t rope = w->m->config.qk_rope_head_dim;
+    uint16_t *split = mine->codes + DSV3__KEY_BLOCK * w->half_latent; /* [count, 2, half_rope] */
     dsv3__half_block *b = &mine->block;
     if (mine->block_page == page && b->count == count - none)
         return b;
     mine->block_page = page;
-    b->width = w->cache_stride, b->count = count - none, b->made = mine->made;
-    parts[0] = &w->latent, parts[1] = &w->rope_key;
-    if (w->latent.dtype == DSV3_DTYPE_BF16 && w->rope_key.dtype == DSV3_DTYPE_BF16 && w->latent.n % 32 == 0 &&
-        w->latent.n + w->rope_key.n == w->cache_stride && !none) {
-        for (uint32_t i = 0; i < 2; i++)
-            b->rows[i] = page + parts[i]->codes, b->row_bytes[i] = parts[i]->code_row, b->n[i] = parts[i]->n;
+    b->width = w->half_width, b->count = count - none, b->made = mine->made;
+    b->n[0] = w->half_latent, b->n[1] = b->n[2] = b->n[3] = w->half_rope;
+    if (w->latent.dtype == DSV3_DTYPE_BF16 && w->latent.n == w->half_latent && !none) {
+        b->rows[0] = page + w->latent.codes, b->row_bytes[0] = w->latent.code_row;
     } else {
-        const float *keys = dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
-        w->m->k->to_halves(mine->codes, keys, b->count * w->cache_stride);
-        b->rows[0] = b->rows[1] = (const uint8_t *)mine->codes;
-        b->row_bytes[0] = b->row_bytes[1] = w->cache_stride * sizeof(uint16_t);
-        b->n[0] = w->cache_stride, b->n[1] = 0;
+        dsv3__mla_fetch(k, &w->latent, page, count, mine->keys, w->cache_stride);
+        for (size_t t = 0; t < b->count; t++)
+            k->to_halves(mine->codes + t * w->half_latent, mine->keys + (none + t) * w->cache_stride, w->latent.n);
+        b->rows[0] = (const uint8_t *)mine->codes, b->row_bytes[0] = w->half_latent * sizeof(uint16_t);
     }
-    w->m->k->half_keys(b);
+    if (w->rope_key.dtype != DSV3_DTYPE_F32)
+        dsv3__mla_fetch(k, &w->rope_key, page, count, mine->keys, w->cache_stride);
+    for (size_t t = 0; t < b->count; t++) {
+        const float *key =
+            w->rope_key.dtype == DSV3_DTYPE_F32
+                ? (const float *)(const void *)(page + w->rope_key.codes + (none + t) * w->rope_key.code_row)
+                : mine->keys + (none + t) * w->cache_stride;
+        k->split_halves(split + t * 2 * w->half_rope, split + (t * 2 + 1) * w->half_rope, key, rope);
+    }
+    b->rows[1] = b->rows[2] = (const uint8_t *)split, b->rows[3] = (const uint8_t *)(split + w->half_rope);
+    b->row_bytes[1] = b->row_bytes[2] = b->row_bytes[3] = 2 * w->half_rope * sizeof(uint16_t);
+    k->half_keys(b);
     return b;
 }
 
-/* q [rows, DSV3__HEAD_GROUP, cache_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
+/* q [n_heads, cache_stride] -> what half_query makes of its heads, in their place. */
+static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, float *q, uint32_t n_heads)
+{
+    const dsv3_config *c = &w->m->config;
+    for (uint32_t j = 0; j < n_heads; j++) {
+        const float *from = q + j * w->query_stride;
+        float *to = mine->made + j * w->half_width; /* latent, first, rest, first */
+        memset(to, 0, w->half_width * sizeof(float));
+        memcpy(to, from, c->kv_lora_rank * sizeof(float));
+        to += w->half_latent, from += c->kv_lora_rank;
+        for (uint32_t i = 0; i < c->qk_rope_head_dim; i++) {
+            const float first = dsv3__k_half(from[i]);
+            to[i] = to[i + 2 * w->half_rope] = first;
+            to[i + w->half_rope] = from[i] - first;
+        }
+    }
+    w->m->k->half_query(q, mine->made, w->half_width, n_heads, w->half_width);
+}
+
+/* q [rows, DSV3__HEAD_GROUP, query_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
 static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0,
                              uint32_t n_heads)
 {
     const dsv3__work *w = t->w;
     const dsv3_config *c = &w->m->config;
     const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, latent = c->kv_lora_rank;
-    const size_t head_stride = DSV3__HEAD_GROUP * w->cache_stride; /* from a row's query to the next row's */
+    const size_t head_stride = DSV3__HEAD_GROUP * w->query_stride; /* from a row's query to the next row's */
     memset(mine->q, 0, n_rows * head_stride * sizeof(float));
     for (uint32_t j = 0; j < n_heads; j++) {
-        float *q = mine->q + j * w->cache_stride;
+        float *q = mine->q + j * w->query_stride;
         const float *from = w->q + row0 * w->q_stride + (size_t)(h0 + j) * (nope + rope);
         uint64_t w_uk = (uint64_t)(h0 + j) * (nope + c->v_head_dim); /* row of kv_b */
         for (uint32_t i = 0; i < nope; i += DSV3__UK_ROWS) {
@@ -10800,7 +10894,7 @@ static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32
 }
 
 /* Adds the cache rows t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK; of the first `shift` there are
-   none. q [n_heads, cache_stride], or what half_query made of it; u [n_heads, kv_lora_rank] */
+   none. q [n_heads, query_stride], or what half_query made of it; u [n_heads, kv_lora_rank] */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
                             uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
 {
@@ -10814,7 +10908,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
     if (halves)
         k->half_scores(mine->score, DSV3__KEY_BLOCK, halves, q, n_heads);
     else
-        k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->cache_stride, NULL, n_heads,
+        k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->query_stride, NULL, n_heads,
                 w->cache_stride);
     for (uint32_t j = 0; j < n_heads; j++) {
         float *score = mine->score + j * DSV3__KEY_BLOCK, max = k->scale_max(score, count, w->m->softmax_scale);
@@ -10828,7 +10922,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
         k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
 }
 
-/* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, cache_stride] in, its first kv_lora_rank
+/* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, query_stride] in, its first kv_lora_rank
    floats out. Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend
    on the position alone; spans keep the chains of additions short at 10^5 positions.
    PERF: all rows meet a block before the next one, so those of one timeline find it in L2. */
@@ -10843,9 +10937,7 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
     for (uint32_t i = 0; i < n_rows; i++) {
         dsv3__mla_clear(&all[i], mine->u + i * u_stride, n_heads, latent);
         if (t->w->halves) {
-            float *q = mine->q + i * head_stride;
-            memcpy(mine->keys, q, n_heads * t->w->cache_stride * sizeof(float));
-            t->w->m->k->half_query(q, mine->keys, t->w->cache_stride, n_heads, t->w->cache_stride);
+            dsv3__mla_half_query(t->w, mine, mine->q + i * head_stride, n_heads);
         }
         at[i] = rows[i].position + rows[i].shift;
         last = at[i] > last ? at[i] : last;
@@ -10877,7 +10969,7 @@ static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const 
     }
     for (uint32_t i = 0; i < n_rows; i++)
         for (uint32_t j = 0; j < n_heads; j++) {
-            float scale = 1.0f / all[i].sum[j], *q = mine->q + i * head_stride + j * t->w->cache_stride;
+            float scale = 1.0f / all[i].sum[j], *q = mine->q + i * head_stride + j * t->w->query_stride;
             for (uint32_t c = 0; c < latent; c++)
                 q[c] = mine->u[i * u_stride + j * latent + c] * scale;
         }
@@ -10894,13 +10986,13 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
     const uint32_t h0 = task % n_groups * t->group, row0 = task / n_groups * DSV3__HEAD_ROWS;
     const uint32_t n_heads = (uint32_t)dsv3__min(t->group, c->num_attention_heads - h0);
     const uint32_t n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0);
-    const size_t head_stride = DSV3__HEAD_GROUP * w->cache_stride;
+    const size_t head_stride = DSV3__HEAD_GROUP * w->query_stride;
     dsv3__mla_absorb(t, mine, row0, n_rows, h0, n_heads);
     dsv3__mla_attend(t, mine, &t->rows[row0], n_rows, head_stride, n_heads);
     for (uint32_t j = 0; j < n_heads; j++) {
         uint64_t w_uv =
             (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
-        float *u = mine->q + j * w->cache_stride;
+        float *u = mine->q + j * w->query_stride;
         for (uint32_t i = 0; i < n_rows; i++)
             dsv3__nn_pack(w, worker, u + i * head_stride, &w->m->exact, &t->l->kv_b, n_rows > DSV3__MM_FEW);
         dsv3__mm_strip(&w->m->exact, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
@@ -19501,8 +19593,10 @@ static dsv3_result dsv3__ws_opts(dsv3_workspace_opts *o, const dsv3_model *m, co
         o->n_pages = 64;
     if (!o->max_batch)
         o->max_batch = 512;
-    if (o->cache_latent == DSV3_CACHE_AUTO)
+    if (o->cache_latent == DSV3_CACHE_AUTO) {
         o->cache_latent = m->mode.compute == DSV3_COMPUTE_F32 ? DSV3_CACHE_F32 : DSV3_CACHE_BF16;
+        o->cache_rope = o->cache_rope == DSV3_CACHE_AUTO ? DSV3_CACHE_F32 : o->cache_rope;
+    }
     if (o->cache_rope == DSV3_CACHE_AUTO)
         o->cache_rope = o->cache_latent == DSV3_CACHE_F32 ? DSV3_CACHE_F32 : DSV3_CACHE_BF16;
     if ((uint32_t)o->cache_latent > DSV3_CACHE_I8 || (uint32_t)o->cache_rope > DSV3_CACHE_I8)

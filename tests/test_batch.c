@@ -713,7 +713,7 @@ TEST(cache_types)
             for (size_t v = 0; v < 150 * vocab && i; v++)
                 rms += ((double)got[v] - expected[v]) * ((double)got[v] - expected[v]);
             rms = sqrt(rms / (150.0 * (double)vocab));
-            bool same = k >= 3 && types[i][0] != DSV3_CACHE_I8;
+            bool same = k >= 3 && types[i][0] != DSV3_CACHE_I8 && i != 2 && i != 6; /* keys in f32 */
             if (!CHECK(same ? rms == 0 : rms <= most[i] && rms >= least[i]))
                 printf("    model %d, types %d: rms %g\n", k, i, rms);
             dsv3_workspace_info_get(dsv3_session_workspace(s), &info);

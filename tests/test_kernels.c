@@ -892,8 +892,8 @@ TEST(halves)
                      n_h = heads[random_bits() % DSV3__COUNT(heads)];
         size_t latent = latents[random_bits() % DSV3__COUNT(latents)];
         const bool wild = n % 7 == 0;
-        dsv3__half_block block = {{(const uint8_t *)codes, (const uint8_t *)&codes[0][width / 64 * 32]}, {sizeof codes[0], sizeof codes[0]},
-                                  {width / 64 * 32, width - width / 64 * 32}, width, count, packed};
+        dsv3__half_block block = {{(const uint8_t *)codes, (const uint8_t *)&codes[0][width / 64 * 32], NULL, NULL}, {sizeof codes[0], sizeof codes[0], 0, 0},
+                                  {width / 64 * 32, width - width / 64 * 32, 0, 0}, width, count, packed};
         if (n % 2)
             block.n[0] = width, block.n[1] = 0; /* in one part */
         latent = latent > block.n[0] ? block.n[0] : latent;
@@ -916,10 +916,12 @@ TEST(halves)
             memset(packed, 0xFF, sizeof packed); /* NaN wherever it is not written */
             memset(query, 0xFF, sizeof query);
             for (size_t h = 0; h < n_h; h++) { /* of any length */
-                uint16_t some[WIDE + 1];
+                uint16_t some[WIDE + 1], first[WIDE], rest[WIDE];
                 k->to_halves(some, q[h], width - h);
+                k->split_halves(first, rest, q[h], width - h);
                 for (size_t c = 0; c + h < width; c++)
-                    ok = ok && dsv3__bf16_decode(some[c]) == half(q[h][c]);
+                    ok = ok && dsv3__bf16_decode(some[c]) == half(q[h][c]) && first[c] == some[c] &&
+                         dsv3__bf16_decode(rest[c]) == half(q[h][c] - half(q[h][c]));
             }
             k->half_keys(&block);
             k->half_query(query, q[0], WIDE, n_h, width);
@@ -958,7 +960,7 @@ TEST(halves_nan)
             for (size_t count = 39; count < 43; count++) {
                 bool ok = true;
                 memset(u, 0, sizeof u);
-                dsv3__half_block block = {{(const uint8_t *)codes, NULL}, {sizeof codes[0], 0}, {64, 0}, 64, count, packed};
+                dsv3__half_block block = {{(const uint8_t *)codes, NULL, NULL, NULL}, {sizeof codes[0], 0, 0, 0}, {64, 0, 0, 0}, 64, count, packed};
                 k->to_halves(codes[0], keys[0], 64 * 64);
                 k->half_keys(&block);
                 k->half_query(query, q[0], 64, 16, 64);
