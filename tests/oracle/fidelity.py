@@ -276,7 +276,8 @@ def widths(work, program, report):
 
 class InMode(transcription.Official):
     """DeepSeek's model with f32 between its linears and every linear in one mode. As in the library, and in DeepSeek's
-    absorbed attention, kv_b is no product of activations with codes: its dequantised values are used. The router is f32."""
+    absorbed attention, kv_b is no product of activations with codes: its dequantised values are used. The router is f32.
+    Attention rounds its factors to bf16 where the library does: published it is bf16 throughout."""
 
     def __init__(self, config, stored, mode, ue8m0):
         super().__init__(config, {n: t for n, t in stored.items() if not n.endswith("weight_scale")},
@@ -295,6 +296,39 @@ class InMode(transcription.Official):
     def linear(self, x, name, plain=True):
         w, scale, block = self.parts(name)
         return matmul_modes.linear(x, w, scale, block, self.mode, self.ue8m0 == "all" or self.ue8m0 == "plain" and plain)
+
+
+    def attend(self, q_latent, q_pe, kv, k_pe, mask):
+        """Factors in bf16, k_pe and q_pe in two of them; what is rounded of the softmax are exponentials below the largest score
+        so far, 64 positions at a time, anew every 512."""
+        def half(x):
+            y = x.to(torch.bfloat16).float()
+            return torch.where(y.abs() < 2.0 ** -50, 0.0, y)
+
+        def relative(most, to):
+            return torch.where(most == to, 1.0, (most - to).exp())
+
+        kv, q_first, k_first = half(kv), half(q_pe), half(k_pe)
+        scores = torch.einsum("shc,tc->sht", half(q_latent), kv) + torch.einsum("shr,tr->sht", q_first, k_first)
+        scores += torch.einsum("shr,tr->sht", half(q_pe - q_first), k_first)
+        scores += torch.einsum("shr,tr->sht", q_first, half(k_pe - k_first))
+        scores = scores * self.scale + mask.unsqueeze(1)
+        none = torch.full(scores.shape[:2], float("-inf"))
+        most, total, out = none, torch.zeros_like(none), torch.zeros(*scores.shape[:2], kv.shape[1])
+        for t0 in range(0, len(kv), 512):
+            m, n, u = none, torch.zeros_like(none), torch.zeros_like(out)
+            for t in range(t0, min(t0 + 512, len(kv)), 64):
+                s = scores[..., t:t + 64]
+                top = torch.maximum(m, s.amax(-1))
+                p = torch.where(s == float("-inf"), 0.0, (s - top.unsqueeze(-1)).exp())
+                n = n * relative(m, top) + p.sum(-1)
+                u = u * relative(m, top).unsqueeze(-1) + torch.einsum("sht,tc->shc", half(p), kv[t:t + 64])
+                m = top
+            top = torch.maximum(most, m)
+            total = total * relative(most, top) + n * relative(m, top)
+            out = out * relative(most, top).unsqueeze(-1) + u * relative(m, top).unsqueeze(-1)
+            most = top
+        return out / total.unsqueeze(-1)
 
 
 # Two sums in another order differ by 1e-7; that moves a few activations over a rounding border, and layer by layer more of

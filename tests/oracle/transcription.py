@@ -138,6 +138,13 @@ class Official:
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + (self.ch.eps if eps is None else eps))
         return (y * self.w[name].to(wide)).to(x.dtype)
 
+    def attend(self, q_latent, q_pe, kv, k_pe, mask):
+        """[m.486-494] the softmax over positions t, of the latents: [s][h][c]."""
+        wide = torch.float64 if kv.dtype == torch.float64 else torch.float32
+        scores = (torch.einsum("shc,tc->sht", q_latent, kv) + torch.einsum("shr,tr->sht", q_pe, k_pe)) * self.scale
+        p = (scores + mask.unsqueeze(1)).softmax(-1, dtype=wide).to(kv.dtype)
+        return torch.einsum("sht,tc->shc", p, kv)
+
     def attention(self, x, at, angle):
         """[m.446-497]"""
         c, n = self.c, x.shape[0]
@@ -164,9 +171,7 @@ class Official:
         else:                                                                       # [m.481-495]
             w = self.weight(at + "kv_b_proj.weight").view(heads, -1, latent)
             q_latent = torch.einsum("shd,hdc->shc", q_nope, w[:, :nope])
-            scores = (torch.einsum("shc,tc->sht", q_latent, kv) + torch.einsum("shr,tr->sht", q_pe, k_pe)) * self.scale
-            p = (scores + mask.unsqueeze(1)).softmax(-1, dtype=wide).to(x.dtype)
-            out = torch.einsum("sht,tc->shc", p, kv)
+            out = self.attend(q_latent, q_pe, kv, k_pe, mask)
             out = torch.einsum("shc,hdc->shd", out, w[:, nope:])
         return self.linear(out.flatten(1), at + "o_proj.weight", False)
 
