@@ -187,6 +187,20 @@
    A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
    an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
 
+   TOOLS THAT MUST BE CALLED (what others call tool_choice). With dsv3_chat_opts.call the renderer begins the reply as the
+   template would write that call (no reasoning before it), up to where the arguments begin: what opens them is in the
+   prompt and nobody's choice. dsv3_grammar_open_tool compiles the tool's own schema; under it the model writes arguments
+   that fit, then the end of text, and nothing else. The reply, which is told of the call too, has that one call:
+
+       dsv3_tool_call call = {0};
+       call.name = name;                                            // and call.id, for Kimi
+       opts.call = reply_opts.call = &call;
+       dsv3_grammar_open_tool(&generate_opts.grammar, tokenizer, tools, name, NULL, &error);
+
+   What closes the call is written when the conversation is rendered with it (and dsv3_session_sync drops the end of text).
+   Which of several tools it is, the host says: there is no choice among them under a grammar. V3, R1 and V3_1 and
+   KIMI_K2_THINKING have such calls, the other markups refuse. Drafts, batches, forks and rewinding know nothing of it.
+
    DRAFTS. With dsv3_session_opts.n_draft, dsv3_generate guesses tokens ahead and runs them with the last one in one pass:
    reading the weights once may give several tokens. The text stays the same to the bit, for every seed, temperature,
    penalty, mask, grammar and stop: what is sampled at a position is a function of its logits and its own random number,
@@ -586,6 +600,10 @@ typedef struct dsv3_chat_opts {
     dsv3_text
         tools; /* JSON: [{"type": "function", "function": {"name", "description", "parameters"}}, ...]; V3_1 and the
                         two of Kimi. INVALID_ARGUMENT with the others, which have no place for it */
+    /* Optional, with add_generation_prompt: the reply must be this call. The ids end where its arguments begin (those here
+       are not read); dsv3_grammar_open_tool keeps them to its schema. INVALID_ARGUMENT with KIMI_K2 and GIGACHAT3, and
+       where the turn is not the assistant's. See TOOLS THAT MUST BE CALLED above */
+    const dsv3_tool_call *call;
 } dsv3_chat_opts;
 
 DSV3_API const char *dsv3_markup_name(dsv3_markup markup); /* "r1-think"; "?" if unknown; static */
@@ -641,6 +659,7 @@ typedef struct dsv3_reply_opts {
     size_t n_stop_strings;
     bool (*event_fn)(void *user, const dsv3_reply_event *event); /* Required; false: no more events */
     void *user;
+    const dsv3_tool_call *call; /* Optional: as in dsv3_chat_opts. dsv3_reply_init itself then tells its id and name */
 } dsv3_reply_opts;
 
 /* A reply that is being read. The caller's memory, of any kind; its fields are not for use. */
@@ -721,6 +740,14 @@ typedef struct dsv3_grammar_state {
    pointer), OUT_OF_MEMORY, MEMORY_LIMIT. Any thread. */
 DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
                                        size_t len, const dsv3_grammar_opts *opts, dsv3_error *error);
+
+/* The arguments of one of the tools: `parameters` of the function of that name; any object where it has none.
+   tools      JSON, as in dsv3_chat_opts, not kept
+   name       of the tool
+   Errors: as dsv3_grammar_open, pointers and offsets of a schema counting from its beginning; INVALID_ARGUMENT where no tool
+   has that name. Any thread. */
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error);
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar); /* NULL is fine */
 
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state); /* nothing written yet */
@@ -13921,9 +13948,9 @@ static void dsv3__chat_system(dsv3__chat *c)
     }
 }
 
-static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+/* DeepSeek's call as far as its arguments. */
+static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *call)
 {
-    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
     bool fenced = c->markup != DSV3_MARKUP_V3_1;
     dsv3__chat_mark(c, DSV3__CHAT_CALL);
     if (fenced) {
@@ -13935,8 +13962,14 @@ static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
         dsv3__chat_str(c, "\n```json\n");
     else
         dsv3__chat_mark(c, DSV3__CHAT_SEP);
+}
+
+static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+{
+    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
+    dsv3__chat_call_open(c, i, call);
     dsv3__chat_field(c, i, call->arguments, "arguments in a tool call");
-    if (fenced)
+    if (c->markup != DSV3_MARKUP_V3_1)
         dsv3__chat_str(c, "\n```");
     dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
 }
@@ -14020,7 +14053,7 @@ static void dsv3__chat_v3(dsv3__chat *c)
         dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
     } else if (c->o->add_generation_prompt) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-        if (c->markup == DSV3_MARKUP_R1_THINK) {
+        if (c->markup == DSV3_MARKUP_R1_THINK && !c->o->call) {
             dsv3__chat_mark(c, DSV3__CHAT_THINK);
             dsv3__chat_str(c, "\n");
         }
@@ -14072,7 +14105,7 @@ static void dsv3__chat_v3_1(dsv3__chat *c)
     }
     if (c->o->add_generation_prompt && behind_user) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-        dsv3__chat_mark(c, c->o->thinking ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+        dsv3__chat_mark(c, c->o->thinking && !c->o->call ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
     }
 }
 
@@ -14172,6 +14205,23 @@ static void dsv3__chat_kimi(dsv3__chat *c)
         dsv3__chat_kimi_head(c, DSV3_ROLE_ASSISTANT, none);
 }
 
+/* What makes the model answer is written: the reply begins with this call, which is the first of its turn. */
+static void dsv3__chat_must_call(dsv3__chat *c)
+{
+    const dsv3_tool_call *call = c->o->call;
+    if (c->markup != DSV3_MARKUP_KIMI_K2_THINKING) {
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        dsv3__chat_call_open(c, c->n, call);
+        return;
+    }
+    dsv3__chat_mark(c, DSV3__CHAT_THINK);
+    dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
+    dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
+    dsv3__chat_put(c, call->id.p, call->id.len);
+    dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
+}
+
 /* A turn of GigaChat3 but for its content. */
 static void dsv3__chat_giga_head(dsv3__chat *c, const char *role)
 {
@@ -14232,6 +14282,20 @@ static void dsv3__chat_giga(dsv3__chat *c)
 
 // ---- Public: rendering -----------------------------------------------------------------------------------
 
+/* A call that must be made, as the renderer and the reply are told of it. Names are as long as a reply tells them. */
+static dsv3_result dsv3__chat_check_call(dsv3_markup markup, const dsv3_tool_call *call, dsv3_error *err)
+{
+    bool kimi = markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3_text said = kimi ? call->id : call->name;
+    if (markup == DSV3_MARKUP_KIMI_K2 || markup == DSV3_MARKUP_GIGACHAT3)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: markup %s has no tool calls that can be asked for",
+                          dsv3_markup_name(markup));
+    if (!call->name.p || !call->name.len || !said.p || !said.len || call->name.len > 255 || said.len > 255)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: opts.call: expected %s of 1 to 255 bytes",
+                          kimi ? "a name and an id" : "a name");
+    return DSV3_OK;
+}
+
 /* Arguments and options of a call. */
 static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
 {
@@ -14256,6 +14320,16 @@ static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
         return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
                           "chat: markup %s has no place for tools: describe them in the system message",
                           dsv3_markup_name(c->markup));
+    if (opts->call) {
+        size_t last = c->n;
+        while (last && c->messages[last - 1].role == DSV3_ROLE_SYSTEM)
+            last--;
+        DSV3__TRY(dsv3__chat_check_call(c->markup, opts->call, c->err));
+        if (!opts->add_generation_prompt || !last || c->messages[last - 1].role == DSV3_ROLE_ASSISTANT)
+            return DSV3__FAIL(
+                c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                "chat: opts.call: expected add_generation_prompt, and the user's or a tool's turn before");
+    }
     return c->result;
 }
 
@@ -14281,6 +14355,8 @@ static dsv3_result dsv3__chat_run(dsv3__chat *c, const dsv3_tokenizer *t, const 
     case DSV3_MARKUP_GIGACHAT3: dsv3__chat_giga(c); break;
     default: dsv3__chat_v3(c);
     }
+    if (opts->call)
+        dsv3__chat_must_call(c);
     dsv3__chat_flush(c);
     return c->result;
 }
@@ -14697,6 +14773,8 @@ DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *to
     }
     dsv3_markup markup = opts->markup;
     DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    if (opts->call)
+        DSV3__TRY(dsv3__chat_check_call(markup, opts->call, err));
     reply->tokenizer = tokenizer;
     reply->opts = *opts;
     reply->opts.markup = markup;
@@ -14706,6 +14784,16 @@ DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *to
     bool thinks = markup == DSV3_MARKUP_R1_THINK || (markup == DSV3_MARKUP_V3_1 && opts->thinking);
     reply->state = thinks ? DSV3__REPLY_REASON : DSV3__REPLY_START;
     dsv3__reply_skip(reply, markup == DSV3_MARKUP_V3_1 && thinks ? 1 : 0); /* R1's prompt has that newline */
+    if (opts->call) { /* the prompt ends behind what opens its arguments */
+        const dsv3_tool_call *call = opts->call;
+        reply->opts.call = NULL;
+        reply->n_calls = 1;
+        reply->skip = 0;
+        reply->state = DSV3__REPLY_ARGUMENTS;
+        if (markup == DSV3_MARKUP_KIMI_K2_THINKING)
+            dsv3__reply_event(reply, DSV3_REPLY_CALL_ID, call->id.p, call->id.len);
+        dsv3__reply_event(reply, DSV3_REPLY_CALL_NAME, call->name.p, call->name.len);
+    }
     return DSV3_OK;
 }
 
@@ -18445,6 +18533,60 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     return r;
 }
 
+/* The parameters of the tool of that name. */
+static dsv3_result dsv3__gram_tool(dsv3_text tools, dsv3_text name, dsv3__str *schema, dsv3_error *err)
+{
+    static const char any[] = "{\"type\": \"object\"}";
+    bool found = false;
+    dsv3__json list;
+    dsv3__str wanted;
+    if (!tools.p || !tools.len || !name.p)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tool: tools or name is missing");
+    dsv3__json_init(&list, tools.p, tools.len, "tools", err);
+    if (dsv3__json_peek(&list) != '[')
+        dsv3__json_fail(&list, "expected a list");
+    if (dsv3__json_open(&list, '['))
+        while (dsv3__json_item(&list)) {
+            dsv3__json function, value;
+            dsv3__json_str s;
+            char decoded[256];
+            size_t n;
+            if (!found && dsv3__tok_get(&list, "function", &function) && dsv3__tok_get(&function, "name", &value) &&
+                dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s) && s.n <= sizeof decoded &&
+                dsv3__json_decode(s, decoded, &n) && n == name.len && memcmp(decoded, name.p, n) == 0) {
+                found = true;
+                schema->p = any;
+                schema->n = sizeof any - 1;
+                if (dsv3__tok_get(&function, "parameters", &value)) {
+                    dsv3__json_peek(&value);
+                    schema->p = value.p;
+                    dsv3__json_skip(&value);
+                    schema->n = (size_t)(value.p - schema->p);
+                }
+            }
+            dsv3__json_skip(&list);
+        }
+    DSV3__TRY(dsv3__json_end(&list));
+    wanted.p = name.p;
+    wanted.n = name.len;
+    if (!found)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tool: no tool has the name \"%S\"",
+                          &wanted);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__str schema = {NULL, 0};
+    dsv3__err_clear(err);
+    if (grammar)
+        *grammar = NULL;
+    DSV3__TRY(dsv3__gram_tool(tools, name, &schema, err));
+    return dsv3_grammar_open(grammar, tokenizer, schema.p, schema.n, opts, error);
+}
+
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state)
 {
     (void)grammar;
@@ -18497,6 +18639,13 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     if (grammar)
         *grammar = NULL;
     return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    (void)tools, (void)name;
+    return dsv3_grammar_open(grammar, tokenizer, NULL, 0, opts, error);
 }
 
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar)
