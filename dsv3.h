@@ -744,8 +744,8 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
 /* The arguments of one of the tools: `parameters` of the function of that name; any object where it has none.
    tools      JSON, as in dsv3_chat_opts, not kept
    name       of the tool
-   Errors: as dsv3_grammar_open, pointers and offsets of a schema counting from its beginning; INVALID_ARGUMENT where no tool
-   has that name. Any thread. */
+   Errors: as dsv3_grammar_open (pointers and offsets count from the schema's beginning); INVALID_ARGUMENT where no tool has
+   that name. Any thread. */
 DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
                                             dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error);
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar); /* NULL is fine */

@@ -1352,6 +1352,20 @@ TEST(must_call_edges)
     CHECK_OK(render(t, c, 4, &o), e);
     CHECK(out.len > 10 && memcmp(out.text + out.len - 10, "f\n```json\n", 10) == 0);
 
+    /* Without a grammar a model may close the call and make another. */
+    static transcript heard;
+    memset(&heard, 0, sizeof heard);
+    how.markup = DSV3_MARKUP_V3_1;
+    how.event_fn = write_down, how.user = &heard;
+    CHECK_OK(dsv3_reply_init(&r, t, &how, &e), e);
+    const int more[] = {DSV3__CHAT_CALL_END, DSV3__CHAT_CALL, DSV3__CHAT_SEP, DSV3__CHAT_CALL_END, DSV3__CHAT_CALLS_END};
+    CHECK(dsv3_reply_put(&r, t->bpe.ids['1']));
+    for (size_t i = 0; i < TEST_COUNT(more); i++)
+        CHECK(dsv3_reply_put(&r, dsv3__chat_id(t, more[i])) &&
+              (more[i] != DSV3__CHAT_CALL || dsv3_reply_put(&r, t->bpe.ids['g'])));
+    dsv3_reply_end(&r);
+    CHECK_EQ_STR(spelled_out(&heard), "N0[f]G0[1]N1[g]E");
+
     dsv3_text tools = text_of(must_tools), none_there = {NULL, 0};
     CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, text_of("sub"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_CONTAINS(e.message, "no tool has the name \"sub\"");
