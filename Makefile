@@ -131,7 +131,7 @@ tsan: $(TSAN_TESTS:tests/%.c=build/tsan/%) ## the tests with threads under TSan
 
 build/fuzz/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)
-	clang $(STD) -I. -O1 -g -fsanitize=fuzzer,address,undefined -DDSV3_FUZZER -o $@ $< $(LDLIBS)
+	clang $(STD) -I. -O2 -g -fsanitize=fuzzer,address,undefined -DDSV3_FUZZER -o $@ $< $(LDLIBS)
 
 fuzz: $(FUZZERS) ## each fuzzer for FUZZ_SECONDS (60), from the seeds in tests/fuzz/
 	@for f in $(FUZZERS); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; \

@@ -79,6 +79,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static dsv3_message messages[MAX_MESSAGES];
     static dsv3_tool_call calls[MAX_MESSAGES][MAX_CALLS];
     dsv3_chat_opts o;
+    dsv3_tool_call call;
     input in;
     size_t n = 0;
     if (!tokenizers[0]) {
@@ -92,6 +93,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     o.add_generation_prompt = flags & 1;
     o.thinking = (flags & 2) != 0;
     o.tools = take_text(&in, (flags & 4) != 0);
+    if (flags & 16) {
+        memset(&call, 0, sizeof call);
+        call.id = take_text(&in, true);
+        call.name = take_text(&in, true);
+        o.call = &call;
+    }
     const dsv3_tokenizer *t = tokenizers[flags >> 3 & 1];
     while (in.p < in.end && n < MAX_MESSAGES) {
         dsv3_message *m = &messages[n];
@@ -121,6 +128,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         for (size_t k = 0; k < m->n_tool_calls; k++)
             harmless(&calls[i][k].id), harmless(&calls[i][k].name), harmless(&calls[i][k].arguments);
     }
+    if (o.call)
+        harmless(&call.id), harmless(&call.name);
     render(&plain, t, messages, n, &o);
     if (as_is.code != plain.code || as_is.n_marks != plain.n_marks ||
         memcmp(as_is.marks, plain.marks, plain.n_marks * sizeof *plain.marks) != 0)

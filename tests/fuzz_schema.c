@@ -9,7 +9,8 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static void walk(const dsv3_grammar *g, uint64_t seed)
+/* `tried`: masks are held against each token tried, which takes most of the time. */
+static void walk(const dsv3_grammar *g, uint64_t seed, bool tried)
 {
     static char text[1 << 14];
     size_t len = 0, bytes;
@@ -20,7 +21,7 @@ static void walk(const dsv3_grammar *g, uint64_t seed)
     for (int i = 0; i < 24; i++) {
         int32_t token = (int32_t)grammar_random(&seed, GRAMMAR_EOS + 3);
         dsv3_grammar_mask(g, &s, mask);
-        if (i % 6 == 1) {
+        if (i % 6 == 1 && tried) {
             grammar_brute(g, &s, brute);
             if (memcmp(mask, brute, sizeof mask) != 0)
                 abort();
@@ -71,7 +72,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (r && r != DSV3_ERROR_JSON && r != DSV3_ERROR_SCHEMA)
         abort(); /* the limits hold before the memory does */
     if (!r)
-        walk(g, data[0]);
+        walk(g, data[0], size % 8 == 0);
     dsv3_grammar_close(g);
     return 0;
 }
