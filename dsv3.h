@@ -197,6 +197,8 @@
        opts.call = reply_opts.call = &call;
        dsv3_grammar_open_tool(&generate_opts.grammar, tokenizer, tools, name, NULL, &error);
 
+   Its prompt is where the conversation with that call in it goes through, byte for byte: where the templates of V3 and R1
+   open no second section (behind an earlier call) or leave a round of results open, it does not either.
    What closes the call is written when the conversation is rendered with it (and dsv3_session_sync drops the end of text).
    Which of several tools it is, the host says: there is no choice among them under a grammar. V3, R1 and V3_1 and
    KIMI_K2_THINKING have such calls, the other markups refuse. Drafts, batches, forks and rewinding know nothing of it.
@@ -13573,6 +13575,8 @@ enum {
     DSV3__CHAT_N_MARKERS
 };
 
+enum { DSV3__CHAT_NAME_MAX = 255 }; /* bytes of a call's name or id that a reply tells whole */
+
 #define DSV3__CHAT_BAR "\xEF\xBD\x9C" /* U+FF5C */
 #define DSV3__CHAT_LOW "\xE2\x96\x81" /* U+2581 */
 
@@ -13964,10 +13968,8 @@ static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *
         dsv3__chat_mark(c, DSV3__CHAT_SEP);
 }
 
-static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+static void dsv3__chat_call_close(dsv3__chat *c, size_t i, const dsv3_tool_call *call)
 {
-    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
-    dsv3__chat_call_open(c, i, call);
     dsv3__chat_field(c, i, call->arguments, "arguments in a tool call");
     if (c->markup != DSV3_MARKUP_V3_1)
         dsv3__chat_str(c, "\n```");
@@ -13980,6 +13982,22 @@ typedef struct dsv3__chat_state {
     bool in_tool;          /* the last turn was a tool's */
 } dsv3__chat_state;
 
+/* A call of message i, whose turn has this content, as far as its arguments. */
+static void dsv3__chat_v3_call_open(dsv3__chat *c, size_t i, dsv3_text content, const dsv3_tool_call *call,
+                                    dsv3__chat_state *s)
+{
+    if (s->called) {
+        dsv3__chat_str(c, "\n");
+    } else {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        if (c->markup != DSV3_MARKUP_V3 && content.p)
+            dsv3__chat_put(c, content.p, content.len);
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+    }
+    s->called = true;
+    dsv3__chat_call_open(c, i, call);
+}
+
 static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
 {
     const dsv3_message *m = &c->messages[i];
@@ -13987,16 +14005,8 @@ static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
     s->in_tool = false;
     for (size_t k = 0; k < m->n_tool_calls; k++) {
         bool first = !s->called;
-        s->called = true;
-        if (first) {
-            dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-            if (r1 && m->content.p)
-                dsv3__chat_content(c, i);
-            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        } else {
-            dsv3__chat_str(c, "\n");
-        }
-        dsv3__chat_call(c, i, k);
+        dsv3__chat_v3_call_open(c, i, m->content, &m->tool_calls[k], s);
+        dsv3__chat_call_close(c, i, &m->tool_calls[k]);
         if (!first && !r1) {
             dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
             dsv3__chat_mark(c, DSV3__CHAT_EOS);
@@ -14049,11 +14059,14 @@ static void dsv3__chat_v3(dsv3__chat *c)
             (calls ? dsv3__chat_v3_calls : dsv3__chat_v3_answer)(c, i, &s);
         }
     }
-    if (s.in_tool) {
+    if (c->o->call) { /* behind an output the round stays open, as the template leaves it */
+        const dsv3_text none = {NULL, 0};
+        dsv3__chat_v3_call_open(c, c->n, none, c->o->call, &s);
+    } else if (s.in_tool) {
         dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
     } else if (c->o->add_generation_prompt) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-        if (c->markup == DSV3_MARKUP_R1_THINK && !c->o->call) {
+        if (c->markup == DSV3_MARKUP_R1_THINK) {
             dsv3__chat_mark(c, DSV3__CHAT_THINK);
             dsv3__chat_str(c, "\n");
         }
@@ -14075,8 +14088,10 @@ static void dsv3__chat_v3_1_assistant(dsv3__chat *c, size_t i, bool behind_user,
             dsv3__chat_content(c, i);
         if (m->n_tool_calls)
             dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        for (size_t k = 0; k < m->n_tool_calls; k++)
-            dsv3__chat_call(c, i, k);
+        for (size_t k = 0; k < m->n_tool_calls; k++) {
+            dsv3__chat_call_open(c, i, &m->tool_calls[k]);
+            dsv3__chat_call_close(c, i, &m->tool_calls[k]);
+        }
         dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
     }
     dsv3__chat_mark(c, DSV3__CHAT_EOS);
@@ -14106,6 +14121,10 @@ static void dsv3__chat_v3_1(dsv3__chat *c)
     if (c->o->add_generation_prompt && behind_user) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
         dsv3__chat_mark(c, c->o->thinking && !c->o->call ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+    if (c->o->call) {
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        dsv3__chat_call_open(c, c->n, c->o->call);
     }
 }
 
@@ -14203,23 +14222,14 @@ static void dsv3__chat_kimi(dsv3__chat *c)
         dsv3__chat_kimi_message(c, i, i >= answer);
     if (c->o->add_generation_prompt)
         dsv3__chat_kimi_head(c, DSV3_ROLE_ASSISTANT, none);
-}
-
-/* What makes the model answer is written: the reply begins with this call, which is the first of its turn. */
-static void dsv3__chat_must_call(dsv3__chat *c)
-{
-    const dsv3_tool_call *call = c->o->call;
-    if (c->markup != DSV3_MARKUP_KIMI_K2_THINKING) {
-        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        dsv3__chat_call_open(c, c->n, call);
-        return;
+    if (c->o->call) {
+        dsv3__chat_mark(c, DSV3__CHAT_THINK);
+        dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
+        dsv3__chat_put(c, c->o->call->id.p, c->o->call->id.len);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
     }
-    dsv3__chat_mark(c, DSV3__CHAT_THINK);
-    dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
-    dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
-    dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
-    dsv3__chat_put(c, call->id.p, call->id.len);
-    dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
 }
 
 /* A turn of GigaChat3 but for its content. */
@@ -14290,9 +14300,10 @@ static dsv3_result dsv3__chat_check_call(dsv3_markup markup, const dsv3_tool_cal
     if (markup == DSV3_MARKUP_KIMI_K2 || markup == DSV3_MARKUP_GIGACHAT3)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: markup %s has no tool calls that can be asked for",
                           dsv3_markup_name(markup));
-    if (!call->name.p || !call->name.len || !said.p || !said.len || call->name.len > 255 || said.len > 255)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: opts.call: expected %s of 1 to 255 bytes",
-                          kimi ? "a name and an id" : "a name");
+    if (!call->name.p || !call->name.len || !said.p || !said.len || call->name.len > DSV3__CHAT_NAME_MAX ||
+        said.len > DSV3__CHAT_NAME_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: opts.call: expected %s of 1 to %u bytes",
+                          kimi ? "a name and an id" : "a name", (uint64_t)DSV3__CHAT_NAME_MAX);
     return DSV3_OK;
 }
 
@@ -14355,8 +14366,6 @@ static dsv3_result dsv3__chat_run(dsv3__chat *c, const dsv3_tokenizer *t, const 
     case DSV3_MARKUP_GIGACHAT3: dsv3__chat_giga(c); break;
     default: dsv3__chat_v3(c);
     }
-    if (opts->call)
-        dsv3__chat_must_call(c);
     dsv3__chat_flush(c);
     return c->result;
 }
@@ -18540,8 +18549,10 @@ static dsv3_result dsv3__gram_tool(dsv3_text tools, dsv3_text name, dsv3__str *s
     bool found = false;
     dsv3__json list;
     dsv3__str wanted;
-    if (!tools.p || !tools.len || !name.p)
-        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tool: tools or name is missing");
+    if (!tools.p || !tools.len || !name.p || name.len > DSV3__CHAT_NAME_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "dsv3_grammar_open_tool: expected tools, and a name of at most %u bytes",
+                          (uint64_t)DSV3__CHAT_NAME_MAX);
     dsv3__json_init(&list, tools.p, tools.len, "tools", err);
     if (dsv3__json_peek(&list) != '[')
         dsv3__json_fail(&list, "expected a list");
@@ -18549,7 +18560,7 @@ static dsv3_result dsv3__gram_tool(dsv3_text tools, dsv3_text name, dsv3__str *s
         while (dsv3__json_item(&list)) {
             dsv3__json function, value;
             dsv3__json_str s;
-            char decoded[256];
+            char decoded[6 * DSV3__CHAT_NAME_MAX]; /* a byte as \u0061: a longer spelling is a longer name */
             size_t n;
             if (!found && dsv3__tok_get(&list, "function", &function) && dsv3__tok_get(&function, "name", &value) &&
                 dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s) && s.n <= sizeof decoded &&

@@ -1303,6 +1303,71 @@ TEST(must_call)
     }
 }
 
+/* The prompt of a required call is where the conversation with that call goes through, whatever stands before it: the
+   first call of a conversation, one behind a result, one of a later turn. One letter a message: u a s, c an assistant's
+   call, C two of them, t a tool's result. */
+TEST(must_call_again)
+{
+    static const char *const before[] = {"u",    "su",   "uct",     "ucts",  "uCtt",    "uctau", "uctasu",
+                                         "uctu", "ut",   "uctauct", "uaucts",  "uctct", "uau"};
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3,   DSV3_MARKUP_R1,   DSV3_MARKUP_R1_THINK,
+                                          DSV3_MARKUP_V3_1, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    static char prompt[MAX_IDS];
+    static int32_t ids[MAX_IDS];
+    const bool real = published() != NULL;
+    for (int which = 0; which < (real ? 4 : 2); which++) {
+        dsv3_tokenizer *t = which < 2 ? chat_tokenizer(which != 0, NULL) : published_tokenizer(which == 3);
+        for (size_t k = 0; k < TEST_COUNT(markups) * TEST_COUNT(before); k++) {
+            dsv3_message c[MAX_MESSAGES];
+            dsv3_tool_call calls[2], must;
+            dsv3_chat_opts o;
+            size_t n = 0;
+            memset(&o, 0, sizeof o);
+            memset(calls, 0, sizeof calls);
+            o.markup = markups[k / TEST_COUNT(before)];
+            o.thinking = k / TEST_COUNT(before) == 4;
+            if (which >= 2 && o.markup == DSV3_MARKUP_KIMI_K2_THINKING)
+                continue; /* not its tokenizer */
+            for (int i = 0; i < 2; i++) {
+                calls[i].id = text_of("functions.f:0");
+                calls[i].name = text_of(i ? "f" : "get time");
+                calls[i].arguments = text_of("{\"a\": 1}");
+            }
+            for (const char *a = before[k % TEST_COUNT(before)]; *a; a++, n++) {
+                bool call = *a == 'c' || *a == 'C';
+                say(&c[n],
+                    *a == 'u'   ? DSV3_ROLE_USER
+                    : *a == 's' ? DSV3_ROLE_SYSTEM
+                    : *a == 't' ? DSV3_ROLE_TOOL
+                                : DSV3_ROLE_ASSISTANT,
+                    call ? NULL : *a == 's' ? "be" : "a word");
+                c[n].tool_call_id = text_of("functions.f:0");
+                c[n].tool_calls = call ? calls : NULL;
+                c[n].n_tool_calls = *a == 'C' ? 2 : call;
+            }
+            must = calls[0];
+            o.call = &must;
+            o.add_generation_prompt = true;
+            if (!CHECK_OK(render(t, c, n, &o), e))
+                continue;
+            size_t len = out.len, n_ids = out.n;
+            memcpy(prompt, out.text, len);
+            memcpy(ids, out.ids, n_ids * sizeof *ids);
+            say(&c[n], DSV3_ROLE_ASSISTANT, NULL);
+            c[n].tool_calls = &must, c[n].n_tool_calls = 1;
+            o.call = NULL;
+            CHECK_OK(render(t, c, n + 1, &o), e);
+            bool begins = out.len > len && memcmp(out.text, prompt, len) == 0;
+            if (!CHECK(begins && memcmp(out.text + len, "{\"a\": 1}", 8) == 0))
+                printf("%s after \"%s\": %.*s\n  but then %.*s\n", dsv3_markup_name(o.markup),
+                       before[k % TEST_COUNT(before)], (int)len, prompt, (int)out.len, out.text);
+            CHECK(out.n > n_ids && memcmp(out.ids, ids, n_ids * sizeof *ids) == 0);
+        }
+        if (which < 2)
+            dsv3_tokenizer_close(t);
+    }
+}
+
 TEST(must_call_edges)
 {
     dsv3_tokenizer *t = chat_tokenizer(true, CHAT_GIGA_TEMPLATE);
@@ -1378,6 +1443,20 @@ TEST(must_call_edges)
     static const char *const bad[] = {"{}", "[", "[{\"function\": {\"name\": \"f\", \"parameters\": {]}}]", "[] x"};
     for (size_t i = 0; i < TEST_COUNT(bad); i++)
         CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(bad[i]), text_of("f"), NULL, &e), DSV3_ERROR_JSON, e);
+    static char name[257], escaped[64 + 6 * 256];
+    for (size_t n = 254; n <= 256; n++) { /* the longest names, each letter as \u0061 */
+        size_t at = (size_t)snprintf(escaped, sizeof escaped, "[{\"function\": {\"name\": \"");
+        for (size_t i = 0; i < n; i++)
+            name[i] = 'a', at += (size_t)snprintf(escaped + at, sizeof escaped - at, "\\u0061");
+        snprintf(escaped + at, sizeof escaped - at, "\"}}]");
+        CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(escaped), text_of(name), NULL, &e),
+                     n > 255 ? DSV3_ERROR_INVALID_ARGUMENT : DSV3_OK, e);
+        dsv3_grammar_close(grammar);
+        name[253] = 0;
+        CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(escaped), text_of(name), NULL, &e),
+                     DSV3_ERROR_INVALID_ARGUMENT, e);
+        CHECK_CONTAINS(e.message, "no tool has the name");
+    }
     CHECK_OK(dsv3_grammar_open_tool(&grammar, t, tools, text_of("now"), NULL, &e), e);
     dsv3_grammar_start(grammar, &s);
     CHECK(!dsv3_grammar_accept_text(grammar, &s, "[", 1));
@@ -1388,4 +1467,4 @@ TEST(must_call_edges)
 
 TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(where_templates_stand), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
           RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(one_system), RUN(tools), RUN(errors), RUN(no_memory),
-          RUN(replies), RUN(reply_edges), RUN(must_call), RUN(must_call_edges))
+          RUN(replies), RUN(reply_edges), RUN(must_call), RUN(must_call_again), RUN(must_call_edges))
