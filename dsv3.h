@@ -15089,12 +15089,14 @@ typedef struct dsv3__gram_build {
     dsv3__gram_place *places;
     uint32_t *walk, *reach, *set, *tuple; /* scratch of the constructions */
     dsv3__gram_lists lists, conjs;        /* sets of places, or states side by side; atoms of the nodes */
+    dsv3__gram_lists goals;               /* places behind a byte, before what they lead on to by themselves */
+    uint32_t *goal_sets;                  /* [goals] the set each leads to, a number in `lists` */
     dsv3__gram_conj *spread;
     dsv3__gram_apart *apart;
     dsv3__gram_memo *patterns;
     dsv3__str *names; /* of one object */
     uint64_t n_pool, n_values, cap_values, n_places, cap_places, cap_walk, cap_reach, cap_set, cap_tuple, n_spread,
-        cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names;
+        cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names, cap_goal_sets;
     uint32_t number, integer; /* automata of those without bounds; 0: not made yet */
     uint64_t work;            /* steps done */
 } dsv3__gram_build;
@@ -15334,6 +15336,7 @@ static dsv3_result dsv3__gram_state_new(dsv3__gram_build *b, uint32_t *state)
 static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t end, uint32_t *start)
 {
     dsv3_grammar *g = b->g;
+    bool dead = false;
     for (uint32_t s = first; s < end; s++) /* `final`, meanwhile: an end can be reached */
         g->info[s].final = g->info[s].label != 0;
     for (bool again = true; again;) {
@@ -15348,7 +15351,9 @@ static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t
     }
     if (!g->info[*start].final)
         *start = 0;
-    for (uint32_t s = first; s < end; s++) {
+    for (uint32_t s = first; s < end; s++)
+        dead = dead || !g->info[s].final;
+    for (uint32_t s = first; s < end && dead; s++) {
         uint16_t *row = g->next + (size_t)s * 256;
         for (int c = 0; c < 256; c++)
             if (row[c] && !g->info[row[c]].final)
@@ -15357,9 +15362,8 @@ static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t
     for (uint32_t s = first; s < end; s++) {
         const uint16_t *row = g->next + (size_t)s * 256;
         g->info[s].final = g->info[s].label != 0;
-        for (int c = 0; c < 256; c++)
-            if (row[c])
-                g->info[s].final = 0;
+        for (int c = 0; c < 256 && g->info[s].final; c++)
+            g->info[s].final = row[c] == 0;
     }
     return DSV3_OK;
 }
@@ -15514,11 +15518,14 @@ static dsv3_result dsv3__gram_class(dsv3__gram_regex *r, const dsv3__gram_ranges
         uint32_t lo = set->lo[i];
         while (lo <= set->hi[i]) { /* to the next character that is escaped */
             uint32_t hi = lo;
-            char spelled[6];
+            char spelled[6], last[6], more[6];
             size_t n = dsv3__gram_spell(lo, spelled);
-            if (spelled[0] == '\\') {
-                DSV3__TRY(
-                    dsv3__gram_chain(r, (const uint8_t *)spelled, (const uint8_t *)spelled, n, piece->end, &fork));
+            if (spelled[0] == '\\') { /* \u0000 to \u0007 and such go together */
+                memcpy(last, spelled, n);
+                while (n == 6 && hi < set->hi[i] && dsv3__gram_spell(hi + 1, more) == 6 && more[4] == last[4] &&
+                       more[5] == last[5] + 1)
+                    hi++, last[5]++;
+                DSV3__TRY(dsv3__gram_chain(r, (const uint8_t *)spelled, (const uint8_t *)last, n, piece->end, &fork));
             } else {
                 while (hi < set->hi[i] && hi + 1 != '"' && hi + 1 != '\\')
                     hi = hi < '\\' ? hi + 1 : set->hi[i];
@@ -15902,17 +15909,35 @@ static dsv3_result dsv3__gram_closure(dsv3__gram_build *b, uint32_t n_walk, bool
             b->set[(*n)++] = at;
         if (p->kind == DSV3__GRAM_EMPTY || (p->kind == DSV3__GRAM_BEGIN && at_begin) ||
             (p->kind == DSV3__GRAM_END && at_end))
-            b->walk[n_walk++] = p->a, b->walk[n_walk++] = p->b;
+            b->walk[n_walk++] = p->b, b->walk[n_walk++] = p->a; /* a first: so they come nearly in order */
     }
     for (uint32_t i = 0; i < n_seen; i++)
         b->places[b->reach[i]].seen = false;
-    for (uint32_t i = 1; i < *n; i++) /* nearly in order as they come */
-        for (uint32_t k = i; k > 0 && b->set[k] < b->set[k - 1]; k--, moves++) {
-            uint32_t t = b->set[k];
-            b->set[k] = b->set[k - 1];
-            b->set[k - 1] = t;
-        }
+    for (uint32_t gap = *n > 32 ? *n / 4 : 1; gap; gap = gap > 4 ? gap / 4 : gap > 1 ? 1 : 0)
+        for (uint32_t i = gap; i < *n; i++)
+            for (uint32_t k = i; k >= gap && b->set[k] < b->set[k - gap]; k -= gap, moves++) {
+                uint32_t t = b->set[k];
+                b->set[k] = b->set[k - gap];
+                b->set[k - gap] = t;
+            }
     return dsv3__gram_work(b, moves + 8 * n_seen + 64);
+}
+
+/* The set that the places b->walk [n_walk] are and lead on to, a new one with a state of its own. Most bytes lead where
+   others did: that is looked up. */
+static dsv3_result dsv3__gram_goal(dsv3__gram_build *b, uint32_t n_walk, uint32_t match, uint32_t *set)
+{
+    uint32_t goal, n, state;
+    bool fresh;
+    DSV3__TRY(dsv3__gram_intern(b, &b->goals, b->walk, n_walk, &goal, &fresh));
+    if (!fresh)
+        return *set = b->goal_sets[goal], dsv3__gram_work(b, n_walk);
+    DSV3__TRY(dsv3__gram_work(b, 8 * n_walk));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->goal_sets, b->cap_goal_sets, goal, goal + 1));
+    DSV3__TRY(dsv3__gram_closure(b, n_walk, false, false, match, &n));
+    DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, set, &fresh));
+    b->goal_sets[goal] = *set;
+    return fresh ? dsv3__gram_state_new(b, &state) : DSV3_OK;
 }
 
 /* Fills the row of the state for list `index`: bytes are cut where a range of one of its places begins or ends. */
@@ -15929,8 +15954,7 @@ static dsv3_result dsv3__gram_pattern_row(dsv3__gram_build *b, uint32_t index, u
             cut[p->lo] = cut[p->hi + 1] = true;
     }
     for (uint32_t c = 0, end; c < 256; c = end) {
-        uint32_t n_walk = 0, target, fresh_state;
-        bool fresh;
+        uint32_t n_walk = 0, target;
         for (end = c + 1; end < 256 && !cut[end];)
             end++;
         for (uint32_t i = 0; i < span.n; i++) {
@@ -15938,12 +15962,10 @@ static dsv3_result dsv3__gram_pattern_row(dsv3__gram_build *b, uint32_t index, u
             if (p->kind == DSV3__GRAM_BYTES && p->lo <= c && c <= p->hi)
                 b->walk[n_walk++] = p->a;
         }
+        DSV3__TRY(dsv3__gram_work(b, span.n));
         if (!n_walk)
             continue;
-        DSV3__TRY(dsv3__gram_closure(b, n_walk, false, false, match, &n));
-        DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &target, &fresh));
-        if (fresh)
-            DSV3__TRY(dsv3__gram_state_new(b, &fresh_state));
+        DSV3__TRY(dsv3__gram_goal(b, n_walk, match, &target));
         for (uint32_t k = c; k < end; k++)
             b->g->next[(size_t)state * 256 + k] = (uint16_t)(first + target);
     }
@@ -15985,6 +16007,7 @@ static dsv3_result dsv3__gram_pattern(dsv3__gram_build *b, dsv3__str pattern, ui
     DSV3__TRY(dsv3__gram_state_new(b, &done));
     b->g->info[done].label = 1;
     dsv3__gram_lists_clear(&b->lists);
+    dsv3__gram_lists_clear(&b->goals);
     b->walk[0] = before.begin;
     DSV3__TRY(dsv3__gram_closure(b, 1, true, false, behind.end, &n));
     DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &index, &fresh));
@@ -17564,32 +17587,48 @@ static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
     for (uint32_t i = 0; i < g->n_alts; i++)
         beside[g->alts[i].object ? g->alts[i].start : 0] = g->string;
     beside[0] = 0;
+    for (uint32_t s = 1; s < n; s++)
+        g->info[s].free = 0;
     for (bool again = true; again;) { /* one pass: states stand behind those that found them, nearly all */
         again = false;
         DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
-        for (uint32_t s = 1; s < n; s++)
-            for (uint32_t c = 0; beside[s] && c < 256; c++) {
-                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
-                if (!to || !too || beside[to])
+        for (uint32_t s = 1; s < n; s++) {
+            const uint16_t *row = g->next + (size_t)s * 256, *any = g->next + (size_t)beside[s] * 256;
+            for (uint32_t c = 0, last = 0; beside[s] && c < 256; c++) {
+                uint32_t to = row[c], too = any[c], both = to << 16 | too;
+                if (both == last || !to || !too)
+                    continue;
+                last = both;
+                if (to < s) /* `free`, meanwhile: 1 as said, 2 that a later state leads here */
+                    g->info[to].free = 2;
+                if (beside[to])
                     continue;
                 beside[to] = too;
                 again = again || to < s;
             }
+        }
     }
     for (uint32_t s = 1; s < n; s++)
-        g->info[s].free = beside[s] != 0;
-    for (bool again = true; again;) {
+        g->info[s].free |= beside[s] != 0;
+    for (bool again = true; again;) { /* from the last: again only where a state changes that a later one leads to */
         again = false;
         DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
-        for (uint32_t s = n; s-- > 1;)
-            for (uint32_t c = 0; g->info[s].free && c < 256; c++) {
-                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
-                if (too && !g->info[too].final && (!to || !g->info[to].free || beside[to] != too))
-                    g->info[s].free = 0, again = true;
+        for (uint32_t s = n; s-- > 1;) {
+            const uint16_t *row = g->next + (size_t)s * 256, *any = g->next + (size_t)beside[s] * 256;
+            bool on = g->info[s].free & 1, was = on;
+            for (uint32_t c = 0, last = 0; on && c < 256; c++) {
+                uint32_t to = row[c], too = any[c], both = to << 16 | too;
+                if (both == last || !too || g->info[too].final)
+                    continue;
+                last = both;
+                on = to && (g->info[to].free & 1) && beside[to] == too;
             }
+            again = again || (was && !on && (g->info[s].free & 2));
+            g->info[s].free = (uint8_t)((g->info[s].free & 2) | on);
+        }
     }
     for (uint32_t s = 1; s < n; s++)
-        g->info[s].free = g->info[s].free && beside[s] == g->body;
+        g->info[s].free = (g->info[s].free & 1) && beside[s] == g->body;
     return DSV3_OK;
 }
 
@@ -18455,9 +18494,10 @@ static bool dsv3__gram_accept(const dsv3_grammar *g, dsv3_grammar_state *s, cons
 static void dsv3__gram_build_close(dsv3__gram_build *b)
 {
     dsv3__mem *mem = &b->g->mem;
-    const void *blocks[] = {b->pool,        b->values,      b->places,      b->walk,   b->reach, b->set,
-                            b->lists.items, b->lists.slots, b->lists.spans, b->spread, b->apart, b->patterns,
-                            b->conjs.items, b->conjs.slots, b->conjs.spans, b->names};
+    const void *blocks[] = {b->pool,  b->values,      b->places,      b->walk,        b->reach,
+                            b->set,   b->lists.items, b->lists.slots, b->lists.spans, b->spread,
+                            b->apart, b->patterns,    b->conjs.items, b->conjs.slots, b->conjs.spans,
+                            b->names, b->goals.items, b->goals.slots, b->goals.spans, b->goal_sets};
     for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
         dsv3__mem_free(mem, blocks[i]);
 }

@@ -76,7 +76,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static dsv3_tokenizer *tokenizers[2];
     static result as_is, plain;
-    static dsv3_message messages[MAX_MESSAGES];
+    static dsv3_message messages[MAX_MESSAGES + 1];
     static dsv3_tool_call calls[MAX_MESSAGES][MAX_CALLS];
     dsv3_chat_opts o;
     dsv3_tool_call call;
@@ -122,6 +122,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         n++;
     }
     render(&as_is, t, messages, n, &o);
+    if (o.call && !as_is.code) { /* the prompt of a call is where the conversation with it goes */
+        dsv3_message *m = &messages[n];
+        memset(m, 0, sizeof *m);
+        m->role = DSV3_ROLE_ASSISTANT;
+        m->tool_calls = &call, m->n_tool_calls = 1;
+        call.arguments.p = "{}", call.arguments.len = 2;
+        o.call = NULL;
+        render(&plain, t, messages, n + 1, &o);
+        if (plain.code || plain.len < as_is.len || memcmp(plain.text, as_is.text, as_is.len) != 0)
+            abort();
+        o.call = &call;
+    }
     for (size_t i = 0; i < n; i++) {
         dsv3_message *m = &messages[i];
         harmless(&m->content), harmless(&m->reasoning), harmless(&m->name), harmless(&m->tool_call_id);
