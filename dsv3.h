@@ -178,7 +178,8 @@
    exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf allOf $ref $defs, and oneOf where no value
    can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
    describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
-   All else is refused by its name (not if contains uniqueItems dependent... unevaluated... $dynamicRef, and unknown words).
+   All else is refused by its name (not, if with then or else, contains uniqueItems dependent... unevaluated... $dynamicRef,
+   unknown words, $ref to another document). A schema that no value fits is an error too, and says so.
    A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
    order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
@@ -16544,6 +16545,11 @@ static const struct {
                            {"oneOf", '['},
                            {"allOf", '['},
                            {"$ref", 's'},
+                           {"minContains", 'u'}, /* without contains, which is not known, these say nothing */
+                           {"maxContains", 'u'},
+                           {"if", 'x'},
+                           {"then", 'x'},
+                           {"else", 'x'},
                            {"uniqueItems", 'b'},
                            {"$defs", '{'},
                            {"definitions", '{'},
@@ -16662,7 +16668,9 @@ static dsv3_result dsv3__gram_check(const dsv3__gram_build *b, uint32_t schema)
         }
         if (!ok)
             return DSV3__GRAM_REFUSE(b, v, "not the kind of value that this keyword takes");
-        if (dsv3__gram_is(value->key, "uniqueItems") && value->kind == 't')
+        bool decides = dsv3__gram_is(value->key, "if") && /* alone it says nothing, nor do the others without it */
+                       (dsv3__gram_find(b, schema, "then") || dsv3__gram_find(b, schema, "else"));
+        if (decides || (dsv3__gram_is(value->key, "uniqueItems") && value->kind == 't'))
             return DSV3__GRAM_REFUSE(b, v, "a keyword that is not supported");
         if (dsv3__gram_is(value->key, "$schema") && !dsv3__gram_dialect(value->text))
             return DSV3__GRAM_REFUSE(b, v, "a dialect that is none of json-schema.org's");

@@ -1182,7 +1182,7 @@ static const char must_tools[] =
     "\"additionalProperties\": {\"type\": \"boolean\"}, \"minProperties\": 1, \"maxProperties\": 2, \"propertyNames\": "
     "{\"enum\": [\"x\", \"y\", \"z\"]}}}}, "
     "{\"type\": \"function\", \"function\": {\"name\": \"now\"}}, "
-    "{\"type\": \"function\", \"function\": {\"name\": \"odd\", \"parameters\": {\"if\": {}}}}]";
+    "{\"type\": \"function\", \"function\": {\"name\": \"odd\", \"parameters\": {\"not\": {}}}}]";
 
 typedef struct must_heard {
     char arguments[8192], name[64], id[64];
@@ -1435,7 +1435,7 @@ TEST(must_call_edges)
     CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, text_of("sub"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_CONTAINS(e.message, "no tool has the name \"sub\"");
     CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, text_of("odd"), NULL, &e), DSV3_ERROR_SCHEMA, e);
-    CHECK_CONTAINS(e.message, "if");
+    CHECK_CONTAINS(e.message, "not");
     CHECK(grammar == NULL);
     CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, none_there, text_of("add"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, none_there, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
