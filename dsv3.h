@@ -201,7 +201,8 @@
    Its prompt is where the conversation with that call in it goes through, byte for byte: where the templates of V3 and R1
    open no second section (behind an earlier call) or leave a round of results open, it does not either.
    What closes the call is written when the conversation is rendered with it (and dsv3_session_sync drops the end of text).
-   Which of several tools it is, the host says: there is no choice among them under a grammar. V3, R1 and V3_1 and
+   Which of several tools it is, the model says where the call has no name (and no id): then the prompt ends before it, and
+   dsv3_grammar_open_tools lets one of the names stand there, with arguments that fit that tool. V3, R1 and V3_1 and
    KIMI_K2_THINKING have such calls, the other markups refuse. Drafts, batches, forks and rewinding know nothing of it.
 
    DRAFTS. With dsv3_session_opts.n_draft, dsv3_generate guesses tokens ahead and runs them with the last one in one pass:
@@ -604,7 +605,8 @@ typedef struct dsv3_chat_opts {
         tools; /* JSON: [{"type": "function", "function": {"name", "description", "parameters"}}, ...]; V3_1 and the
                         two of Kimi. INVALID_ARGUMENT with the others, which have no place for it */
     /* Optional, with add_generation_prompt: the reply must be this call. The ids end where its arguments begin (those here
-       are not read); dsv3_grammar_open_tool keeps them to its schema. INVALID_ARGUMENT with KIMI_K2 and GIGACHAT3, and
+       are not read), or, without a name, where that does; dsv3_grammar_open_tool, or _tools, has what follows.
+       INVALID_ARGUMENT with KIMI_K2 and GIGACHAT3, and
        where the turn is not the assistant's. See TOOLS THAT MUST BE CALLED above */
     const dsv3_tool_call *call;
 } dsv3_chat_opts;
@@ -662,7 +664,8 @@ typedef struct dsv3_reply_opts {
     size_t n_stop_strings;
     bool (*event_fn)(void *user, const dsv3_reply_event *event); /* Required; false: no more events */
     void *user;
-    const dsv3_tool_call *call; /* Optional: as in dsv3_chat_opts. dsv3_reply_init itself then tells its id and name */
+    const dsv3_tool_call *call; /* Optional: as in dsv3_chat_opts. dsv3_reply_init itself then tells its id and
+                                   name, if it has one */
 } dsv3_reply_opts;
 
 /* A reply that is being read. The caller's memory, of any kind; its fields are not for use. */
@@ -751,6 +754,15 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
    that name. Any thread. */
 DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
                                             dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error);
+
+/* Any of the tools: the name of one, what the markup has between, and arguments that fit that one. For prompts that end
+   before the name (a call without one in dsv3_chat_opts).
+   tools      JSON, as in dsv3_chat_opts, not kept; names without newline and colon
+   markup     AUTO: the checkpoint's own
+   Errors: as dsv3_grammar_open (pointers count from the list); INVALID_ARGUMENT where a markup has no such calls,
+   TOKENIZER. The marker between name and arguments is a token: dsv3_grammar_accept_text cannot write it. Any thread. */
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error);
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar); /* NULL is fine */
 
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state); /* nothing written yet */
@@ -13932,6 +13944,12 @@ static void dsv3__chat_v3_1_tools(dsv3__chat *c)
                       "- For multiple tool calls, chain them directly without separators or spaces\n");
 }
 
+/* Is it left to the model which tool is called? */
+static bool dsv3__chat_any_call(const dsv3_tool_call *call)
+{
+    return !call->name.len && !call->id.len;
+}
+
 // ---- The markups -----------------------------------------------------------------------------------------
 
 /* DeepSeek's begin: all system contents, wherever they stand. */
@@ -13953,8 +13971,8 @@ static void dsv3__chat_system(dsv3__chat *c)
     }
 }
 
-/* DeepSeek's call as far as its arguments. */
-static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *call)
+/* DeepSeek's call as far as its arguments; as far as its name, where `any` may stand. */
+static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *call, bool any)
 {
     bool fenced = c->markup != DSV3_MARKUP_V3_1;
     dsv3__chat_mark(c, DSV3__CHAT_CALL);
@@ -13962,6 +13980,8 @@ static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *
         dsv3__chat_str(c, "function");
         dsv3__chat_mark(c, DSV3__CHAT_SEP);
     }
+    if (any)
+        return;
     dsv3__chat_field(c, i, call->name, "name in a tool call");
     if (fenced)
         dsv3__chat_str(c, "\n```json\n");
@@ -13984,7 +14004,7 @@ typedef struct dsv3__chat_state {
 } dsv3__chat_state;
 
 /* A call of message i, whose turn has this content, as far as its arguments. */
-static void dsv3__chat_v3_call_open(dsv3__chat *c, size_t i, dsv3_text content, const dsv3_tool_call *call,
+static void dsv3__chat_v3_call_open(dsv3__chat *c, size_t i, dsv3_text content, const dsv3_tool_call *call, bool any,
                                     dsv3__chat_state *s)
 {
     if (s->called) {
@@ -13996,7 +14016,7 @@ static void dsv3__chat_v3_call_open(dsv3__chat *c, size_t i, dsv3_text content, 
         dsv3__chat_mark(c, DSV3__CHAT_CALLS);
     }
     s->called = true;
-    dsv3__chat_call_open(c, i, call);
+    dsv3__chat_call_open(c, i, call, any);
 }
 
 static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
@@ -14006,7 +14026,7 @@ static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
     s->in_tool = false;
     for (size_t k = 0; k < m->n_tool_calls; k++) {
         bool first = !s->called;
-        dsv3__chat_v3_call_open(c, i, m->content, &m->tool_calls[k], s);
+        dsv3__chat_v3_call_open(c, i, m->content, &m->tool_calls[k], false, s);
         dsv3__chat_call_close(c, i, &m->tool_calls[k]);
         if (!first && !r1) {
             dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
@@ -14062,7 +14082,7 @@ static void dsv3__chat_v3(dsv3__chat *c)
     }
     if (c->o->call) { /* behind an output the round stays open, as the template leaves it */
         const dsv3_text none = {NULL, 0};
-        dsv3__chat_v3_call_open(c, c->n, none, c->o->call, &s);
+        dsv3__chat_v3_call_open(c, c->n, none, c->o->call, dsv3__chat_any_call(c->o->call), &s);
     } else if (s.in_tool) {
         dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
     } else if (c->o->add_generation_prompt) {
@@ -14090,7 +14110,7 @@ static void dsv3__chat_v3_1_assistant(dsv3__chat *c, size_t i, bool behind_user,
         if (m->n_tool_calls)
             dsv3__chat_mark(c, DSV3__CHAT_CALLS);
         for (size_t k = 0; k < m->n_tool_calls; k++) {
-            dsv3__chat_call_open(c, i, &m->tool_calls[k]);
+            dsv3__chat_call_open(c, i, &m->tool_calls[k], false);
             dsv3__chat_call_close(c, i, &m->tool_calls[k]);
         }
         dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
@@ -14125,7 +14145,7 @@ static void dsv3__chat_v3_1(dsv3__chat *c)
     }
     if (c->o->call) {
         dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        dsv3__chat_call_open(c, c->n, c->o->call);
+        dsv3__chat_call_open(c, c->n, c->o->call, dsv3__chat_any_call(c->o->call));
     }
 }
 
@@ -14229,7 +14249,8 @@ static void dsv3__chat_kimi(dsv3__chat *c)
         dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
         dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
         dsv3__chat_put(c, c->o->call->id.p, c->o->call->id.len);
-        dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
+        if (!dsv3__chat_any_call(c->o->call))
+            dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
     }
 }
 
@@ -14301,6 +14322,8 @@ static dsv3_result dsv3__chat_check_call(dsv3_markup markup, const dsv3_tool_cal
     if (markup == DSV3_MARKUP_KIMI_K2 || markup == DSV3_MARKUP_GIGACHAT3)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: markup %s has no tool calls that can be asked for",
                           dsv3_markup_name(markup));
+    if (dsv3__chat_any_call(call))
+        return DSV3_OK;
     if (!call->name.p || !call->name.len || !said.p || !said.len || call->name.len > DSV3__CHAT_NAME_MAX ||
         said.len > DSV3__CHAT_NAME_MAX)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: opts.call: expected %s of 1 to %u bytes",
@@ -14800,6 +14823,10 @@ DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *to
         reply->n_calls = 1;
         reply->skip = 0;
         reply->state = DSV3__REPLY_ARGUMENTS;
+        if (dsv3__chat_any_call(call)) {
+            reply->state = DSV3__REPLY_NAME;
+            return DSV3_OK;
+        }
         if (markup == DSV3_MARKUP_KIMI_K2_THINKING)
             dsv3__reply_event(reply, DSV3_REPLY_CALL_ID, call->id.p, call->id.len);
         dsv3__reply_event(reply, DSV3_REPLY_CALL_NAME, call->name.p, call->name.len);
@@ -15010,6 +15037,8 @@ struct dsv3_grammar {
     dsv3_spacing spacing;
     uint32_t max_depth, max_states;
     uint32_t string, body;  /* automaton of any string; its state behind the quote */
+    uint32_t head;          /* of tools: automaton of what stands before their arguments; 0: none */
+    int32_t sep;            /* of tools: the marker that the byte SEP stands for in it */
     uint16_t *next;         /* [n_states, 256] 0: not possible */
     dsv3__gram_info *info;  /* [n_states] */
     dsv3__gram_node *nodes; /* [0]: what cannot be; [1]: the root */
@@ -15027,6 +15056,7 @@ typedef struct dsv3__gram_value {
     uint32_t next, child, parent, n; /* the next in the same object or array; the first within, and how many */
     dsv3__str key, text;             /* decoded; of a number as written */
     bool checked;                    /* its keywords are known */
+    bool whole;                      /* a document of its own */
 } dsv3__gram_value;
 
 /* A place of a pattern's automaton. */
@@ -16403,7 +16433,7 @@ static uint32_t dsv3__gram_id(const dsv3__gram_build *b, uint32_t value)
 /* The schema whose $id counts for this value: itself or one around it, at last the whole. */
 static uint32_t dsv3__gram_resource(const dsv3__gram_build *b, uint32_t value)
 {
-    while (value > 1 && !dsv3__gram_id(b, value))
+    while (value > 1 && !b->values[value].whole && !dsv3__gram_id(b, value))
         value = b->values[value].parent;
     return value;
 }
@@ -16412,7 +16442,7 @@ static uint32_t dsv3__gram_resource(const dsv3__gram_build *b, uint32_t value)
 static bool dsv3__gram_base_uri(const dsv3__gram_build *b, uint32_t resource, char *out, dsv3__str *uri)
 {
     uint32_t chain[DSV3__JSON_DEPTH + 1], n = 0;
-    for (uint32_t v = resource; v; v = v > 1 ? dsv3__gram_resource(b, b->values[v].parent) : 0)
+    for (uint32_t v = resource; v; v = v > 1 && !b->values[v].whole ? dsv3__gram_resource(b, b->values[v].parent) : 0)
         chain[n++] = v;
     uri->p = out;
     uri->n = 0;
@@ -17640,8 +17670,75 @@ static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
     return DSV3_OK;
 }
 
-/* From the schema to the automaton. schema NULL: any value. */
-static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, size_t len)
+#define DSV3__GRAM_SEP 0xFF /* in no text */
+
+/* What may stand before arguments: the name of a tool as the markup writes it, and what is between. Its end is labelled
+   with the node of that tool's arguments. */
+static dsv3_result dsv3__gram_head(dsv3__gram_build *b, uint32_t tool, dsv3_markup markup, uint32_t any)
+{
+    dsv3_grammar *g = b->g;
+    const bool kimi = markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    const uint32_t function = dsv3__gram_find(b, tool, "function");
+    const uint32_t name = dsv3__gram_find(b, function, "name"), schema = dsv3__gram_find(b, function, "parameters");
+    const dsv3__str text = b->values[name].text;
+    dsv3__str before, behind;
+    dsv3__gram_conj arguments;
+    uint32_t state = g->head, node, end;
+    if (b->values[name].kind != '"' || !text.n || text.n > DSV3__CHAT_NAME_MAX || memchr(text.p, '\n', text.n) ||
+        memchr(text.p, ':', text.n))
+        return DSV3__GRAM_REFUSE(b, tool, "expected a function with a name of 1 to 255 bytes, no colon, no newline");
+    before.p = "functions.";
+    before.n = kimi ? 10 : 0;
+    behind.p = kimi ? ":" : markup == DSV3_MARKUP_V3_1 ? "\xFF" : "\n```json\n";
+    behind.n = strlen(behind.p);
+    DSV3__TRY(dsv3__gram_literal(b, &state, before, false));
+    DSV3__TRY(dsv3__gram_literal(b, &state, text, false));
+    DSV3__TRY(dsv3__gram_literal(b, &state, behind, false));
+    if (kimi) { /* and the number of the call, of three digits at most */
+        if (g->next[(size_t)state * 256 + '0'])
+            return DSV3__GRAM_REFUSE(b, tool, "a name that another tool has");
+        DSV3__TRY(dsv3__gram_state_new(b, &end));
+        for (uint32_t k = 0, digit; k < 3; k++, state = digit) {
+            DSV3__TRY(dsv3__gram_state_new(b, &digit));
+            for (int c = '0'; c <= '9'; c++)
+                g->next[(size_t)state * 256 + (size_t)c] = (uint16_t)digit;
+            g->next[(size_t)digit * 256 + DSV3__GRAM_SEP] = (uint16_t)end;
+        }
+        state = end;
+    }
+    arguments.n = 0;
+    b->values[schema].whole = schema != 0;
+    DSV3__TRY(dsv3__gram_add_schema(b, &arguments, schema ? schema : any));
+    DSV3__TRY(dsv3__gram_node_get(b, &arguments, &node));
+    if (!node || g->info[state].label)
+        return DSV3__GRAM_REFUSE(b, tool, node ? "a name that another tool has" : "arguments that no value can fit");
+    g->info[state].label = (uint16_t)node;
+    return DSV3_OK;
+}
+
+/* The heads of all tools of a list that has been read. */
+static dsv3_result dsv3__gram_heads(dsv3__gram_build *b, dsv3_markup markup)
+{
+    const uint32_t any = (uint32_t)b->n_values;
+    DSV3__TRY(dsv3__gram_state_new(b, &b->g->head));
+    DSV3__TRY(
+        DSV3__GRAM_ROOM(b, b->values, b->cap_values, any, any + 2)); /* {"type": "object"}, where one says nothing */
+    memset(b->values + any, 0, 2 * sizeof *b->values);
+    b->n_values += 2;
+    dsv3__gram_value *object = &b->values[any], *type = object + 1;
+    object->kind = '{', object->n = 1, object->child = any + 1, object->parent = 1, object->whole = true;
+    type->kind = '"', type->parent = any;
+    type->key.p = "type", type->key.n = 4;
+    type->text.p = "object", type->text.n = 6;
+    if (b->values[1].kind != '[' || !b->values[1].n)
+        return DSV3__GRAM_REFUSE(b, 1, "expected a list of tools");
+    for (uint32_t v = b->values[1].child; v; v = b->values[v].next)
+        DSV3__TRY(dsv3__gram_head(b, v, markup, any));
+    return DSV3_OK;
+}
+
+/* From the schema to the automaton. schema NULL: any value. markup not AUTO: it is a list of tools. */
+static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, size_t len, dsv3_markup markup)
 {
     dsv3_grammar *g = b->g;
     dsv3__gram_conj root;
@@ -17655,14 +17752,22 @@ static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, s
     DSV3__TRY(dsv3__gram_pattern(b, empty, 1, &g->string));
     g->body = g->next[(size_t)g->string * 256 + '"'];
     root.n = 0;
-    DSV3__TRY(dsv3__gram_add_schema(b, &root, 1));
-    DSV3__TRY(dsv3__gram_node_get(b, &root, &node));
+    if (markup) {
+        DSV3__TRY(dsv3__gram_heads(b, markup));
+        node = (uint32_t)g->n_nodes - 1; /* those of the tools are the first ones */
+    } else {
+        DSV3__TRY(dsv3__gram_add_schema(b, &root, 1));
+        DSV3__TRY(dsv3__gram_node_get(b, &root, &node));
+    }
+    const uint32_t last = node;
     for (uint32_t i = 1; i < g->n_nodes; i++)
         DSV3__TRY(dsv3__gram_node_build(b, i));
     dsv3__gram_needs(g);
     for (uint64_t i = 0; i < b->n_apart; i++)
         if (g->nodes[b->apart[i].node].depth != DSV3__GRAM_NEVER)
             return DSV3__GRAM_REFUSE(b, b->apart[i].value, "oneOf: this option and one before it may both hold");
+    for (uint32_t i = 1; i < last && node; i++)
+        node = g->nodes[i].depth > g->max_depth ? i : node;
     if (!node || g->nodes[node].depth > g->max_depth)
         return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
                           "schema: no value can fit it, or none that is %u deep and has %u keys",
@@ -17848,7 +17953,8 @@ enum {
     DSV3__GRAM_AT_COLON,
     DSV3__GRAM_AT_AFTER,
     DSV3__GRAM_AT_END,
-    DSV3__GRAM_AT_EOS
+    DSV3__GRAM_AT_EOS,
+    DSV3__GRAM_AT_HEAD /* the only thread is a state of it */
 };
 
 /* Only what is in use of a state is copied. */
@@ -18256,10 +18362,26 @@ static bool dsv3__gram_space(const dsv3_grammar *g, dsv3_grammar_state *s, uint8
     return true;
 }
 
+/* One byte more of the head, or the marker. False: it cannot be. */
+static bool dsv3__gram_head_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    uint32_t to = s->place == DSV3__GRAM_AT_HEAD ? g->next[(size_t)s->threads[0].id * 256 + c] : 0u;
+    if (!to)
+        return false;
+    if (g->info[to].label) { /* its end: a node */
+        to = g->info[to].label;
+        s->place = DSV3__GRAM_AT_VALUE;
+    }
+    s->threads[0].id = to;
+    return true;
+}
+
 /* One byte more. False: it cannot be, and the state is as it was. */
 static bool dsv3__gram_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
 {
     const bool space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
+    if (s->place == DSV3__GRAM_AT_HEAD)
+        return c != DSV3__GRAM_SEP && dsv3__gram_head_byte(g, s, c);
     if (s->place == DSV3__GRAM_AT_LEXEME || s->place == DSV3__GRAM_AT_KEY) {
         uint32_t to[DSV3__GRAM_THREADS_MAX], n = (uint32_t)s->n_threads - s->first, any = 0, mask = 0;
         for (uint32_t i = 0; i < n; i++) {
@@ -18441,6 +18563,8 @@ static void dsv3__gram_mask(const dsv3_grammar *g, const dsv3_grammar_state *s, 
     w.n_bases = 0;
     w.at = UINT32_MAX;
     dsv3__gram_base_push(&w, s, 0, v->n);
+    if (g->sep >= 0 && s->place == DSV3__GRAM_AT_HEAD && g->next[(size_t)s->threads[0].id * 256 + DSV3__GRAM_SEP])
+        mask[g->sep / 32] |= 1u << (g->sep % 32);
     for (uint32_t i = 0; i < v->n;) {
         while (i >= w.bases[w.n_bases - 1].end)
             w.n_bases--;
@@ -18548,15 +18672,14 @@ static dsv3_result dsv3__gram_opts(dsv3_grammar_opts *o, const dsv3_grammar_opts
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
-                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+/* markup not AUTO: `schema` is a list of tools. */
+static dsv3_result dsv3__gram_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                   size_t len, dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *err)
 {
-    dsv3_error local, *err = error ? error : &local;
     dsv3_grammar_opts o;
     dsv3__gram_build b;
     dsv3__mem mem;
     void *p;
-    dsv3__err_clear(err);
     if (!grammar || !tokenizer)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open: grammar or tokenizer is NULL");
     *grammar = NULL;
@@ -18575,7 +18698,10 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     b.g->spacing = o.spacing;
     b.g->max_depth = o.max_depth;
     b.g->max_states = o.max_states;
-    dsv3_result r = dsv3__gram_compile(&b, schema, len);
+    b.g->sep = -1;
+    if (markup == DSV3_MARKUP_V3_1 || markup == DSV3_MARKUP_KIMI_K2_THINKING)
+        b.g->sep = dsv3__chat_id(tokenizer, markup == DSV3_MARKUP_V3_1 ? DSV3__CHAT_SEP : DSV3__CHAT_IM_ARGUMENT);
+    dsv3_result r = dsv3__gram_compile(&b, schema, len, markup);
     if (!r && o.like) {
         b.g->vocab = o.like->vocab;
         b.g->shares_vocab = true;
@@ -18588,6 +18714,14 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     else
         *grammar = b.g;
     return r;
+}
+
+DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    return dsv3__gram_open(grammar, tokenizer, schema, len, DSV3_MARKUP_AUTO, opts, err);
 }
 
 /* The parameters of the tool of that name. */
@@ -18646,12 +18780,31 @@ DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_t
     return dsv3_grammar_open(grammar, tokenizer, schema.p, schema.n, opts, error);
 }
 
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3_tool_call any;
+    dsv3__err_clear(err);
+    memset(&any, 0, sizeof any);
+    if (grammar)
+        *grammar = NULL;
+    if (!tokenizer || !tools.p)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tools: tokenizer or tools is missing");
+    DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    DSV3__TRY(dsv3__chat_check_call(markup, &any, err));
+    int sep = markup == DSV3_MARKUP_KIMI_K2_THINKING ? DSV3__CHAT_IM_ARGUMENT : DSV3__CHAT_SEP;
+    if (dsv3__chat_id(tokenizer, sep) < 0)
+        return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER, "chat: markup %s needs the token \"%s\", the tokenizer has none",
+                          dsv3_markup_name(markup), dsv3__chat_markers[sep]);
+    return dsv3__gram_open(grammar, tokenizer, tools.p, tools.len, markup, opts, err);
+}
+
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state)
 {
-    (void)grammar;
     memset(state, 0, sizeof *state);
-    state->place = DSV3__GRAM_AT_VALUE;
-    state->threads[0].id = 1; /* the root */
+    state->place = grammar->head ? DSV3__GRAM_AT_HEAD : DSV3__GRAM_AT_VALUE;
+    state->threads[0].id = grammar->head ? grammar->head : 1; /* the root */
     state->threads[0].parents = 1;
     state->n_threads = 1;
 }
@@ -18675,6 +18828,8 @@ DSV3_API bool dsv3_grammar_accept(const dsv3_grammar *grammar, dsv3_grammar_stat
         state->place = DSV3__GRAM_AT_EOS;
         return true;
     }
+    if (token >= 0 && token == grammar->sep)
+        return dsv3__gram_head_byte(grammar, state, DSV3__GRAM_SEP);
     return n && !(grammar->tokenizer->flags[token] & DSV3__TOK_ADDED) && dsv3__gram_accept(grammar, state, bytes, n);
 }
 
@@ -18704,6 +18859,13 @@ DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_t
                                             dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error)
 {
     (void)tools, (void)name;
+    return dsv3_grammar_open(grammar, tokenizer, NULL, 0, opts, error);
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    (void)tools, (void)markup;
     return dsv3_grammar_open(grammar, tokenizer, NULL, 0, opts, error);
 }
 

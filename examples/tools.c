@@ -3,7 +3,8 @@
 
      cc -O2 -I. examples/tools.c -o tools -lm -pthread
      ./tools DIR "What is 17 and 25?"          with a checkpoint that knows tools: DeepSeek-V3.1, Kimi-K2-Thinking
-     ./tools DIR "What is 17 and 25?" add      the first reply must call add, with arguments that fit its schema */
+     ./tools DIR "What is 17 and 25?" add      the first reply must call add, with arguments that fit its schema
+     ./tools DIR "What is 17 and 25?" any      it must call a tool, whichever */
 
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
@@ -132,7 +133,9 @@ int main(int argc, char **argv)
     opts.tools.len = strlen(tools);
     dsv3_model_sampling(model, &generate.sample);
     generate.max_tokens = 1000;
-    if (argc == 4) {
+    if (argc == 4 && strcmp(argv[3], "any") == 0) {
+        check(dsv3_grammar_open_tools(&grammar, tokenizer, opts.tools, opts.markup, NULL, &error), &error);
+    } else if (argc == 4) {
         must.name.p = argv[3], must.name.len = strlen(argv[3]);
         must.id.p = "functions.add:0", must.id.len = 15; /* Kimi's way to name a call */
         check(dsv3_grammar_open_tool(&grammar, tokenizer, opts.tools, must.name, NULL, &error), &error);

@@ -1198,6 +1198,8 @@ static bool must_hear(void *user, const dsv3_reply_event *event)
         snprintf(h->id, sizeof h->id, "%.*s", (int)event->len, event->text);
         break;
     case DSV3_REPLY_CALL_NAME:
+        if (!event->len) /* a token of it was read */
+            break;
         h->n_names++;
         snprintf(h->name, sizeof h->name, "%.*s", (int)event->len, event->text);
         break;
@@ -1368,6 +1370,138 @@ TEST(must_call_again)
     }
 }
 
+/* Any of the tools: a name, and arguments that fit that one; the conversation with the call goes through all of it. */
+TEST(must_choose)
+{
+    static const char *const names[] = {"add", "find \xC3\xA9", "list"};
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_R1, DSV3_MARKUP_R1_THINK, DSV3_MARKUP_V3_1,
+                                          DSV3_MARKUP_KIMI_K2_THINKING};
+    static char list[sizeof must_tools];
+    static char prompt[MAX_IDS];
+    static must_heard h;
+    const char *many = getenv("MUST_REPLIES");
+    size_t n_replies = many ? (size_t)strtoul(many, NULL, 10) : 60;
+    uint64_t seed = 1, chosen[3] = {0, 0, 0};
+    snprintf(list, sizeof list, "%.*s]", (int)(strstr(must_tools, ", {\"type\": \"function\", \"function\": {\"name\": \"now\"") - must_tools),
+             must_tools);
+    for (int with_think = 0; with_think < 2; with_think++) {
+        dsv3_tokenizer *t = chat_tokenizer(with_think != 0, NULL);
+        dsv3_grammar *own[3] = {NULL, NULL, NULL};
+        for (size_t k = 0; k < 3; k++)
+            CHECK_OK(dsv3_grammar_open_tool(&own[k], t, text_of(list), text_of(names[k]), NULL, &e), e);
+        for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+            dsv3_grammar *grammar = NULL;
+            if (!CHECK_OK(dsv3_grammar_open_tools(&grammar, t, text_of(list), markups[m], NULL, &e), e))
+                continue;
+            for (size_t i = 0; i < n_replies; i++) {
+                dsv3_message c[2];
+                dsv3_chat_opts o;
+                dsv3_reply_opts how;
+                dsv3_reply r;
+                dsv3_tool_call call;
+                size_t k = 0, n;
+                memset(&h, 0, sizeof h), memset(&o, 0, sizeof o);
+                memset(&how, 0, sizeof how), memset(&call, 0, sizeof call);
+                say(&c[0], DSV3_ROLE_USER, "hello");
+                o.markup = how.markup = markups[m];
+                o.add_generation_prompt = true;
+                o.call = how.call = &call;
+                how.event_fn = must_hear, how.user = &h;
+                CHECK_OK(render(t, c, 1, &o), e);
+                n = out.len;
+                memcpy(prompt, out.text, n);
+                CHECK_OK(dsv3_reply_init(&r, t, &how, &e), e);
+                if (!CHECK(must_write(grammar, &r, t, &seed)))
+                    continue;
+                while (k < 2 && strcmp(h.name, names[k]) != 0)
+                    k++;
+                CHECK_EQ_STR(h.name, names[k]);
+                chosen[k]++;
+                CHECK(h.n_names == 1 && h.n_ends == 1 && h.n_other == 0);
+                CHECK_EQ_UINT(h.n_ids, o.markup == DSV3_MARKUP_KIMI_K2_THINKING);
+                dsv3_grammar_state s;
+                dsv3_grammar_start(own[k], &s);
+                CHECK(dsv3_grammar_accept_text(own[k], &s, h.arguments, h.n) && dsv3_grammar_can_end(own[k], &s));
+                call.name = text_of(h.name), call.id = text_of(h.id);
+                call.arguments.p = h.arguments, call.arguments.len = h.n;
+                say(&c[1], DSV3_ROLE_ASSISTANT, NULL);
+                c[1].tool_calls = &call, c[1].n_tool_calls = 1;
+                o.call = NULL;
+                CHECK_OK(render(t, c, 2, &o), e);
+                const char *said = h.n_ids ? h.id : h.name;
+                CHECK(out.len > n + strlen(said) && memcmp(out.text, prompt, n) == 0 &&
+                      memcmp(out.text + n, said, strlen(said)) == 0);
+            }
+            dsv3_grammar_close(grammar);
+        }
+        for (size_t k = 0; k < 3; k++)
+            dsv3_grammar_close(own[k]);
+        dsv3_tokenizer_close(t);
+    }
+    CHECK(chosen[0] > 5 && chosen[1] > 5 && chosen[2] > 5);
+}
+
+/* Masks of the head and of what follows are what trying each token gives; what is no list of tools is refused. */
+TEST(must_choose_edges)
+{
+    dsv3_tokenizer *t = chat_tokenizer(true, CHAT_GIGA_TEMPLATE);
+    dsv3_grammar *grammar = NULL;
+    dsv3_text tools = text_of("[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"ab\", \"parameters\": "
+                              "{\"$ref\": \"#/$defs/x\", \"$defs\": {\"x\": {\"type\": \"object\", \"properties\": {\"v\": "
+                              "{\"$ref\": \"#\"}}, \"additionalProperties\": false}}}}}]");
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+        if (!CHECK_OK(dsv3_grammar_open_tools(&grammar, t, tools, markups[m], NULL, &e), e))
+            continue;
+        for (uint64_t seed = 1; seed < 60; seed++) {
+            dsv3_grammar_state s, copy;
+            uint32_t mask[32];
+            dsv3_grammar_start(grammar, &s);
+            for (uint64_t i = 0, random = seed * 7919; i < 40 && s.place != DSV3__GRAM_AT_EOS; i++) {
+                int32_t next = -1;
+                dsv3_grammar_mask(grammar, &s, mask);
+                for (int32_t id = 0; id < (int32_t)t->n_tokens; id++) {
+                    copy = s;
+                    bool ok = dsv3_grammar_accept(grammar, &copy, id);
+                    if (!CHECK_EQ_INT(ok, mask[id / 32] >> (id % 32) & 1))
+                        break;
+                    random = random * 6364136223846793005ull + 1442695040888963407ull;
+                    next = ok && (next < 0 || random >> 62 == 0) ? id : next;
+                }
+                if (!CHECK(next >= 0) || !CHECK(dsv3_grammar_accept(grammar, &s, next)))
+                    break;
+            }
+        }
+        dsv3_grammar_close(grammar);
+    }
+    static const struct {
+        const char *tools, *word;
+    } bad[] = {{"{}", "list of tools"}, {"[]", "list of tools"}, {"[1]", "/0: expected a function"},
+               {"[{\"function\": {\"name\": \"\"}}]", "/0: expected a function"},
+               {"[{\"function\": {\"name\": \"a:b\"}}]", "no colon"},
+               {"[{\"function\": {\"name\": \"a\\nb\"}}]", "no newline"},
+               {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"\\u0061\"}}]", "/1: a name that another"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": false}}]", "no value can fit"},
+               {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"b\", \"parameters\": {\"minItems\": 1, \"items\": "
+                "false, \"type\": \"array\"}}}]", "no value can fit"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": {\"$ref\": \"#/0\"}}}]", "what is not there"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": {\"not\": {}}}}]", "/0/function/parameters/not"}};
+    for (size_t i = 0; i < TEST_COUNT(bad); i++)
+        for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+            CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of(bad[i].tools), markups[m], NULL, &e), DSV3_ERROR_SCHEMA, e);
+            CHECK_CONTAINS(e.message, bad[i].word);
+            CHECK(grammar == NULL);
+        }
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of("["), DSV3_MARKUP_V3, NULL, &e), DSV3_ERROR_JSON, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of("[{\"function\": {\"name\": \"\xFF\"}}]"), DSV3_MARKUP_V3, NULL, &e),
+                 DSV3_ERROR_JSON, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, tools, DSV3_MARKUP_KIMI_K2, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, tools, DSV3_MARKUP_AUTO, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "gigachat3");
+    CHECK_RESULT(dsv3_grammar_open_tools(NULL, t, tools, DSV3_MARKUP_V3, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    dsv3_tokenizer_close(t);
+}
+
 TEST(must_call_edges)
 {
     dsv3_tokenizer *t = chat_tokenizer(true, CHAT_GIGA_TEMPLATE);
@@ -1387,8 +1521,10 @@ TEST(must_call_edges)
     o.call = &call;
     o.markup = DSV3_MARKUP_V3_1;
     o.add_generation_prompt = true;
+    call.id = text_of("functions.f:0");
     CHECK_RESULT(render(t, c, 1, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
     CHECK_CONTAINS(e.message, "expected a name of");
+    memset(&call, 0, sizeof call);
     call.name = text_of("f");
     CHECK_OK(render(t, c, 1, &o), e);
     o.markup = DSV3_MARKUP_KIMI_K2_THINKING;
@@ -1467,4 +1603,4 @@ TEST(must_call_edges)
 
 TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(where_templates_stand), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
           RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(one_system), RUN(tools), RUN(errors), RUN(no_memory),
-          RUN(replies), RUN(reply_edges), RUN(must_call), RUN(must_call_again), RUN(must_call_edges))
+          RUN(replies), RUN(reply_edges), RUN(must_call), RUN(must_call_again), RUN(must_choose), RUN(must_choose_edges), RUN(must_call_edges))
