@@ -178,7 +178,8 @@
    exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf allOf $ref $defs, and oneOf where no value
    can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
    describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
-   All else is refused by its name (not if contains uniqueItems dependent... unevaluated... $dynamicRef, and unknown words).
+   All else is refused by its name (not, if with then or else, contains uniqueItems dependent... unevaluated... $dynamicRef,
+   unknown words, $ref to another document). A schema that no value fits is an error too, and says so.
    A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
    order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
@@ -186,6 +187,23 @@
    looking around. At one place at most 32 alternatives are followed; should more meet there, the rest is not offered.
    A schema that needs more than its limits (max_states, 4,096 combinations of subschemas, 1 MB of text, a bounded time) is
    an error that says which. Tokens of markup never occur; the end of text does where the JSON is whole.
+
+   TOOLS THAT MUST BE CALLED (what others call tool_choice). With dsv3_chat_opts.call the renderer begins the reply as the
+   template would write that call (no reasoning before it), up to where the arguments begin: what opens them is in the
+   prompt and nobody's choice. dsv3_grammar_open_tool compiles the tool's own schema; under it the model writes arguments
+   that fit, then the end of text, and nothing else. The reply, which is told of the call too, has that one call:
+
+       dsv3_tool_call call = {0};
+       call.name = name;                                            // and call.id, for Kimi
+       opts.call = reply_opts.call = &call;
+       dsv3_grammar_open_tool(&generate_opts.grammar, tokenizer, tools, name, NULL, &error);
+
+   Its prompt is where the conversation with that call in it goes through, byte for byte: where the templates of V3 and R1
+   open no second section (behind an earlier call) or leave a round of results open, it does not either.
+   What closes the call is written when the conversation is rendered with it (and dsv3_session_sync drops the end of text).
+   Which of several tools it is, the model says where the call has no name (and no id): then the prompt ends before it, and
+   dsv3_grammar_open_tools lets one of the names stand there, with arguments that fit that tool. V3, R1 and V3_1 and
+   KIMI_K2_THINKING have such calls, the other markups refuse. Drafts, batches, forks and rewinding know nothing of it.
 
    DRAFTS. With dsv3_session_opts.n_draft, dsv3_generate guesses tokens ahead and runs them with the last one in one pass:
    reading the weights once may give several tokens. The text stays the same to the bit, for every seed, temperature,
@@ -586,6 +604,11 @@ typedef struct dsv3_chat_opts {
     dsv3_text
         tools; /* JSON: [{"type": "function", "function": {"name", "description", "parameters"}}, ...]; V3_1 and the
                         two of Kimi. INVALID_ARGUMENT with the others, which have no place for it */
+    /* Optional, with add_generation_prompt: the reply must be this call. The ids end where its arguments begin (those here
+       are not read), or, without a name, where that does; dsv3_grammar_open_tool, or _tools, has what follows.
+       INVALID_ARGUMENT with KIMI_K2 and GIGACHAT3, and
+       where the turn is not the assistant's. See TOOLS THAT MUST BE CALLED above */
+    const dsv3_tool_call *call;
 } dsv3_chat_opts;
 
 DSV3_API const char *dsv3_markup_name(dsv3_markup markup); /* "r1-think"; "?" if unknown; static */
@@ -641,6 +664,8 @@ typedef struct dsv3_reply_opts {
     size_t n_stop_strings;
     bool (*event_fn)(void *user, const dsv3_reply_event *event); /* Required; false: no more events */
     void *user;
+    const dsv3_tool_call *call; /* Optional: as in dsv3_chat_opts. dsv3_reply_init itself then tells its id and
+                                   name, if it has one */
 } dsv3_reply_opts;
 
 /* A reply that is being read. The caller's memory, of any kind; its fields are not for use. */
@@ -721,6 +746,23 @@ typedef struct dsv3_grammar_state {
    pointer), OUT_OF_MEMORY, MEMORY_LIMIT. Any thread. */
 DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
                                        size_t len, const dsv3_grammar_opts *opts, dsv3_error *error);
+
+/* The arguments of one of the tools: `parameters` of the function of that name; any object where it has none.
+   tools      JSON, as in dsv3_chat_opts, not kept
+   name       of the tool
+   Errors: as dsv3_grammar_open (pointers and offsets count from the schema's beginning); INVALID_ARGUMENT where no tool has
+   that name. Any thread. */
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error);
+
+/* Any of the tools: the name of one, what the markup has between, and arguments that fit that one. For prompts that end
+   before the name (a call without one in dsv3_chat_opts).
+   tools      JSON, as in dsv3_chat_opts, not kept; names without newline and colon
+   markup     AUTO: the checkpoint's own
+   Errors: as dsv3_grammar_open (pointers count from the list); INVALID_ARGUMENT where a markup has no such calls,
+   TOKENIZER. The marker between name and arguments is a token: dsv3_grammar_accept_text cannot write it. Any thread. */
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error);
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar); /* NULL is fine */
 
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state); /* nothing written yet */
@@ -14304,6 +14346,8 @@ enum {
     DSV3__CHAT_N_MARKERS
 };
 
+enum { DSV3__CHAT_NAME_MAX = 255 }; /* bytes of a call's name or id that a reply tells whole */
+
 #define DSV3__CHAT_BAR "\xEF\xBD\x9C" /* U+FF5C */
 #define DSV3__CHAT_LOW "\xE2\x96\x81" /* U+2581 */
 
@@ -14658,6 +14702,12 @@ static void dsv3__chat_v3_1_tools(dsv3__chat *c)
                       "- For multiple tool calls, chain them directly without separators or spaces\n");
 }
 
+/* Is it left to the model which tool is called? */
+static bool dsv3__chat_any_call(const dsv3_tool_call *call)
+{
+    return !call->name.len && !call->id.len;
+}
+
 // ---- The markups -----------------------------------------------------------------------------------------
 
 /* DeepSeek's begin: all system contents, wherever they stand. */
@@ -14679,22 +14729,28 @@ static void dsv3__chat_system(dsv3__chat *c)
     }
 }
 
-static void dsv3__chat_call(dsv3__chat *c, size_t i, size_t k)
+/* DeepSeek's call as far as its arguments; as far as its name, where `any` may stand. */
+static void dsv3__chat_call_open(dsv3__chat *c, size_t i, const dsv3_tool_call *call, bool any)
 {
-    const dsv3_tool_call *call = &c->messages[i].tool_calls[k];
     bool fenced = c->markup != DSV3_MARKUP_V3_1;
     dsv3__chat_mark(c, DSV3__CHAT_CALL);
     if (fenced) {
         dsv3__chat_str(c, "function");
         dsv3__chat_mark(c, DSV3__CHAT_SEP);
     }
+    if (any)
+        return;
     dsv3__chat_field(c, i, call->name, "name in a tool call");
     if (fenced)
         dsv3__chat_str(c, "\n```json\n");
     else
         dsv3__chat_mark(c, DSV3__CHAT_SEP);
+}
+
+static void dsv3__chat_call_close(dsv3__chat *c, size_t i, const dsv3_tool_call *call)
+{
     dsv3__chat_field(c, i, call->arguments, "arguments in a tool call");
-    if (fenced)
+    if (c->markup != DSV3_MARKUP_V3_1)
         dsv3__chat_str(c, "\n```");
     dsv3__chat_mark(c, DSV3__CHAT_CALL_END);
 }
@@ -14705,6 +14761,22 @@ typedef struct dsv3__chat_state {
     bool in_tool;          /* the last turn was a tool's */
 } dsv3__chat_state;
 
+/* A call of message i, whose turn has this content, as far as its arguments. */
+static void dsv3__chat_v3_call_open(dsv3__chat *c, size_t i, dsv3_text content, const dsv3_tool_call *call, bool any,
+                                    dsv3__chat_state *s)
+{
+    if (s->called) {
+        dsv3__chat_str(c, "\n");
+    } else {
+        dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
+        if (c->markup != DSV3_MARKUP_V3 && content.p)
+            dsv3__chat_put(c, content.p, content.len);
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+    }
+    s->called = true;
+    dsv3__chat_call_open(c, i, call, any);
+}
+
 static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
 {
     const dsv3_message *m = &c->messages[i];
@@ -14712,16 +14784,8 @@ static void dsv3__chat_v3_calls(dsv3__chat *c, size_t i, dsv3__chat_state *s)
     s->in_tool = false;
     for (size_t k = 0; k < m->n_tool_calls; k++) {
         bool first = !s->called;
-        s->called = true;
-        if (first) {
-            dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-            if (r1 && m->content.p)
-                dsv3__chat_content(c, i);
-            dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        } else {
-            dsv3__chat_str(c, "\n");
-        }
-        dsv3__chat_call(c, i, k);
+        dsv3__chat_v3_call_open(c, i, m->content, &m->tool_calls[k], false, s);
+        dsv3__chat_call_close(c, i, &m->tool_calls[k]);
         if (!first && !r1) {
             dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
             dsv3__chat_mark(c, DSV3__CHAT_EOS);
@@ -14774,7 +14838,10 @@ static void dsv3__chat_v3(dsv3__chat *c)
             (calls ? dsv3__chat_v3_calls : dsv3__chat_v3_answer)(c, i, &s);
         }
     }
-    if (s.in_tool) {
+    if (c->o->call) { /* behind an output the round stays open, as the template leaves it */
+        const dsv3_text none = {NULL, 0};
+        dsv3__chat_v3_call_open(c, c->n, none, c->o->call, dsv3__chat_any_call(c->o->call), &s);
+    } else if (s.in_tool) {
         dsv3__chat_mark(c, DSV3__CHAT_OUTPUTS_END);
     } else if (c->o->add_generation_prompt) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
@@ -14800,8 +14867,10 @@ static void dsv3__chat_v3_1_assistant(dsv3__chat *c, size_t i, bool behind_user,
             dsv3__chat_content(c, i);
         if (m->n_tool_calls)
             dsv3__chat_mark(c, DSV3__CHAT_CALLS);
-        for (size_t k = 0; k < m->n_tool_calls; k++)
-            dsv3__chat_call(c, i, k);
+        for (size_t k = 0; k < m->n_tool_calls; k++) {
+            dsv3__chat_call_open(c, i, &m->tool_calls[k], false);
+            dsv3__chat_call_close(c, i, &m->tool_calls[k]);
+        }
         dsv3__chat_mark(c, DSV3__CHAT_CALLS_END);
     }
     dsv3__chat_mark(c, DSV3__CHAT_EOS);
@@ -14830,7 +14899,11 @@ static void dsv3__chat_v3_1(dsv3__chat *c)
     }
     if (c->o->add_generation_prompt && behind_user) {
         dsv3__chat_mark(c, DSV3__CHAT_ASSISTANT);
-        dsv3__chat_mark(c, c->o->thinking ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+        dsv3__chat_mark(c, c->o->thinking && !c->o->call ? DSV3__CHAT_THINK : DSV3__CHAT_THINK_END);
+    }
+    if (c->o->call) {
+        dsv3__chat_mark(c, DSV3__CHAT_CALLS);
+        dsv3__chat_call_open(c, c->n, c->o->call, dsv3__chat_any_call(c->o->call));
     }
 }
 
@@ -14928,6 +15001,15 @@ static void dsv3__chat_kimi(dsv3__chat *c)
         dsv3__chat_kimi_message(c, i, i >= answer);
     if (c->o->add_generation_prompt)
         dsv3__chat_kimi_head(c, DSV3_ROLE_ASSISTANT, none);
+    if (c->o->call) {
+        dsv3__chat_mark(c, DSV3__CHAT_THINK);
+        dsv3__chat_mark(c, DSV3__CHAT_THINK_END);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALLS);
+        dsv3__chat_mark(c, DSV3__CHAT_IM_CALL);
+        dsv3__chat_put(c, c->o->call->id.p, c->o->call->id.len);
+        if (!dsv3__chat_any_call(c->o->call))
+            dsv3__chat_mark(c, DSV3__CHAT_IM_ARGUMENT);
+    }
 }
 
 /* A turn of GigaChat3 but for its content. */
@@ -14990,6 +15072,23 @@ static void dsv3__chat_giga(dsv3__chat *c)
 
 // ---- Public: rendering -----------------------------------------------------------------------------------
 
+/* A call that must be made, as the renderer and the reply are told of it. Names are as long as a reply tells them. */
+static dsv3_result dsv3__chat_check_call(dsv3_markup markup, const dsv3_tool_call *call, dsv3_error *err)
+{
+    bool kimi = markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    dsv3_text said = kimi ? call->id : call->name;
+    if (markup == DSV3_MARKUP_KIMI_K2 || markup == DSV3_MARKUP_GIGACHAT3)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: markup %s has no tool calls that can be asked for",
+                          dsv3_markup_name(markup));
+    if (dsv3__chat_any_call(call))
+        return DSV3_OK;
+    if (!call->name.p || !call->name.len || !said.p || !said.len || call->name.len > DSV3__CHAT_NAME_MAX ||
+        said.len > DSV3__CHAT_NAME_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "chat: opts.call: expected %s of 1 to %u bytes",
+                          kimi ? "a name and an id" : "a name", (uint64_t)DSV3__CHAT_NAME_MAX);
+    return DSV3_OK;
+}
+
 /* Arguments and options of a call. */
 static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
 {
@@ -15014,6 +15113,16 @@ static dsv3_result dsv3__chat_check(dsv3__chat *c, const dsv3_chat_opts *opts)
         return DSV3__FAIL(c->err, DSV3_ERROR_INVALID_ARGUMENT,
                           "chat: markup %s has no place for tools: describe them in the system message",
                           dsv3_markup_name(c->markup));
+    if (opts->call) {
+        size_t last = c->n;
+        while (last && c->messages[last - 1].role == DSV3_ROLE_SYSTEM)
+            last--;
+        DSV3__TRY(dsv3__chat_check_call(c->markup, opts->call, c->err));
+        if (!opts->add_generation_prompt || !last || c->messages[last - 1].role == DSV3_ROLE_ASSISTANT)
+            return DSV3__FAIL(
+                c->err, DSV3_ERROR_INVALID_ARGUMENT,
+                "chat: opts.call: expected add_generation_prompt, and the user's or a tool's turn before");
+    }
     return c->result;
 }
 
@@ -15455,6 +15564,8 @@ DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *to
     }
     dsv3_markup markup = opts->markup;
     DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    if (opts->call)
+        DSV3__TRY(dsv3__chat_check_call(markup, opts->call, err));
     reply->tokenizer = tokenizer;
     reply->opts = *opts;
     reply->opts.markup = markup;
@@ -15464,6 +15575,20 @@ DSV3_API dsv3_result dsv3_reply_init(dsv3_reply *reply, const dsv3_tokenizer *to
     bool thinks = markup == DSV3_MARKUP_R1_THINK || (markup == DSV3_MARKUP_V3_1 && opts->thinking);
     reply->state = thinks ? DSV3__REPLY_REASON : DSV3__REPLY_START;
     dsv3__reply_skip(reply, markup == DSV3_MARKUP_V3_1 && thinks ? 1 : 0); /* R1's prompt has that newline */
+    if (opts->call) { /* the prompt ends behind what opens its arguments */
+        const dsv3_tool_call *call = opts->call;
+        reply->opts.call = NULL;
+        reply->n_calls = 1;
+        reply->skip = 0;
+        reply->state = DSV3__REPLY_ARGUMENTS;
+        if (dsv3__chat_any_call(call)) {
+            reply->state = DSV3__REPLY_NAME;
+            return DSV3_OK;
+        }
+        if (markup == DSV3_MARKUP_KIMI_K2_THINKING)
+            dsv3__reply_event(reply, DSV3_REPLY_CALL_ID, call->id.p, call->id.len);
+        dsv3__reply_event(reply, DSV3_REPLY_CALL_NAME, call->name.p, call->name.len);
+    }
     return DSV3_OK;
 }
 
@@ -15670,6 +15795,8 @@ struct dsv3_grammar {
     dsv3_spacing spacing;
     uint32_t max_depth, max_states;
     uint32_t string, body;  /* automaton of any string; its state behind the quote */
+    uint32_t head;          /* of tools: automaton of what stands before their arguments; 0: none */
+    int32_t sep;            /* of tools: the marker that the byte SEP stands for in it */
     uint16_t *next;         /* [n_states, 256] 0: not possible */
     dsv3__gram_info *info;  /* [n_states] */
     dsv3__gram_node *nodes; /* [0]: what cannot be; [1]: the root */
@@ -15687,6 +15814,7 @@ typedef struct dsv3__gram_value {
     uint32_t next, child, parent, n; /* the next in the same object or array; the first within, and how many */
     dsv3__str key, text;             /* decoded; of a number as written */
     bool checked;                    /* its keywords are known */
+    bool whole;                      /* a document of its own */
 } dsv3__gram_value;
 
 /* A place of a pattern's automaton. */
@@ -15750,12 +15878,14 @@ typedef struct dsv3__gram_build {
     dsv3__gram_place *places;
     uint32_t *walk, *reach, *set, *tuple; /* scratch of the constructions */
     dsv3__gram_lists lists, conjs;        /* sets of places, or states side by side; atoms of the nodes */
+    dsv3__gram_lists goals;               /* places behind a byte, before what they lead on to by themselves */
+    uint32_t *goal_sets;                  /* [goals] the set each leads to, a number in `lists` */
     dsv3__gram_conj *spread;
     dsv3__gram_apart *apart;
     dsv3__gram_memo *patterns;
     dsv3__str *names; /* of one object */
     uint64_t n_pool, n_values, cap_values, n_places, cap_places, cap_walk, cap_reach, cap_set, cap_tuple, n_spread,
-        cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names;
+        cap_spread, n_apart, cap_apart, n_patterns, cap_patterns, n_names, cap_names, cap_goal_sets;
     uint32_t number, integer; /* automata of those without bounds; 0: not made yet */
     uint64_t work;            /* steps done */
 } dsv3__gram_build;
@@ -15995,6 +16125,7 @@ static dsv3_result dsv3__gram_state_new(dsv3__gram_build *b, uint32_t *state)
 static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t end, uint32_t *start)
 {
     dsv3_grammar *g = b->g;
+    bool dead = false;
     for (uint32_t s = first; s < end; s++) /* `final`, meanwhile: an end can be reached */
         g->info[s].final = g->info[s].label != 0;
     for (bool again = true; again;) {
@@ -16009,7 +16140,9 @@ static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t
     }
     if (!g->info[*start].final)
         *start = 0;
-    for (uint32_t s = first; s < end; s++) {
+    for (uint32_t s = first; s < end; s++)
+        dead = dead || !g->info[s].final;
+    for (uint32_t s = first; s < end && dead; s++) {
         uint16_t *row = g->next + (size_t)s * 256;
         for (int c = 0; c < 256; c++)
             if (row[c] && !g->info[row[c]].final)
@@ -16018,9 +16151,8 @@ static dsv3_result dsv3__gram_trim(dsv3__gram_build *b, uint32_t first, uint32_t
     for (uint32_t s = first; s < end; s++) {
         const uint16_t *row = g->next + (size_t)s * 256;
         g->info[s].final = g->info[s].label != 0;
-        for (int c = 0; c < 256; c++)
-            if (row[c])
-                g->info[s].final = 0;
+        for (int c = 0; c < 256 && g->info[s].final; c++)
+            g->info[s].final = row[c] == 0;
     }
     return DSV3_OK;
 }
@@ -16175,11 +16307,14 @@ static dsv3_result dsv3__gram_class(dsv3__gram_regex *r, const dsv3__gram_ranges
         uint32_t lo = set->lo[i];
         while (lo <= set->hi[i]) { /* to the next character that is escaped */
             uint32_t hi = lo;
-            char spelled[6];
+            char spelled[6], last[6], more[6];
             size_t n = dsv3__gram_spell(lo, spelled);
-            if (spelled[0] == '\\') {
-                DSV3__TRY(
-                    dsv3__gram_chain(r, (const uint8_t *)spelled, (const uint8_t *)spelled, n, piece->end, &fork));
+            if (spelled[0] == '\\') { /* \u0000 to \u0007 and such go together */
+                memcpy(last, spelled, n);
+                while (n == 6 && hi < set->hi[i] && dsv3__gram_spell(hi + 1, more) == 6 && more[4] == last[4] &&
+                       more[5] == last[5] + 1)
+                    hi++, last[5]++;
+                DSV3__TRY(dsv3__gram_chain(r, (const uint8_t *)spelled, (const uint8_t *)last, n, piece->end, &fork));
             } else {
                 while (hi < set->hi[i] && hi + 1 != '"' && hi + 1 != '\\')
                     hi = hi < '\\' ? hi + 1 : set->hi[i];
@@ -16563,17 +16698,35 @@ static dsv3_result dsv3__gram_closure(dsv3__gram_build *b, uint32_t n_walk, bool
             b->set[(*n)++] = at;
         if (p->kind == DSV3__GRAM_EMPTY || (p->kind == DSV3__GRAM_BEGIN && at_begin) ||
             (p->kind == DSV3__GRAM_END && at_end))
-            b->walk[n_walk++] = p->a, b->walk[n_walk++] = p->b;
+            b->walk[n_walk++] = p->b, b->walk[n_walk++] = p->a; /* a first: so they come nearly in order */
     }
     for (uint32_t i = 0; i < n_seen; i++)
         b->places[b->reach[i]].seen = false;
-    for (uint32_t i = 1; i < *n; i++) /* nearly in order as they come */
-        for (uint32_t k = i; k > 0 && b->set[k] < b->set[k - 1]; k--, moves++) {
-            uint32_t t = b->set[k];
-            b->set[k] = b->set[k - 1];
-            b->set[k - 1] = t;
-        }
+    for (uint32_t gap = *n > 32 ? *n / 4 : 1; gap; gap = gap > 4 ? gap / 4 : gap > 1 ? 1 : 0)
+        for (uint32_t i = gap; i < *n; i++)
+            for (uint32_t k = i; k >= gap && b->set[k] < b->set[k - gap]; k -= gap, moves++) {
+                uint32_t t = b->set[k];
+                b->set[k] = b->set[k - gap];
+                b->set[k - gap] = t;
+            }
     return dsv3__gram_work(b, moves + 8 * n_seen + 64);
+}
+
+/* The set that the places b->walk [n_walk] are and lead on to, a new one with a state of its own. Most bytes lead where
+   others did: that is looked up. */
+static dsv3_result dsv3__gram_goal(dsv3__gram_build *b, uint32_t n_walk, uint32_t match, uint32_t *set)
+{
+    uint32_t goal, n, state;
+    bool fresh;
+    DSV3__TRY(dsv3__gram_intern(b, &b->goals, b->walk, n_walk, &goal, &fresh));
+    if (!fresh)
+        return *set = b->goal_sets[goal], dsv3__gram_work(b, n_walk);
+    DSV3__TRY(dsv3__gram_work(b, 8 * n_walk));
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->goal_sets, b->cap_goal_sets, goal, goal + 1));
+    DSV3__TRY(dsv3__gram_closure(b, n_walk, false, false, match, &n));
+    DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, set, &fresh));
+    b->goal_sets[goal] = *set;
+    return fresh ? dsv3__gram_state_new(b, &state) : DSV3_OK;
 }
 
 /* Fills the row of the state for list `index`: bytes are cut where a range of one of its places begins or ends. */
@@ -16590,8 +16743,7 @@ static dsv3_result dsv3__gram_pattern_row(dsv3__gram_build *b, uint32_t index, u
             cut[p->lo] = cut[p->hi + 1] = true;
     }
     for (uint32_t c = 0, end; c < 256; c = end) {
-        uint32_t n_walk = 0, target, fresh_state;
-        bool fresh;
+        uint32_t n_walk = 0, target;
         for (end = c + 1; end < 256 && !cut[end];)
             end++;
         for (uint32_t i = 0; i < span.n; i++) {
@@ -16599,12 +16751,10 @@ static dsv3_result dsv3__gram_pattern_row(dsv3__gram_build *b, uint32_t index, u
             if (p->kind == DSV3__GRAM_BYTES && p->lo <= c && c <= p->hi)
                 b->walk[n_walk++] = p->a;
         }
+        DSV3__TRY(dsv3__gram_work(b, span.n));
         if (!n_walk)
             continue;
-        DSV3__TRY(dsv3__gram_closure(b, n_walk, false, false, match, &n));
-        DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &target, &fresh));
-        if (fresh)
-            DSV3__TRY(dsv3__gram_state_new(b, &fresh_state));
+        DSV3__TRY(dsv3__gram_goal(b, n_walk, match, &target));
         for (uint32_t k = c; k < end; k++)
             b->g->next[(size_t)state * 256 + k] = (uint16_t)(first + target);
     }
@@ -16646,6 +16796,7 @@ static dsv3_result dsv3__gram_pattern(dsv3__gram_build *b, dsv3__str pattern, ui
     DSV3__TRY(dsv3__gram_state_new(b, &done));
     b->g->info[done].label = 1;
     dsv3__gram_lists_clear(&b->lists);
+    dsv3__gram_lists_clear(&b->goals);
     b->walk[0] = before.begin;
     DSV3__TRY(dsv3__gram_closure(b, 1, true, false, behind.end, &n));
     DSV3__TRY(dsv3__gram_intern(b, &b->lists, b->set, n, &index, &fresh));
@@ -17040,7 +17191,7 @@ static uint32_t dsv3__gram_id(const dsv3__gram_build *b, uint32_t value)
 /* The schema whose $id counts for this value: itself or one around it, at last the whole. */
 static uint32_t dsv3__gram_resource(const dsv3__gram_build *b, uint32_t value)
 {
-    while (value > 1 && !dsv3__gram_id(b, value))
+    while (value > 1 && !b->values[value].whole && !dsv3__gram_id(b, value))
         value = b->values[value].parent;
     return value;
 }
@@ -17049,7 +17200,7 @@ static uint32_t dsv3__gram_resource(const dsv3__gram_build *b, uint32_t value)
 static bool dsv3__gram_base_uri(const dsv3__gram_build *b, uint32_t resource, char *out, dsv3__str *uri)
 {
     uint32_t chain[DSV3__JSON_DEPTH + 1], n = 0;
-    for (uint32_t v = resource; v; v = v > 1 ? dsv3__gram_resource(b, b->values[v].parent) : 0)
+    for (uint32_t v = resource; v; v = v > 1 && !b->values[v].whole ? dsv3__gram_resource(b, b->values[v].parent) : 0)
         chain[n++] = v;
     uri->p = out;
     uri->n = 0;
@@ -17182,6 +17333,11 @@ static const struct {
                            {"oneOf", '['},
                            {"allOf", '['},
                            {"$ref", 's'},
+                           {"minContains", 'u'}, /* without contains, which is not known, these say nothing */
+                           {"maxContains", 'u'},
+                           {"if", 'x'},
+                           {"then", 'x'},
+                           {"else", 'x'},
                            {"uniqueItems", 'b'},
                            {"$defs", '{'},
                            {"definitions", '{'},
@@ -17300,7 +17456,9 @@ static dsv3_result dsv3__gram_check(const dsv3__gram_build *b, uint32_t schema)
         }
         if (!ok)
             return DSV3__GRAM_REFUSE(b, v, "not the kind of value that this keyword takes");
-        if (dsv3__gram_is(value->key, "uniqueItems") && value->kind == 't')
+        bool decides = dsv3__gram_is(value->key, "if") && /* alone it says nothing, nor do the others without it */
+                       (dsv3__gram_find(b, schema, "then") || dsv3__gram_find(b, schema, "else"));
+        if (decides || (dsv3__gram_is(value->key, "uniqueItems") && value->kind == 't'))
             return DSV3__GRAM_REFUSE(b, v, "a keyword that is not supported");
         if (dsv3__gram_is(value->key, "$schema") && !dsv3__gram_dialect(value->text))
             return DSV3__GRAM_REFUSE(b, v, "a dialect that is none of json-schema.org's");
@@ -18225,37 +18383,120 @@ static dsv3_result dsv3__gram_finish_free(dsv3__gram_build *b)
     for (uint32_t i = 0; i < g->n_alts; i++)
         beside[g->alts[i].object ? g->alts[i].start : 0] = g->string;
     beside[0] = 0;
+    for (uint32_t s = 1; s < n; s++)
+        g->info[s].free = 0;
     for (bool again = true; again;) { /* one pass: states stand behind those that found them, nearly all */
         again = false;
         DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
-        for (uint32_t s = 1; s < n; s++)
-            for (uint32_t c = 0; beside[s] && c < 256; c++) {
-                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
-                if (!to || !too || beside[to])
+        for (uint32_t s = 1; s < n; s++) {
+            const uint16_t *row = g->next + (size_t)s * 256, *any = g->next + (size_t)beside[s] * 256;
+            for (uint32_t c = 0, last = 0; beside[s] && c < 256; c++) {
+                uint32_t to = row[c], too = any[c], both = to << 16 | too;
+                if (both == last || !to || !too)
+                    continue;
+                last = both;
+                if (to < s) /* `free`, meanwhile: 1 as said, 2 that a later state leads here */
+                    g->info[to].free = 2;
+                if (beside[to])
                     continue;
                 beside[to] = too;
                 again = again || to < s;
             }
+        }
     }
     for (uint32_t s = 1; s < n; s++)
-        g->info[s].free = beside[s] != 0;
-    for (bool again = true; again;) {
+        g->info[s].free |= beside[s] != 0;
+    for (bool again = true; again;) { /* from the last: again only where a state changes that a later one leads to */
         again = false;
         DSV3__TRY(dsv3__gram_work(b, (uint64_t)n * 64));
-        for (uint32_t s = n; s-- > 1;)
-            for (uint32_t c = 0; g->info[s].free && c < 256; c++) {
-                uint32_t to = g->next[(size_t)s * 256 + c], too = g->next[(size_t)beside[s] * 256 + c];
-                if (too && !g->info[too].final && (!to || !g->info[to].free || beside[to] != too))
-                    g->info[s].free = 0, again = true;
+        for (uint32_t s = n; s-- > 1;) {
+            const uint16_t *row = g->next + (size_t)s * 256, *any = g->next + (size_t)beside[s] * 256;
+            bool on = g->info[s].free & 1, was = on;
+            for (uint32_t c = 0, last = 0; on && c < 256; c++) {
+                uint32_t to = row[c], too = any[c], both = to << 16 | too;
+                if (both == last || !too || g->info[too].final)
+                    continue;
+                last = both;
+                on = to && (g->info[to].free & 1) && beside[to] == too;
             }
+            again = again || (was && !on && (g->info[s].free & 2));
+            g->info[s].free = (uint8_t)((g->info[s].free & 2) | on);
+        }
     }
     for (uint32_t s = 1; s < n; s++)
-        g->info[s].free = g->info[s].free && beside[s] == g->body;
+        g->info[s].free = (g->info[s].free & 1) && beside[s] == g->body;
     return DSV3_OK;
 }
 
-/* From the schema to the automaton. schema NULL: any value. */
-static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, size_t len)
+#define DSV3__GRAM_SEP 0xFF /* in no text */
+
+/* What may stand before arguments: the name of a tool as the markup writes it, and what is between. Its end is labelled
+   with the node of that tool's arguments. */
+static dsv3_result dsv3__gram_head(dsv3__gram_build *b, uint32_t tool, dsv3_markup markup, uint32_t any)
+{
+    dsv3_grammar *g = b->g;
+    const bool kimi = markup == DSV3_MARKUP_KIMI_K2_THINKING;
+    const uint32_t function = dsv3__gram_find(b, tool, "function");
+    const uint32_t name = dsv3__gram_find(b, function, "name"), schema = dsv3__gram_find(b, function, "parameters");
+    const dsv3__str text = b->values[name].text;
+    dsv3__str before, behind;
+    dsv3__gram_conj arguments;
+    uint32_t state = g->head, node, end;
+    if (b->values[name].kind != '"' || !text.n || text.n > DSV3__CHAT_NAME_MAX || memchr(text.p, '\n', text.n) ||
+        memchr(text.p, ':', text.n))
+        return DSV3__GRAM_REFUSE(b, tool, "expected a function with a name of 1 to 255 bytes, no colon, no newline");
+    before.p = "functions.";
+    before.n = kimi ? 10 : 0;
+    behind.p = kimi ? ":" : markup == DSV3_MARKUP_V3_1 ? "\xFF" : "\n```json\n";
+    behind.n = strlen(behind.p);
+    DSV3__TRY(dsv3__gram_literal(b, &state, before, false));
+    DSV3__TRY(dsv3__gram_literal(b, &state, text, false));
+    DSV3__TRY(dsv3__gram_literal(b, &state, behind, false));
+    if (kimi) { /* and the number of the call, of three digits at most */
+        if (g->next[(size_t)state * 256 + '0'])
+            return DSV3__GRAM_REFUSE(b, tool, "a name that another tool has");
+        DSV3__TRY(dsv3__gram_state_new(b, &end));
+        for (uint32_t k = 0, digit; k < 3; k++, state = digit) {
+            DSV3__TRY(dsv3__gram_state_new(b, &digit));
+            for (int c = '0'; c <= '9'; c++)
+                g->next[(size_t)state * 256 + (size_t)c] = (uint16_t)digit;
+            g->next[(size_t)digit * 256 + DSV3__GRAM_SEP] = (uint16_t)end;
+        }
+        state = end;
+    }
+    arguments.n = 0;
+    b->values[schema].whole = schema != 0;
+    DSV3__TRY(dsv3__gram_add_schema(b, &arguments, schema ? schema : any));
+    DSV3__TRY(dsv3__gram_node_get(b, &arguments, &node));
+    if (!node || g->info[state].label)
+        return DSV3__GRAM_REFUSE(b, tool, node ? "a name that another tool has" : "arguments that no value can fit");
+    g->info[state].label = (uint16_t)node;
+    return DSV3_OK;
+}
+
+/* The heads of all tools of a list that has been read. */
+static dsv3_result dsv3__gram_heads(dsv3__gram_build *b, dsv3_markup markup)
+{
+    const uint32_t any = (uint32_t)b->n_values;
+    DSV3__TRY(dsv3__gram_state_new(b, &b->g->head));
+    DSV3__TRY(
+        DSV3__GRAM_ROOM(b, b->values, b->cap_values, any, any + 2)); /* {"type": "object"}, where one says nothing */
+    memset(b->values + any, 0, 2 * sizeof *b->values);
+    b->n_values += 2;
+    dsv3__gram_value *object = &b->values[any], *type = object + 1;
+    object->kind = '{', object->n = 1, object->child = any + 1, object->parent = 1, object->whole = true;
+    type->kind = '"', type->parent = any;
+    type->key.p = "type", type->key.n = 4;
+    type->text.p = "object", type->text.n = 6;
+    if (b->values[1].kind != '[' || !b->values[1].n)
+        return DSV3__GRAM_REFUSE(b, 1, "expected a list of tools");
+    for (uint32_t v = b->values[1].child; v; v = b->values[v].next)
+        DSV3__TRY(dsv3__gram_head(b, v, markup, any));
+    return DSV3_OK;
+}
+
+/* From the schema to the automaton. schema NULL: any value. markup not AUTO: it is a list of tools. */
+static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, size_t len, dsv3_markup markup)
 {
     dsv3_grammar *g = b->g;
     dsv3__gram_conj root;
@@ -18269,14 +18510,22 @@ static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, s
     DSV3__TRY(dsv3__gram_pattern(b, empty, 1, &g->string));
     g->body = g->next[(size_t)g->string * 256 + '"'];
     root.n = 0;
-    DSV3__TRY(dsv3__gram_add_schema(b, &root, 1));
-    DSV3__TRY(dsv3__gram_node_get(b, &root, &node));
+    if (markup) {
+        DSV3__TRY(dsv3__gram_heads(b, markup));
+        node = (uint32_t)g->n_nodes - 1; /* those of the tools are the first ones */
+    } else {
+        DSV3__TRY(dsv3__gram_add_schema(b, &root, 1));
+        DSV3__TRY(dsv3__gram_node_get(b, &root, &node));
+    }
+    const uint32_t last = node;
     for (uint32_t i = 1; i < g->n_nodes; i++)
         DSV3__TRY(dsv3__gram_node_build(b, i));
     dsv3__gram_needs(g);
     for (uint64_t i = 0; i < b->n_apart; i++)
         if (g->nodes[b->apart[i].node].depth != DSV3__GRAM_NEVER)
             return DSV3__GRAM_REFUSE(b, b->apart[i].value, "oneOf: this option and one before it may both hold");
+    for (uint32_t i = 1; i < last && node; i++)
+        node = g->nodes[i].depth > g->max_depth ? i : node;
     if (!node || g->nodes[node].depth > g->max_depth)
         return DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA,
                           "schema: no value can fit it, or none that is %u deep and has %u keys",
@@ -18462,7 +18711,8 @@ enum {
     DSV3__GRAM_AT_COLON,
     DSV3__GRAM_AT_AFTER,
     DSV3__GRAM_AT_END,
-    DSV3__GRAM_AT_EOS
+    DSV3__GRAM_AT_EOS,
+    DSV3__GRAM_AT_HEAD /* the only thread is a state of it */
 };
 
 /* Only what is in use of a state is copied. */
@@ -18870,10 +19120,26 @@ static bool dsv3__gram_space(const dsv3_grammar *g, dsv3_grammar_state *s, uint8
     return true;
 }
 
+/* One byte more of the head, or the marker. False: it cannot be. */
+static bool dsv3__gram_head_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
+{
+    uint32_t to = s->place == DSV3__GRAM_AT_HEAD ? g->next[(size_t)s->threads[0].id * 256 + c] : 0u;
+    if (!to)
+        return false;
+    if (g->info[to].label) { /* its end: a node */
+        to = g->info[to].label;
+        s->place = DSV3__GRAM_AT_VALUE;
+    }
+    s->threads[0].id = to;
+    return true;
+}
+
 /* One byte more. False: it cannot be, and the state is as it was. */
 static bool dsv3__gram_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_t c)
 {
     const bool space = c == ' ' || c == '\n' || c == '\t' || c == '\r';
+    if (s->place == DSV3__GRAM_AT_HEAD)
+        return c != DSV3__GRAM_SEP && dsv3__gram_head_byte(g, s, c);
     if (s->place == DSV3__GRAM_AT_LEXEME || s->place == DSV3__GRAM_AT_KEY) {
         uint32_t to[DSV3__GRAM_THREADS_MAX], n = (uint32_t)s->n_threads - s->first, any = 0, mask = 0;
         for (uint32_t i = 0; i < n; i++) {
@@ -19055,6 +19321,8 @@ static void dsv3__gram_mask(const dsv3_grammar *g, const dsv3_grammar_state *s, 
     w.n_bases = 0;
     w.at = UINT32_MAX;
     dsv3__gram_base_push(&w, s, 0, v->n);
+    if (g->sep >= 0 && s->place == DSV3__GRAM_AT_HEAD && g->next[(size_t)s->threads[0].id * 256 + DSV3__GRAM_SEP])
+        mask[g->sep / 32] |= 1u << (g->sep % 32);
     for (uint32_t i = 0; i < v->n;) {
         while (i >= w.bases[w.n_bases - 1].end)
             w.n_bases--;
@@ -19116,9 +19384,10 @@ static bool dsv3__gram_accept(const dsv3_grammar *g, dsv3_grammar_state *s, cons
 static void dsv3__gram_build_close(dsv3__gram_build *b)
 {
     dsv3__mem *mem = &b->g->mem;
-    const void *blocks[] = {b->pool,        b->values,      b->places,      b->walk,   b->reach, b->set,
-                            b->lists.items, b->lists.slots, b->lists.spans, b->spread, b->apart, b->patterns,
-                            b->conjs.items, b->conjs.slots, b->conjs.spans, b->names};
+    const void *blocks[] = {b->pool,  b->values,      b->places,      b->walk,        b->reach,
+                            b->set,   b->lists.items, b->lists.slots, b->lists.spans, b->spread,
+                            b->apart, b->patterns,    b->conjs.items, b->conjs.slots, b->conjs.spans,
+                            b->names, b->goals.items, b->goals.slots, b->goals.spans, b->goal_sets};
     for (size_t i = 0; i < DSV3__COUNT(blocks); i++)
         dsv3__mem_free(mem, blocks[i]);
 }
@@ -19161,15 +19430,14 @@ static dsv3_result dsv3__gram_opts(dsv3_grammar_opts *o, const dsv3_grammar_opts
     return DSV3_OK;
 }
 
-DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
-                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+/* markup not AUTO: `schema` is a list of tools. */
+static dsv3_result dsv3__gram_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                   size_t len, dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *err)
 {
-    dsv3_error local, *err = error ? error : &local;
     dsv3_grammar_opts o;
     dsv3__gram_build b;
     dsv3__mem mem;
     void *p;
-    dsv3__err_clear(err);
     if (!grammar || !tokenizer)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open: grammar or tokenizer is NULL");
     *grammar = NULL;
@@ -19188,7 +19456,10 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     b.g->spacing = o.spacing;
     b.g->max_depth = o.max_depth;
     b.g->max_states = o.max_states;
-    dsv3_result r = dsv3__gram_compile(&b, schema, len);
+    b.g->sep = -1;
+    if (markup == DSV3_MARKUP_V3_1 || markup == DSV3_MARKUP_KIMI_K2_THINKING)
+        b.g->sep = dsv3__chat_id(tokenizer, markup == DSV3_MARKUP_V3_1 ? DSV3__CHAT_SEP : DSV3__CHAT_IM_ARGUMENT);
+    dsv3_result r = dsv3__gram_compile(&b, schema, len, markup);
     if (!r && o.like) {
         b.g->vocab = o.like->vocab;
         b.g->shares_vocab = true;
@@ -19203,12 +19474,95 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     return r;
 }
 
+DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, const char *schema,
+                                       size_t len, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__err_clear(err);
+    return dsv3__gram_open(grammar, tokenizer, schema, len, DSV3_MARKUP_AUTO, opts, err);
+}
+
+/* The parameters of the tool of that name. */
+static dsv3_result dsv3__gram_tool(dsv3_text tools, dsv3_text name, dsv3__str *schema, dsv3_error *err)
+{
+    static const char any[] = "{\"type\": \"object\"}";
+    bool found = false;
+    dsv3__json list;
+    dsv3__str wanted;
+    if (!tools.p || !tools.len || !name.p || name.len > DSV3__CHAT_NAME_MAX)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT,
+                          "dsv3_grammar_open_tool: expected tools, and a name of at most %u bytes",
+                          (uint64_t)DSV3__CHAT_NAME_MAX);
+    dsv3__json_init(&list, tools.p, tools.len, "tools", err);
+    if (dsv3__json_peek(&list) != '[')
+        dsv3__json_fail(&list, "expected a list");
+    if (dsv3__json_open(&list, '['))
+        while (dsv3__json_item(&list)) {
+            dsv3__json function, value;
+            dsv3__json_str s;
+            char decoded[6 * DSV3__CHAT_NAME_MAX]; /* a byte as \u0061: a longer spelling is a longer name */
+            size_t n;
+            if (!found && dsv3__tok_get(&list, "function", &function) && dsv3__tok_get(&function, "name", &value) &&
+                dsv3__json_peek(&value) == '"' && dsv3__json_string(&value, &s) && s.n <= sizeof decoded &&
+                dsv3__json_decode(s, decoded, &n) && n == name.len && memcmp(decoded, name.p, n) == 0) {
+                found = true;
+                schema->p = any;
+                schema->n = sizeof any - 1;
+                if (dsv3__tok_get(&function, "parameters", &value)) {
+                    dsv3__json_peek(&value);
+                    schema->p = value.p;
+                    dsv3__json_skip(&value);
+                    schema->n = (size_t)(value.p - schema->p);
+                }
+            }
+            dsv3__json_skip(&list);
+        }
+    DSV3__TRY(dsv3__json_end(&list));
+    wanted.p = name.p;
+    wanted.n = name.len;
+    if (!found)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tool: no tool has the name \"%S\"",
+                          &wanted);
+    return DSV3_OK;
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3__str schema = {NULL, 0};
+    dsv3__err_clear(err);
+    if (grammar)
+        *grammar = NULL;
+    DSV3__TRY(dsv3__gram_tool(tools, name, &schema, err));
+    return dsv3_grammar_open(grammar, tokenizer, schema.p, schema.n, opts, error);
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    dsv3_error local, *err = error ? error : &local;
+    dsv3_tool_call any;
+    dsv3__err_clear(err);
+    memset(&any, 0, sizeof any);
+    if (grammar)
+        *grammar = NULL;
+    if (!tokenizer || !tools.p)
+        return DSV3__FAIL(err, DSV3_ERROR_INVALID_ARGUMENT, "dsv3_grammar_open_tools: tokenizer or tools is missing");
+    DSV3__TRY(dsv3__chat_resolve(tokenizer, &markup, err));
+    DSV3__TRY(dsv3__chat_check_call(markup, &any, err));
+    int sep = markup == DSV3_MARKUP_KIMI_K2_THINKING ? DSV3__CHAT_IM_ARGUMENT : DSV3__CHAT_SEP;
+    if (dsv3__chat_id(tokenizer, sep) < 0)
+        return DSV3__FAIL(err, DSV3_ERROR_TOKENIZER, "chat: markup %s needs the token \"%s\", the tokenizer has none",
+                          dsv3_markup_name(markup), dsv3__chat_markers[sep]);
+    return dsv3__gram_open(grammar, tokenizer, tools.p, tools.len, markup, opts, err);
+}
+
 DSV3_API void dsv3_grammar_start(const dsv3_grammar *grammar, dsv3_grammar_state *state)
 {
-    (void)grammar;
     memset(state, 0, sizeof *state);
-    state->place = DSV3__GRAM_AT_VALUE;
-    state->threads[0].id = 1; /* the root */
+    state->place = grammar->head ? DSV3__GRAM_AT_HEAD : DSV3__GRAM_AT_VALUE;
+    state->threads[0].id = grammar->head ? grammar->head : 1; /* the root */
     state->threads[0].parents = 1;
     state->n_threads = 1;
 }
@@ -19232,6 +19586,8 @@ DSV3_API bool dsv3_grammar_accept(const dsv3_grammar *grammar, dsv3_grammar_stat
         state->place = DSV3__GRAM_AT_EOS;
         return true;
     }
+    if (token >= 0 && token == grammar->sep)
+        return dsv3__gram_head_byte(grammar, state, DSV3__GRAM_SEP);
     return n && !(grammar->tokenizer->flags[token] & DSV3__TOK_ADDED) && dsv3__gram_accept(grammar, state, bytes, n);
 }
 
@@ -19255,6 +19611,20 @@ DSV3_API dsv3_result dsv3_grammar_open(dsv3_grammar **grammar, const dsv3_tokeni
     if (grammar)
         *grammar = NULL;
     return dsv3__tok_disabled(error);
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tool(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                            dsv3_text name, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    (void)tools, (void)name;
+    return dsv3_grammar_open(grammar, tokenizer, NULL, 0, opts, error);
+}
+
+DSV3_API dsv3_result dsv3_grammar_open_tools(dsv3_grammar **grammar, const dsv3_tokenizer *tokenizer, dsv3_text tools,
+                                             dsv3_markup markup, const dsv3_grammar_opts *opts, dsv3_error *error)
+{
+    (void)tools, (void)markup;
+    return dsv3_grammar_open(grammar, tokenizer, NULL, 0, opts, error);
 }
 
 DSV3_API void dsv3_grammar_close(dsv3_grammar *grammar)

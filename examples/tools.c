@@ -2,7 +2,9 @@
    arguments, computed here, given back as a message, and the model goes on, until it answers in words.
 
      cc -O2 -I. examples/tools.c -o tools -lm -pthread
-     ./tools DIR "What is 17 and 25?"          with a checkpoint that knows tools: DeepSeek-V3.1, Kimi-K2-Thinking */
+     ./tools DIR "What is 17 and 25?"          with a checkpoint that knows tools: DeepSeek-V3.1, Kimi-K2-Thinking
+     ./tools DIR "What is 17 and 25?" add      the first reply must call add, with arguments that fit its schema
+     ./tools DIR "What is 17 and 25?" any      it must call a tool, whichever */
 
 #define DSV3_IMPLEMENTATION
 #include "dsv3.h"
@@ -104,8 +106,8 @@ static void call_tool(const buffer *name, const buffer *arguments, buffer *resul
 
 int main(int argc, char **argv)
 {
-    if (argc != 3) {
-        fprintf(stderr, "usage: tools DIR QUESTION\n");
+    if (argc != 3 && argc != 4) {
+        fprintf(stderr, "usage: tools DIR QUESTION [TOOL]\n");
         return 2;
     }
     static heard replies[MAX_ROUNDS];
@@ -119,6 +121,8 @@ int main(int argc, char **argv)
     const dsv3_tokenizer *tokenizer;
     dsv3_chat_opts opts = {0};
     dsv3_generate_opts generate = {0};
+    dsv3_tool_call must = {{0}, {0}, {0}};
+    dsv3_grammar *grammar = NULL;
     size_t n = 1;
     check(dsv3_model_open(&model, argv[1], NULL, &error), &error);
     check(dsv3_model_tokenizer(model, &tokenizer, &error), &error);
@@ -129,6 +133,13 @@ int main(int argc, char **argv)
     opts.tools.len = strlen(tools);
     dsv3_model_sampling(model, &generate.sample);
     generate.max_tokens = 1000;
+    if (argc == 4 && strcmp(argv[3], "any") == 0) {
+        check(dsv3_grammar_open_tools(&grammar, tokenizer, opts.tools, opts.markup, NULL, &error), &error);
+    } else if (argc == 4) {
+        must.name.p = argv[3], must.name.len = strlen(argv[3]);
+        must.id.p = "functions.add:0", must.id.len = 15; /* Kimi's way to name a call */
+        check(dsv3_grammar_open_tool(&grammar, tokenizer, opts.tools, must.name, NULL, &error), &error);
+    }
     messages[0].role = DSV3_ROLE_USER;
     messages[0].content.p = argv[2];
     messages[0].content.len = strlen(argv[2]);
@@ -138,6 +149,8 @@ int main(int argc, char **argv)
         size_t n_ids, same = 0, held = dsv3_session_length(session);
         dsv3_reply reply;
         dsv3_reply_opts how = {0};
+        opts.call = how.call = grammar && round == 0 ? &must : NULL;
+        generate.grammar = opts.call ? grammar : NULL;
         how.markup = opts.markup, how.event_fn = hear, how.user = h;
         check(dsv3_reply_init(&reply, tokenizer, &how, &error), &error);
         check(dsv3_chat_render(tokenizer, messages, n, &opts, ids, MAX_TOKENS, &n_ids, &error), &error);
@@ -169,6 +182,7 @@ int main(int argc, char **argv)
         }
     }
     dsv3_session_close(session);
+    dsv3_grammar_close(grammar);
     dsv3_model_close(model);
     return 0;
 }

@@ -7,23 +7,14 @@
     "{%- set add_tokens = namespace(role_sep=\"<|role_sep|>\\n\") -%}\n{%- set DEVSYSTEM -%}\n" \
     "Be kind.\n\nBe short.\n{%- endset -%}\n{{- bos_token -}}"
 
-/* `with_think` false: <think> and </think> are spelled, as by DeepSeek-V3's own tokenizer. */
-static inline dsv3_tokenizer *chat_tokenizer(bool with_think, const char *chat_template)
+/* The tokenizer.json of a tiny checkpoint with the markers of every markup put in. `with_think` false: <think> and </think>
+   are spelled, as by DeepSeek-V3's own tokenizer. o.vocab must be 320. */
+static inline tiny_text chat_tokenizer_json(const tiny *t, bool with_think)
 {
     static const char behind[] = "\n  ],\n  \"normalizer\"";
-    tiny t;
-    tiny_opts o = tiny_micro();
     tiny_text j = {NULL, 0, 0};
-    dsv3__tok_files files;
-    dsv3_tokenizer *tokenizer = NULL;
-    dsv3_error error;
-    o.vocab = 320, o.tokenizer = true;
-    tiny_build(&t, &o);
-    memset(&files, 0, sizeof files);
-    for (size_t i = 0; i < t.n_files; i++) {
-        const tiny_file *f = &t.files[i];
-        if (strcmp(f->name, "tokenizer_config.json") == 0)
-            files.config.p = (const char *)f->data, files.config.n = f->size;
+    for (size_t i = 0; i < t->n_files; i++) {
+        const tiny_file *f = &t->files[i];
         if (strcmp(f->name, "tokenizer.json") != 0)
             continue;
         size_t at = 0;
@@ -39,6 +30,23 @@ static inline dsv3_tokenizer *chat_tokenizer(bool with_think, const char *chat_t
         }
         tiny_put_bytes(&j, (const char *)f->data + at, f->size - at);
     }
+    return j;
+}
+
+static inline dsv3_tokenizer *chat_tokenizer(bool with_think, const char *chat_template)
+{
+    tiny t;
+    tiny_opts o = tiny_micro();
+    dsv3__tok_files files;
+    dsv3_tokenizer *tokenizer = NULL;
+    dsv3_error error;
+    o.vocab = 320, o.tokenizer = true;
+    tiny_build(&t, &o);
+    memset(&files, 0, sizeof files);
+    for (size_t i = 0; i < t.n_files; i++)
+        if (strcmp(t.files[i].name, "tokenizer_config.json") == 0)
+            files.config.p = (const char *)t.files[i].data, files.config.n = t.files[i].size;
+    tiny_text j = chat_tokenizer_json(&t, with_think);
     files.json.p = j.p, files.json.n = j.n;
     files.chat_template.p = chat_template, files.chat_template.n = chat_template ? strlen(chat_template) : 0;
     CHECK_OK(dsv3__tok_open(&tokenizer, NULL, 0, &files, &error), error);

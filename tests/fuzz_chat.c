@@ -76,9 +76,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static dsv3_tokenizer *tokenizers[2];
     static result as_is, plain;
-    static dsv3_message messages[MAX_MESSAGES];
+    static dsv3_message messages[MAX_MESSAGES + 1];
     static dsv3_tool_call calls[MAX_MESSAGES][MAX_CALLS];
     dsv3_chat_opts o;
+    dsv3_tool_call call;
     input in;
     size_t n = 0;
     if (!tokenizers[0]) {
@@ -92,6 +93,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     o.add_generation_prompt = flags & 1;
     o.thinking = (flags & 2) != 0;
     o.tools = take_text(&in, (flags & 4) != 0);
+    if (flags & 16) {
+        memset(&call, 0, sizeof call);
+        call.id = take_text(&in, true);
+        call.name = take_text(&in, true);
+        o.call = &call;
+    }
     const dsv3_tokenizer *t = tokenizers[flags >> 3 & 1];
     while (in.p < in.end && n < MAX_MESSAGES) {
         dsv3_message *m = &messages[n];
@@ -115,12 +122,26 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         n++;
     }
     render(&as_is, t, messages, n, &o);
+    if (o.call && !as_is.code) { /* the prompt of a call is where the conversation with it goes */
+        dsv3_message *m = &messages[n];
+        memset(m, 0, sizeof *m);
+        m->role = DSV3_ROLE_ASSISTANT;
+        m->tool_calls = &call, m->n_tool_calls = 1;
+        call.arguments.p = "{}", call.arguments.len = 2;
+        o.call = NULL;
+        render(&plain, t, messages, n + 1, &o);
+        if (plain.code || plain.len < as_is.len || memcmp(plain.text, as_is.text, as_is.len) != 0)
+            abort();
+        o.call = &call;
+    }
     for (size_t i = 0; i < n; i++) {
         dsv3_message *m = &messages[i];
         harmless(&m->content), harmless(&m->reasoning), harmless(&m->name), harmless(&m->tool_call_id);
         for (size_t k = 0; k < m->n_tool_calls; k++)
             harmless(&calls[i][k].id), harmless(&calls[i][k].name), harmless(&calls[i][k].arguments);
     }
+    if (o.call)
+        harmless(&call.id), harmless(&call.name);
     render(&plain, t, messages, n, &o);
     if (as_is.code != plain.code || as_is.n_marks != plain.n_marks ||
         memcmp(as_is.marks, plain.marks, plain.n_marks * sizeof *plain.marks) != 0)

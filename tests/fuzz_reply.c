@@ -60,6 +60,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static said words, bytes;
     dsv3_reply a, b;
     dsv3_reply_opts o;
+    dsv3_tool_call call;
     dsv3_error e;
     if (!tokenizers[0]) {
         tokenizers[0] = chat_tokenizer(false, NULL);
@@ -74,6 +75,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     o.stop_strings = stops;
     o.n_stop_strings = data[1] >> 2 & 3;
     const dsv3_tokenizer *t = tokenizers[data[1] >> 4 & 1];
+    memset(&call, 0, sizeof call);
+    call.id.p = call.name.p = "f", call.id.len = call.name.len = 1;
+    if (data[1] & 32 && o.markup != DSV3_MARKUP_KIMI_K2 && o.markup != DSV3_MARKUP_GIGACHAT3)
+        o.call = &call;
     o.event_fn = hear;
     words.n = words.n_ids = words.n_ends = bytes.n = bytes.n_ids = bytes.n_ends = 0;
     o.user = &words;

@@ -1167,6 +1167,440 @@ TEST(reply_edges)
     dsv3_tokenizer_close(t);
 }
 
+// ---- Tools that must be called ------------------------------------------------------------------------------
+
+static const char must_tools[] =
+    "[{\"type\": \"function\", \"function\": {\"name\": \"add\", \"description\": \"Sums.\", \"parameters\": {\"type\": "
+    "\"object\", \"properties\": {\"a\": {\"type\": \"number\", \"minimum\": -9}, \"b\": {\"type\": \"integer\"}}, "
+    "\"required\": [\"a\", \"b\"], \"additionalProperties\": false}}}, "
+    "{\"type\": \"function\", \"function\": {\"parameters\": {\"type\": \"object\", \"properties\": {\"text\": {\"type\": "
+    "\"string\", \"maxLength\": 12}, \"kind\": {\"enum\": [\"<|im_end|>\", \"```\", \"\\n```\"]}, \"tags\": {\"items\": "
+    "{\"$ref\": \"#/$defs/tag\"}, \"type\": \"array\", \"maxItems\": 3}}, \"required\": [\"text\", \"kind\"], \"$defs\": "
+    "{\"tag\": {\"type\": \"string\", \"pattern\": \"^[`a-c]{1,4}$\"}}, \"additionalProperties\": false}, \"name\": \"find "
+    "\\u00e9\"}}, "
+    "{\"type\": \"function\", \"function\": {\"name\": \"list\", \"parameters\": {\"type\": \"object\", "
+    "\"additionalProperties\": {\"type\": \"boolean\"}, \"minProperties\": 1, \"maxProperties\": 2, \"propertyNames\": "
+    "{\"enum\": [\"x\", \"y\", \"z\"]}}}}, "
+    "{\"type\": \"function\", \"function\": {\"name\": \"now\"}}, "
+    "{\"type\": \"function\", \"function\": {\"name\": \"odd\", \"parameters\": {\"not\": {}}}}]";
+
+typedef struct must_heard {
+    char arguments[8192], name[64], id[64];
+    size_t n, n_names, n_ids, n_other, n_ends;
+} must_heard;
+
+static bool must_hear(void *user, const dsv3_reply_event *event)
+{
+    must_heard *h = (must_heard *)user;
+    switch (event->kind) {
+    case DSV3_REPLY_CALL_ID:
+        h->n_ids++;
+        snprintf(h->id, sizeof h->id, "%.*s", (int)event->len, event->text);
+        break;
+    case DSV3_REPLY_CALL_NAME:
+        if (!event->len) /* a token of it was read */
+            break;
+        h->n_names++;
+        snprintf(h->name, sizeof h->name, "%.*s", (int)event->len, event->text);
+        break;
+    case DSV3_REPLY_CALL_ARGUMENTS:
+        memcpy(h->arguments + h->n, event->text, event->len);
+        h->n += event->len;
+        break;
+    case DSV3_REPLY_END: h->n_ends++; break;
+    default: h->n_other++;
+    }
+    CHECK_EQ_UINT(event->call, 0);
+    return true;
+}
+
+/* Ids at random where the grammar allows them, through the reply; false if they do not come to an end. */
+static bool must_write(const dsv3_grammar *grammar, dsv3_reply *r, const dsv3_tokenizer *t, uint64_t *seed)
+{
+    uint32_t mask[32];
+    dsv3_grammar_state s;
+    dsv3_grammar_start(grammar, &s);
+    for (int i = 0; i < 4000; i++) {
+        *seed = *seed * 6364136223846793005ull + 1442695040888963407ull;
+        int32_t id = (int32_t)((*seed >> 33) % t->n_tokens);
+        dsv3_grammar_mask(grammar, &s, mask);
+        while (!(mask[id / 32] >> (id % 32) & 1))
+            id = (id + 1) % (int32_t)t->n_tokens;
+        bool ends = id == t->eos;
+        if (!CHECK(dsv3_grammar_accept(grammar, &s, id)) || !CHECK_EQ_INT(dsv3_reply_put(r, id), !ends))
+            return false;
+        if (ends)
+            return true;
+    }
+    return false;
+}
+
+/* The whole conversation, with the call as it was heard, begins with the prompt and the arguments. */
+static void must_begin(const dsv3_tokenizer *t, dsv3_message *c, dsv3_chat_opts *o, const dsv3_tool_call *call,
+                       const must_heard *h)
+{
+    static char prompt[MAX_IDS];
+    dsv3_tool_call made = *call;
+    size_t n = out.len;
+    memcpy(prompt, out.text, n);
+    memcpy(prompt + n, h->arguments, h->n);
+    made.arguments.p = h->arguments, made.arguments.len = h->n;
+    say(&c[1], DSV3_ROLE_ASSISTANT, NULL);
+    c[1].tool_calls = &made, c[1].n_tool_calls = 1;
+    o->call = NULL;
+    CHECK_OK(render(t, c, 2, o), e);
+    CHECK(out.len > n + h->n && memcmp(out.text, prompt, n + h->n) == 0);
+}
+
+/* MUST_REPLIES: how many of each tool in each markup. */
+TEST(must_call)
+{
+    static const char *const names[] = {"add", "find \xC3\xA9", "list"};
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_R1, DSV3_MARKUP_R1_THINK, DSV3_MARKUP_V3_1,
+                                          DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    const char *many = getenv("MUST_REPLIES");
+    size_t n_replies = many ? (size_t)strtoul(many, NULL, 10) : 60;
+    uint64_t seed = 1;
+    for (int with_think = 0; with_think < 2; with_think++) {
+        dsv3_tokenizer *t = chat_tokenizer(with_think != 0, NULL);
+        for (size_t k = 0; k < TEST_COUNT(names); k++) {
+            dsv3_grammar *grammar = NULL;
+            if (!CHECK_OK(dsv3_grammar_open_tool(&grammar, t, text_of(must_tools), text_of(names[k]), NULL, &e), e))
+                continue;
+            for (size_t m = 0; m < TEST_COUNT(markups) * n_replies; m++) {
+                static must_heard h;
+                dsv3_message c[2];
+                dsv3_chat_opts o;
+                dsv3_reply_opts how;
+                dsv3_reply r;
+                dsv3_tool_call call;
+                memset(&h, 0, sizeof h);
+                memset(&o, 0, sizeof o);
+                memset(&how, 0, sizeof how);
+                memset(&call, 0, sizeof call);
+                call.name = text_of(names[k]);
+                call.id = text_of("functions.f:0");
+                say(&c[0], DSV3_ROLE_USER, "hello");
+                size_t which = m % TEST_COUNT(markups);
+                o.markup = how.markup = markups[which];
+                o.thinking = how.thinking = which == 4;
+                o.add_generation_prompt = true;
+                o.call = how.call = &call;
+                how.event_fn = must_hear, how.user = &h;
+                CHECK_OK(render(t, c, 1, &o), e);
+                CHECK_OK(dsv3_reply_init(&r, t, &how, &e), e);
+                if (!CHECK(must_write(grammar, &r, t, &seed)))
+                    continue;
+                CHECK_EQ_UINT(h.n_ids, o.markup == DSV3_MARKUP_KIMI_K2_THINKING);
+                CHECK(h.n_names == 1 && h.n_ends == 1 && h.n_other == 0);
+                CHECK_EQ_STR(h.name, names[k]);
+                dsv3_grammar_state s;
+                dsv3_grammar_start(grammar, &s);
+                CHECK(dsv3_grammar_accept_text(grammar, &s, h.arguments, h.n) && dsv3_grammar_can_end(grammar, &s));
+                must_begin(t, c, &o, &call, &h);
+            }
+            dsv3_grammar_close(grammar);
+        }
+        dsv3_tokenizer_close(t);
+    }
+}
+
+/* The prompt of a required call is where the conversation with that call goes through, whatever stands before it: the
+   first call of a conversation, one behind a result, one of a later turn. One letter a message: u a s, c an assistant's
+   call, C two of them, t a tool's result. */
+TEST(must_call_again)
+{
+    static const char *const before[] = {"u",    "su",   "uct",     "ucts",  "uCtt",    "uctau", "uctasu",
+                                         "uctu", "ut",   "uctauct", "uaucts",  "uctct", "uau"};
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3,   DSV3_MARKUP_R1,   DSV3_MARKUP_R1_THINK,
+                                          DSV3_MARKUP_V3_1, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    static char prompt[MAX_IDS];
+    static int32_t ids[MAX_IDS];
+    const bool real = published() != NULL;
+    for (int which = 0; which < (real ? 4 : 2); which++) {
+        dsv3_tokenizer *t = which < 2 ? chat_tokenizer(which != 0, NULL) : published_tokenizer(which == 3);
+        for (size_t k = 0; k < TEST_COUNT(markups) * TEST_COUNT(before); k++) {
+            dsv3_message c[MAX_MESSAGES];
+            dsv3_tool_call calls[2], must;
+            dsv3_chat_opts o;
+            size_t n = 0;
+            memset(&o, 0, sizeof o);
+            memset(calls, 0, sizeof calls);
+            o.markup = markups[k / TEST_COUNT(before)];
+            o.thinking = k / TEST_COUNT(before) == 4;
+            if (which >= 2 && o.markup == DSV3_MARKUP_KIMI_K2_THINKING)
+                continue; /* not its tokenizer */
+            for (int i = 0; i < 2; i++) {
+                calls[i].id = text_of("functions.f:0");
+                calls[i].name = text_of(i ? "f" : "get time");
+                calls[i].arguments = text_of("{\"a\": 1}");
+            }
+            for (const char *a = before[k % TEST_COUNT(before)]; *a; a++, n++) {
+                bool call = *a == 'c' || *a == 'C';
+                say(&c[n],
+                    *a == 'u'   ? DSV3_ROLE_USER
+                    : *a == 's' ? DSV3_ROLE_SYSTEM
+                    : *a == 't' ? DSV3_ROLE_TOOL
+                                : DSV3_ROLE_ASSISTANT,
+                    call ? NULL : *a == 's' ? "be" : "a word");
+                c[n].tool_call_id = text_of("functions.f:0");
+                c[n].tool_calls = call ? calls : NULL;
+                c[n].n_tool_calls = *a == 'C' ? 2 : call;
+            }
+            must = calls[0];
+            o.call = &must;
+            o.add_generation_prompt = true;
+            if (!CHECK_OK(render(t, c, n, &o), e))
+                continue;
+            size_t len = out.len, n_ids = out.n;
+            memcpy(prompt, out.text, len);
+            memcpy(ids, out.ids, n_ids * sizeof *ids);
+            say(&c[n], DSV3_ROLE_ASSISTANT, NULL);
+            c[n].tool_calls = &must, c[n].n_tool_calls = 1;
+            o.call = NULL;
+            CHECK_OK(render(t, c, n + 1, &o), e);
+            bool begins = out.len > len && memcmp(out.text, prompt, len) == 0;
+            if (!CHECK(begins && memcmp(out.text + len, "{\"a\": 1}", 8) == 0))
+                printf("%s after \"%s\": %.*s\n  but then %.*s\n", dsv3_markup_name(o.markup),
+                       before[k % TEST_COUNT(before)], (int)len, prompt, (int)out.len, out.text);
+            CHECK(out.n > n_ids && memcmp(out.ids, ids, n_ids * sizeof *ids) == 0);
+        }
+        if (which < 2)
+            dsv3_tokenizer_close(t);
+    }
+}
+
+/* Any of the tools: a name, and arguments that fit that one; the conversation with the call goes through all of it. */
+TEST(must_choose)
+{
+    static const char *const names[] = {"add", "find \xC3\xA9", "list"};
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_R1, DSV3_MARKUP_R1_THINK, DSV3_MARKUP_V3_1,
+                                          DSV3_MARKUP_KIMI_K2_THINKING};
+    static char list[sizeof must_tools];
+    static char prompt[MAX_IDS];
+    static must_heard h;
+    const char *many = getenv("MUST_REPLIES");
+    size_t n_replies = many ? (size_t)strtoul(many, NULL, 10) : 60;
+    uint64_t seed = 1, chosen[3] = {0, 0, 0};
+    snprintf(list, sizeof list, "%.*s]", (int)(strstr(must_tools, ", {\"type\": \"function\", \"function\": {\"name\": \"now\"") - must_tools),
+             must_tools);
+    for (int with_think = 0; with_think < 2; with_think++) {
+        dsv3_tokenizer *t = chat_tokenizer(with_think != 0, NULL);
+        dsv3_grammar *own[3] = {NULL, NULL, NULL};
+        for (size_t k = 0; k < 3; k++)
+            CHECK_OK(dsv3_grammar_open_tool(&own[k], t, text_of(list), text_of(names[k]), NULL, &e), e);
+        for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+            dsv3_grammar *grammar = NULL;
+            if (!CHECK_OK(dsv3_grammar_open_tools(&grammar, t, text_of(list), markups[m], NULL, &e), e))
+                continue;
+            for (size_t i = 0; i < n_replies; i++) {
+                dsv3_message c[2];
+                dsv3_chat_opts o;
+                dsv3_reply_opts how;
+                dsv3_reply r;
+                dsv3_tool_call call;
+                size_t k = 0, n;
+                memset(&h, 0, sizeof h), memset(&o, 0, sizeof o);
+                memset(&how, 0, sizeof how), memset(&call, 0, sizeof call);
+                say(&c[0], DSV3_ROLE_USER, "hello");
+                o.markup = how.markup = markups[m];
+                o.add_generation_prompt = true;
+                o.call = how.call = &call;
+                how.event_fn = must_hear, how.user = &h;
+                CHECK_OK(render(t, c, 1, &o), e);
+                n = out.len;
+                memcpy(prompt, out.text, n);
+                CHECK_OK(dsv3_reply_init(&r, t, &how, &e), e);
+                if (!CHECK(must_write(grammar, &r, t, &seed)))
+                    continue;
+                while (k < 2 && strcmp(h.name, names[k]) != 0)
+                    k++;
+                CHECK_EQ_STR(h.name, names[k]);
+                chosen[k]++;
+                CHECK(h.n_names == 1 && h.n_ends == 1 && h.n_other == 0);
+                CHECK_EQ_UINT(h.n_ids, o.markup == DSV3_MARKUP_KIMI_K2_THINKING);
+                dsv3_grammar_state s;
+                dsv3_grammar_start(own[k], &s);
+                CHECK(dsv3_grammar_accept_text(own[k], &s, h.arguments, h.n) && dsv3_grammar_can_end(own[k], &s));
+                call.name = text_of(h.name), call.id = text_of(h.id);
+                call.arguments.p = h.arguments, call.arguments.len = h.n;
+                say(&c[1], DSV3_ROLE_ASSISTANT, NULL);
+                c[1].tool_calls = &call, c[1].n_tool_calls = 1;
+                o.call = NULL;
+                CHECK_OK(render(t, c, 2, &o), e);
+                const char *said = h.n_ids ? h.id : h.name;
+                CHECK(out.len > n + strlen(said) && memcmp(out.text, prompt, n) == 0 &&
+                      memcmp(out.text + n, said, strlen(said)) == 0);
+            }
+            dsv3_grammar_close(grammar);
+        }
+        for (size_t k = 0; k < 3; k++)
+            dsv3_grammar_close(own[k]);
+        dsv3_tokenizer_close(t);
+    }
+    CHECK(chosen[0] > 5 && chosen[1] > 5 && chosen[2] > 5);
+}
+
+/* Masks of the head and of what follows are what trying each token gives; what is no list of tools is refused. */
+TEST(must_choose_edges)
+{
+    dsv3_tokenizer *t = chat_tokenizer(true, CHAT_GIGA_TEMPLATE);
+    dsv3_grammar *grammar = NULL;
+    dsv3_text tools = text_of("[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"ab\", \"parameters\": "
+                              "{\"$ref\": \"#/$defs/x\", \"$defs\": {\"x\": {\"type\": \"object\", \"properties\": {\"v\": "
+                              "{\"$ref\": \"#\"}}, \"additionalProperties\": false}}}}}]");
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+        if (!CHECK_OK(dsv3_grammar_open_tools(&grammar, t, tools, markups[m], NULL, &e), e))
+            continue;
+        for (uint64_t seed = 1; seed < 60; seed++) {
+            dsv3_grammar_state s, copy;
+            uint32_t mask[32];
+            dsv3_grammar_start(grammar, &s);
+            for (uint64_t i = 0, random = seed * 7919; i < 40 && s.place != DSV3__GRAM_AT_EOS; i++) {
+                int32_t next = -1;
+                dsv3_grammar_mask(grammar, &s, mask);
+                for (int32_t id = 0; id < (int32_t)t->n_tokens; id++) {
+                    copy = s;
+                    bool ok = dsv3_grammar_accept(grammar, &copy, id);
+                    if (!CHECK_EQ_INT(ok, mask[id / 32] >> (id % 32) & 1))
+                        break;
+                    random = random * 6364136223846793005ull + 1442695040888963407ull;
+                    next = ok && (next < 0 || random >> 62 == 0) ? id : next;
+                }
+                if (!CHECK(next >= 0) || !CHECK(dsv3_grammar_accept(grammar, &s, next)))
+                    break;
+            }
+        }
+        dsv3_grammar_close(grammar);
+    }
+    static const struct {
+        const char *tools, *word;
+    } bad[] = {{"{}", "list of tools"}, {"[]", "list of tools"}, {"[1]", "/0: expected a function"},
+               {"[{\"function\": {\"name\": \"\"}}]", "/0: expected a function"},
+               {"[{\"function\": {\"name\": \"a:b\"}}]", "no colon"},
+               {"[{\"function\": {\"name\": \"a\\nb\"}}]", "no newline"},
+               {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"\\u0061\"}}]", "/1: a name that another"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": false}}]", "no value can fit"},
+               {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"b\", \"parameters\": {\"minItems\": 1, \"items\": "
+                "false, \"type\": \"array\"}}}]", "no value can fit"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": {\"$ref\": \"#/0\"}}}]", "what is not there"},
+               {"[{\"function\": {\"name\": \"a\", \"parameters\": {\"not\": {}}}}]", "/0/function/parameters/not"}};
+    for (size_t i = 0; i < TEST_COUNT(bad); i++)
+        for (size_t m = 0; m < TEST_COUNT(markups); m++) {
+            CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of(bad[i].tools), markups[m], NULL, &e), DSV3_ERROR_SCHEMA, e);
+            CHECK_CONTAINS(e.message, bad[i].word);
+            CHECK(grammar == NULL);
+        }
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of("["), DSV3_MARKUP_V3, NULL, &e), DSV3_ERROR_JSON, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, text_of("[{\"function\": {\"name\": \"\xFF\"}}]"), DSV3_MARKUP_V3, NULL, &e),
+                 DSV3_ERROR_JSON, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, tools, DSV3_MARKUP_KIMI_K2, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_grammar_open_tools(&grammar, t, tools, DSV3_MARKUP_AUTO, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "gigachat3");
+    CHECK_RESULT(dsv3_grammar_open_tools(NULL, t, tools, DSV3_MARKUP_V3, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    dsv3_tokenizer_close(t);
+}
+
+TEST(must_call_edges)
+{
+    dsv3_tokenizer *t = chat_tokenizer(true, CHAT_GIGA_TEMPLATE);
+    dsv3_grammar *grammar = NULL;
+    dsv3_grammar_state s;
+    dsv3_message c[4];
+    dsv3_chat_opts o;
+    dsv3_reply_opts how;
+    dsv3_reply r;
+    dsv3_tool_call call;
+    must_heard h;
+    memset(&o, 0, sizeof o);
+    memset(&how, 0, sizeof how);
+    memset(&call, 0, sizeof call);
+    memset(&h, 0, sizeof h);
+    say(&c[0], DSV3_ROLE_USER, "x");
+    o.call = &call;
+    o.markup = DSV3_MARKUP_V3_1;
+    o.add_generation_prompt = true;
+    call.id = text_of("functions.f:0");
+    CHECK_RESULT(render(t, c, 1, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "expected a name of");
+    memset(&call, 0, sizeof call);
+    call.name = text_of("f");
+    CHECK_OK(render(t, c, 1, &o), e);
+    o.markup = DSV3_MARKUP_KIMI_K2_THINKING;
+    CHECK_RESULT(render(t, c, 1, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "a name and an id");
+    call.id = text_of("functions.f:0");
+    CHECK_OK(render(t, c, 1, &o), e);
+    static const dsv3_markup none[] = {DSV3_MARKUP_KIMI_K2, DSV3_MARKUP_GIGACHAT3};
+    for (size_t i = 0; i < TEST_COUNT(none); i++) {
+        o.markup = how.markup = none[i];
+        how.event_fn = must_hear, how.user = &h, how.call = &call;
+        CHECK_RESULT(render(t, c, 1, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+        CHECK_CONTAINS(e.message, dsv3_markup_name(none[i]));
+        CHECK_RESULT(dsv3_reply_init(&r, t, &how, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    }
+    CHECK_EQ_UINT(h.n_names, 0);
+    o.markup = DSV3_MARKUP_V3;
+    o.add_generation_prompt = false;
+    CHECK_RESULT(render(t, c, 1, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+    o.add_generation_prompt = true;
+    CHECK_RESULT(render(t, c, 0, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+    say(&c[1], DSV3_ROLE_ASSISTANT, "y");
+    CHECK_RESULT(render(t, c, 2, &o), DSV3_ERROR_INVALID_ARGUMENT, e);
+    say(&c[2], DSV3_ROLE_TOOL, "z"); /* behind a result there is no new turn */
+    say(&c[3], DSV3_ROLE_SYSTEM, "w");
+    CHECK_OK(render(t, c, 4, &o), e);
+    CHECK(out.len > 10 && memcmp(out.text + out.len - 10, "f\n```json\n", 10) == 0);
+
+    /* Without a grammar a model may close the call and make another. */
+    static transcript heard;
+    memset(&heard, 0, sizeof heard);
+    how.markup = DSV3_MARKUP_V3_1;
+    how.event_fn = write_down, how.user = &heard;
+    CHECK_OK(dsv3_reply_init(&r, t, &how, &e), e);
+    const int more[] = {DSV3__CHAT_CALL_END, DSV3__CHAT_CALL, DSV3__CHAT_SEP, DSV3__CHAT_CALL_END, DSV3__CHAT_CALLS_END};
+    CHECK(dsv3_reply_put(&r, t->bpe.ids['1']));
+    for (size_t i = 0; i < TEST_COUNT(more); i++)
+        CHECK(dsv3_reply_put(&r, dsv3__chat_id(t, more[i])) &&
+              (more[i] != DSV3__CHAT_CALL || dsv3_reply_put(&r, t->bpe.ids['g'])));
+    dsv3_reply_end(&r);
+    CHECK_EQ_STR(spelled_out(&heard), "N0[f]G0[1]N1[g]E");
+
+    dsv3_text tools = text_of(must_tools), none_there = {NULL, 0};
+    CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, text_of("sub"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_CONTAINS(e.message, "no tool has the name \"sub\"");
+    CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, text_of("odd"), NULL, &e), DSV3_ERROR_SCHEMA, e);
+    CHECK_CONTAINS(e.message, "not");
+    CHECK(grammar == NULL);
+    CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, none_there, text_of("add"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, tools, none_there, NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    CHECK_RESULT(dsv3_grammar_open_tool(NULL, t, tools, text_of("add"), NULL, &e), DSV3_ERROR_INVALID_ARGUMENT, e);
+    static const char *const bad[] = {"{}", "[", "[{\"function\": {\"name\": \"f\", \"parameters\": {]}}]", "[] x"};
+    for (size_t i = 0; i < TEST_COUNT(bad); i++)
+        CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(bad[i]), text_of("f"), NULL, &e), DSV3_ERROR_JSON, e);
+    static char name[257], escaped[64 + 6 * 256];
+    for (size_t n = 254; n <= 256; n++) { /* the longest names, each letter as \u0061 */
+        size_t at = (size_t)snprintf(escaped, sizeof escaped, "[{\"function\": {\"name\": \"");
+        for (size_t i = 0; i < n; i++)
+            name[i] = 'a', at += (size_t)snprintf(escaped + at, sizeof escaped - at, "\\u0061");
+        snprintf(escaped + at, sizeof escaped - at, "\"}}]");
+        CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(escaped), text_of(name), NULL, &e),
+                     n > 255 ? DSV3_ERROR_INVALID_ARGUMENT : DSV3_OK, e);
+        dsv3_grammar_close(grammar);
+        name[253] = 0;
+        CHECK_RESULT(dsv3_grammar_open_tool(&grammar, t, text_of(escaped), text_of(name), NULL, &e),
+                     DSV3_ERROR_INVALID_ARGUMENT, e);
+        CHECK_CONTAINS(e.message, "no tool has the name");
+    }
+    CHECK_OK(dsv3_grammar_open_tool(&grammar, t, tools, text_of("now"), NULL, &e), e);
+    dsv3_grammar_start(grammar, &s);
+    CHECK(!dsv3_grammar_accept_text(grammar, &s, "[", 1));
+    CHECK(dsv3_grammar_accept_text(grammar, &s, "{}", 2) && dsv3_grammar_can_end(grammar, &s));
+    dsv3_grammar_close(grammar);
+    dsv3_tokenizer_close(t);
+}
+
 TEST_MAIN(RUN(goldens), RUN(templates_recognised), RUN(recognition), RUN(where_templates_stand), RUN(small_goldens), RUN(posing_small), RUN(posing_published),
           RUN(a_prefix_stays), RUN(gigachat), RUN(kimi_system), RUN(one_system), RUN(tools), RUN(errors), RUN(no_memory),
-          RUN(replies), RUN(reply_edges))
+          RUN(replies), RUN(reply_edges), RUN(must_call), RUN(must_call_again), RUN(must_choose), RUN(must_choose_edges), RUN(must_call_edges))

@@ -122,6 +122,10 @@ static const struct {
      "\"/a/c.json\", \"$defs\": {\"d\": {\"$anchor\": \"here\", \"type\": \"null\"}}}}}",
      {"{\"p\":null}"},
      {"{\"p\":1}"}},
+    {"{\"if\": {\"$id\": \"x:y\", \"const\": 1}, \"anyOf\": [{\"then\": false, \"else\": false, \"type\": \"null\"}, {\"$ref\": "
+     "\"x:y\"}], \"minContains\": 3, \"maxContains\": 0}",
+     {"1", "null"},
+     {"2", "[]", "true"}},
     {"{\"type\": [\"string\", \"null\"], \"allOf\": [{\"anyOf\": [{\"const\": \"a\"}, {\"type\": \"null\"}, {\"enum\": "
      "[1, \"b\"]}]}]}",
      {"\"a\"", "\"b\"", "null"},
@@ -325,6 +329,10 @@ TEST(refused)
         {"{\"type\": \"string\", \"nope\": 1}", "/nope", DSV3_ERROR_SCHEMA},
         {"{\"properties\": {\"a\": {\"not\": {}}}}", "/properties/a/not", DSV3_ERROR_SCHEMA},
         {"{\"uniqueItems\": true}", "/uniqueItems", DSV3_ERROR_SCHEMA},
+        {"{\"if\": {\"const\": 1}, \"then\": false}", "/if", DSV3_ERROR_SCHEMA},
+        {"{\"else\": {}, \"if\": true}", "/if", DSV3_ERROR_SCHEMA},
+        {"{\"if\": 1}", "/if", DSV3_ERROR_SCHEMA},
+        {"{\"maxContains\": 1, \"contains\": {}}", "/contains", DSV3_ERROR_SCHEMA},
         {"{\"minLength\": -1}", "/minLength", DSV3_ERROR_SCHEMA},
         {"{\"minItems\": 1.5}", "/minItems", DSV3_ERROR_SCHEMA},
         {"{\"type\": \"text\"}", "/type", DSV3_ERROR_SCHEMA},

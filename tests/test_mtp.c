@@ -9,6 +9,10 @@
 #include "test.h"
 #include "tiny.h"
 
+#ifndef DSV3_NO_TOKENIZER
+#include "chat.h"
+#endif
+
 enum { MAX_IDS = 160 };
 
 static tiny t;
@@ -55,11 +59,10 @@ static tiny_opts small(uint32_t n_mtp)
     return o;
 }
 
-static bool open_model(tiny_opts o)
+/* What lies in `t`. */
+static bool open_built(void)
 {
-    tiny_free(&t);
     model = NULL;
-    tiny_build(&t, &o);
     bool ok = CHECK_OK(tiny_open(&t, &model, NULL, &e), e);
     if (ok) {
         liven(&t);
@@ -67,6 +70,13 @@ static bool open_model(tiny_opts o)
         ok = CHECK_OK(tiny_open(&t, &model, NULL, &e), e);
     }
     return ok;
+}
+
+static bool open_model(tiny_opts o)
+{
+    tiny_free(&t);
+    tiny_build(&t, &o);
+    return open_built();
 }
 
 static void close_model(void)
@@ -818,6 +828,124 @@ TEST(masked_together)
         dsv3_grammar_close(grammars[k]);
     close_model();
 }
+
+static bool read_call(void *user, const dsv3_token *token)
+{
+    return token->id < 0 || dsv3_reply_put((dsv3_reply *)user, token->id);
+}
+
+typedef struct call_heard {
+    char arguments[512];
+    size_t n, n_names;
+} call_heard;
+
+static bool hear_call(void *user, const dsv3_reply_event *event)
+{
+    call_heard *h = (call_heard *)user;
+    h->n_names += event->kind == DSV3_REPLY_CALL_NAME;
+    CHECK(event->kind != DSV3_REPLY_ANSWER && event->kind != DSV3_REPLY_REASONING);
+    if (event->kind == DSV3_REPLY_CALL_ARGUMENTS && CHECK(h->n + event->len <= sizeof h->arguments)) {
+        memcpy(h->arguments + h->n, event->text, event->len);
+        h->n += event->len;
+    }
+    return true;
+}
+
+/* Calls that must be made: under each tool's schema, with every drafter, alone and beside others, the ids and the arguments
+   that are heard are those without drafts. */
+TEST(required_calls)
+{
+    static const char tools[] =
+        "[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"parameters\":{\"type\":\"object\",\"properties\":{\"a\":{"
+        "\"type\":\"integer\",\"maximum\":99,\"minimum\":-99},\"bb\":{\"enum\":[1,20,30]}},\"required\":[\"a\",\"bb\"],"
+        "\"additionalProperties\":false}}},{\"type\":\"function\",\"function\":{\"name\":\"tags\",\"parameters\":{\"type\":"
+        "\"object\",\"properties\":{\"of\":{\"type\":\"array\",\"items\":{\"type\":\"string\",\"maxLength\":3},\"minItems\":2,"
+        "\"maxItems\":4}},\"required\":[\"of\"],\"additionalProperties\":false}}}]";
+    static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
+    tiny_opts to = small(1);
+    to.vocab = 320, to.max_pos = 512;
+    tiny_free(&t);
+    tiny_build(&t, &to);
+    tiny_text json = chat_tokenizer_json(&t, true);
+    tiny_put(&t, "tokenizer.json", json.p, json.n);
+    free(json.p);
+    REQUIRE(open_built());
+    const dsv3_tokenizer *tok;
+    dsv3_workspace *ws = NULL;
+    dsv3_workspace_opts wo;
+    uint64_t accepted = 0, ended = 0;
+    CHECK_OK(dsv3_model_tokenizer(model, &tok, &e), e);
+    memset(&wo, 0, sizeof wo);
+    wo.n_pages = 12, wo.max_batch = 16, wo.n_threads = 1;
+    REQUIRE(CHECK_OK(dsv3_workspace_open(&ws, model, &wo, &e), e));
+    for (uint32_t p = 0; p < n_prompts(6) * 2; p++) {
+        dsv3_message user;
+        dsv3_tool_call call;
+        dsv3_chat_opts co;
+        dsv3_generate_opts g;
+        dsv3_grammar *grammar = NULL;
+        dsv3_text list;
+        outcome plain;
+        call_heard first;
+        int32_t ids[MAX_IDS];
+        size_t n;
+        memset(&user, 0, sizeof user), memset(&call, 0, sizeof call), memset(&co, 0, sizeof co);
+        list.p = tools, list.len = sizeof tools - 1;
+        user.role = DSV3_ROLE_USER, user.content.p = "abc [1, 2]", user.content.len = 10;
+        call.name.p = p % 2 ? "tags" : "add", call.name.len = p % 2 ? 4 : 3;
+        call.id.p = "functions.f:0", call.id.len = 13;
+        co.markup = markups[p % 3], co.add_generation_prompt = true, co.call = &call;
+        CHECK_OK(dsv3_grammar_open_tool(&grammar, tok, list, call.name, NULL, &e), e);
+        if (!CHECK_OK(dsv3_chat_render(tok, &user, 1, &co, ids, MAX_IDS, &n, &e), e) || !grammar)
+            break;
+        way(&g, GRAMMAR, grammar, p);
+        g.max_tokens = 60;
+        if (p % 4 == 3)
+            g.sample.temperature = 0;
+        memset(&plain, 0, sizeof plain), memset(&first, 0, sizeof first);
+        for (int d = -1; d < 2 * (N_DRAFTINGS - 1); d++) { /* then in a workspace that others are in */
+            dsv3_session_opts so;
+            dsv3_reply_opts ro;
+            dsv3_reply reply;
+            call_heard heard;
+            outcome now;
+            memset(&so, 0, sizeof so), memset(&ro, 0, sizeof ro);
+            memset(&heard, 0, sizeof heard), memset(&now, 0, sizeof now);
+            so.max_tokens = MAX_IDS, so.n_threads = 1, so.max_batch = 48;
+            if (d >= N_DRAFTINGS - 1)
+                memset(&so, 0, sizeof so), so.workspace = ws, so.max_tokens = MAX_IDS;
+            if (d >= 0)
+                so.n_draft = draftings[d % (N_DRAFTINGS - 1)].n, so.drafter = draftings[d % (N_DRAFTINGS - 1)].who;
+            dsv3_session *other = d < N_DRAFTINGS - 1 ? NULL : session(&so, ids, n), *s = session(&so, ids, n);
+            ro.markup = co.markup, ro.event_fn = hear_call, ro.user = &heard, ro.call = &call;
+            CHECK_OK(dsv3_reply_init(&reply, tok, &ro, &e), e);
+            g.token_fn = read_call, g.user = &reply;
+            now.result = dsv3_generate(s, NULL, 0, &g, &now.stats, &e);
+            dsv3_reply_end(&reply);
+            look(&now, s);
+            if (d < 0)
+                plain = now, first = heard;
+            CHECK(equal(&plain, &now));
+            CHECK(heard.n_names == 1 && heard.n == first.n && memcmp(heard.arguments, first.arguments, heard.n) == 0);
+            accepted += now.stats.accepted;
+            if (now.stats.stop == DSV3_STOP_EOS) {
+                dsv3_grammar_state state;
+                dsv3_grammar_start(grammar, &state);
+                CHECK(dsv3_grammar_accept_text(grammar, &state, heard.arguments, heard.n) &&
+                      dsv3_grammar_can_end(grammar, &state));
+                ended++;
+            }
+            dsv3_session_close(s), dsv3_session_close(other);
+        }
+        dsv3_grammar_close(grammar);
+    }
+    CHECK(ended > 20 && accepted > 50);
+    if (getenv("DSV3_PROMPTS"))
+        printf("required calls: %llu ended, %llu guesses accepted\n", (unsigned long long)ended,
+               (unsigned long long)accepted);
+    dsv3_workspace_close(ws);
+    close_model();
+}
 #endif
 
 /* Written down at every token of a drafted text, read by a session that guesses otherwise, and on. */
@@ -1028,7 +1156,7 @@ TEST(lookup)
 }
 
 #ifndef DSV3_NO_TOKENIZER
-#define TOKENIZED , RUN(masked_together)
+#define TOKENIZED , RUN(masked_together), RUN(required_calls)
 #else
 #define TOKENIZED
 #endif
