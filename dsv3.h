@@ -3337,8 +3337,8 @@ static void dsv3__k_swiglu_scalar(float *out, const float *gate, const float *up
 }
 
 /* Halves, where there is no instruction for them. What is made of a block are its rows as floats [count][width]; a query is
-   turned: [width][n], n the heads and zeros, 8 or 16. Then both products are the same one, `half_outer`: u[h * u_stride + c]
-   goes on with the sum of a[h * a_stride + t] * b[t * b_stride + c] over t < n_t. */
+   turned: [width][n], n the heads and zeros, 8 or 16. Both products are then the same one, `half_outer`: every
+   u[h * u_stride + c] goes on with the sum of a[h * a_stride + t] * b[t * b_stride + c] over t < n_t. */
 
 typedef void (*dsv3__half_outer_fn)(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride,
                                     const float *b, size_t b_stride, size_t n_t, size_t n_c);
@@ -5864,9 +5864,10 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
     DSV3__TILES_END();
 }
 
-/* Halves. For scores, rows of the cache are loaded as they lie, and a query is turned: [width / 32][16][16] words (even, odd
-   column) of a run at a head. For sums, words (even, odd row) at a column are made: [n / 16] of two runs of rows [16][16].
-   PERF: such a pair of tiles lies 2112 bytes behind the one before: 2048, and a row's words were all in one set of L1. */
+/* Halves. For scores, rows of the cache are loaded as they lie, and a query is turned: [width / 32][16][16] words (even,
+   odd column) of a run at a head. For sums, words (even, odd row) at a column are made: [n / 16] of two runs of rows
+   [16][16]. PERF: such a pair of tiles lies 2112 bytes behind the one before: with 2048 the words of a row would all be in
+   one set of L1. */
 
 #define DSV3__HALF_PAIR 528 /* floats */
 
@@ -10831,9 +10832,9 @@ static void dsv3__mla_latent_task(void *ctx, uint32_t i, uint32_t worker)
     dsv3__mla_store(w->m->k, &w->rope_key, w->halves, page, at % DSV3_PAGE_TOKENS, key + c->kv_lora_rank);
 }
 
-/* The same rows, from row `none` on, as halves. k_pe is two of them, what the first leaves being the second, and meets a
-   query's two in three products (k_pe's error is what scores feel: it alone would change one expert in a hundred). Rows of a
-   task that meet the same block find it made. */
+/* The same rows, from row `none` on, as halves. k_pe is two of them, the second what the first leaves, and meets a query's
+   two in three products: rounded to one, it alone would change an expert at one position in a hundred (examples/tiny).
+   Rows of a task that meet the same block find it made. */
 static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worker *mine, const uint8_t *page,
                                                 uint32_t none, uint32_t count)
 {
