@@ -71,13 +71,13 @@
    - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
    the library. Close sessions before their model.
 
-   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights eight times as fast
-   as AVX-512 does. Linux lends them to a process that asks, and this library asks, with the isa AUTO too, when a model
-   is opened, or dsv3_matmul called, whose products are of codes of 8 bits; never for other weights, nor with isa
-   AVX512_VNNI. It cannot be taken back, and holds for the whole process: a thread that has used tiles carries 8 KB more
-   of state, which the kernel puts on the stack (or the alternate stack) when it delivers a signal, and from then on
-   sigaltstack refuses stacks below about 12 KB; sysconf(_SC_SIGSTKSZ) knows. Where the system refuses, AUTO goes without.
-   Tiles are released after each product, so they cost nothing when threads are switched.
+   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights, and attention's
+   bf16, eight times as fast as AVX-512 does. Linux lends them to a process that asks, and this library asks, with the isa
+   AUTO too, when a model is opened in any compute mode but F32, or dsv3_matmul called whose products are of codes of 8
+   bits; never with isa AVX512_VNNI. It cannot be taken back, and holds for the whole process: a thread that has used
+   tiles carries 8 KB more of state, which the kernel puts on the stack (or the alternate stack) when it delivers a
+   signal, and from then on sigaltstack refuses stacks below about 12 KB; sysconf(_SC_SIGSTKSZ) knows. Where the system
+   refuses, AUTO goes without. Tiles are released after each product, so they cost nothing when threads are switched.
 
    SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
    and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of
@@ -102,7 +102,8 @@
    same model, compute mode and cache type, with the same bits of logits. A snapshot is checked as any file is; one that
    does not fit is refused by the name of what differs. It is no defence against a forger: its rows are what they are.
    Caches may be kept in BF16, or latents in 8 bits with a scale for 64 of them: half, or 29 %, of the bytes of f32 in the
-   V3 family. f32 is the default; README.md has what the others cost in accuracy.
+   V3 family. The default is what attention multiplies anyway: f32 in compute mode F32, elsewhere latents in BF16 beside
+   rotated keys in f32 (56 %); README.md has what each costs in accuracy.
    dsv3_workspace_experts tells how many rows went through each expert; dsv3 experts (examples/experts.h) draws it.
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
@@ -117,9 +118,10 @@
    NUMBERS. Weights are exact: value = f32(code * scale). dsv3_model_opts.compute names how activations meet them: f32, or
    rounded to bf16 (the default for FP8 and BF16 weights: finer than the published recipe), to FP8 as published, or to
    8-bit integers (the default for I8 weights); dsv3_compute says each exactly, README.md what each costs. Router, norms,
-   softmax, rotation and attention are f32 in all of them. The reference is Hugging Face transformers in f32; tests/oracle
-   runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in its absorbed form only. Where
-   DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was chosen and what it costs.
+   softmax and rotation are f32 in all of them; attention multiplies bf16, but in F32. The reference is Hugging Face
+   transformers in f32; tests/oracle runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in
+   its absorbed form only. Where DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was
+   chosen and what it costs.
 
    ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
    names the file, the tensor or key, what was expected and what was found. Pointers and counts given out are NULL or 0 on
@@ -394,13 +396,15 @@ typedef enum dsv3_isa {
     DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
     DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
     DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
-    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI and AMX INT8, on Linux: see TILES above */
+    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI and AMX INT8, BF16, on Linux: see TILES above */
     DSV3_ISA_NEON = 16,       /* aarch64, with its dot products of bytes where the CPU has them */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
 
 /* How a weight meets its activations, tensor by tensor. Sums are f32, or exact integers, in one documented order (>>kern).
-   Router, norms, softmax, rotation and attention over the cache, W_UK and W_UV with it, are f32 in every mode.
+   Router, norms, softmax, rotation, W_UK and W_UV are f32 in every mode. Attention over the cache is in F32; in the others
+   it multiplies bf16, 0 instead of what is below 2^-50, and sums in f32: latents, queries and the softmax's exponentials
+   are rounded once, rotated keys and their queries are sums of two bf16. The same bits on all ISAs.
    AUTO   INT8 for I8 weights, BF16 for all others
    F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
    BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
@@ -936,8 +940,8 @@ typedef struct dsv3_workspace_opts {
     uint32_t n_pages;         /* of the cache, DSV3_PAGE_TOKENS positions each, at most 2^26. Default: 64 */
     uint32_t max_batch;       /* rows run at once; fixes the scratch. Default: 512 */
     uint32_t n_threads;       /* the calling one included. Default: cores of this machine. Ignored with an executor */
-    dsv3_cache cache_latent;  /* Default: F32 */
-    dsv3_cache cache_rope;    /* the rotated keys. Default: F32, or BF16 where cache_latent is smaller than F32 */
+    dsv3_cache cache_latent;  /* Default: F32 in compute mode F32, else BF16, which then costs nothing */
+    dsv3_cache cache_rope;    /* the rotated keys. Default: F32, or BF16 where cache_latent is given and smaller */
     uint64_t memory_limit;    /* bytes, its sessions included; 0: none */
     dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
@@ -5693,7 +5697,7 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_
 }
 
 #if DSV3__AMX
-// ---- AMX INT8 --------------------------------------------------------------------------------------------------
+// ---- AMX -------------------------------------------------------------------------------------------------------
 
 /* Eight registers of 16 rows of 64 bytes, and one instruction that multiplies two of them: 16 rows of w by 16 of x, 64
    columns of each, 16,384 products of signed bytes in 16 cycles, eight times as many as vpdpbusd makes. Sums are exact, so
@@ -7270,8 +7274,8 @@ DSV3__INLINE bool dsv3__mm_is_bytes(dsv3__form form)
     return form == DSV3__FORM_BYTES || form == DSV3__FORM_BYTES_128;
 }
 
-/* Before k multiplies codes of 8 bits: where it wants tile registers, this process must have them. If the system does not
-   lend them, AUTO goes without; a level that was asked for by name is an error. */
+/* Before k multiplies codes of 8 bits, or halves: where it wants tile registers, this process must have them. If the system
+   does not lend them, AUTO goes without; a level that was asked for by name is an error. */
 static dsv3_result dsv3__mm_permit(const dsv3__kern **k, dsv3_isa wanted, dsv3_error *err)
 {
     if ((*k)->isa != DSV3_ISA_AVX512_AMX || dsv3__cpu_lend_tiles())

@@ -139,8 +139,8 @@ static const char generate_help[] =
     "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
     "                           avx512-amx, neon (the results are the same)\n"
     "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
-    "  --cache TYPE             f32 (default), bf16, i8: how the latents of the context are kept\n"
-    "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache is smaller)\n"
+    "  --cache TYPE             f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
+    "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache says less)\n"
     "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
 
 /* What token_fn works on. */
@@ -587,8 +587,8 @@ static const char logits_help[] =
     "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
     "                   avx512-amx, neon (the results are the same)\n"
     "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n"
-    "  --cache TYPE     f32 (default), bf16, i8: how the latents of the context are kept\n"
-    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache is smaller)\n";
+    "  --cache TYPE     f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
+    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache says less)\n";
 
 static int logits(int argc, char **argv)
 {
