@@ -402,9 +402,9 @@ typedef enum dsv3_isa {
 } dsv3_isa;
 
 /* How a weight meets its activations, tensor by tensor. Sums are f32, or exact integers, in one documented order (>>kern).
-   Router, norms, softmax, rotation, W_UK and W_UV are f32 in every mode. Attention over the cache is in F32; in the others
-   it multiplies bf16, 0 instead of what is below 2^-50, and sums in f32: latents, queries and the softmax's exponentials
-   are rounded once, rotated keys and their queries are sums of two bf16. The same bits on all ISAs.
+   Router, norms, softmax, rotation, W_UK and W_UV are f32 in every mode. Attention over the cache is f32 in mode F32; in the
+   others it multiplies bf16, 0 instead of what is below 2^-50, and sums in f32: latents, queries and the softmax's
+   exponentials are rounded once, rotated keys and their queries are sums of two bf16. The same bits on all ISAs.
    AUTO   INT8 for I8 weights, BF16 for all others
    F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
    BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
@@ -2728,23 +2728,21 @@ static dsv3_result dsv3__ten_check(const dsv3_tensor *t, const char *name, bool 
 /* scale64[i] = the scale of columns 64 * i ... in `row`, for the 64-blocks first ... first + n - 1; 1 without scales. */
 static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row, size_t first, size_t n)
 {
-    uint64_t base, last = UINT64_MAX, end;
-    float s = 1;
+    uint64_t base, last;
     if (!t->scale) {
         for (size_t i = 0; i < n; i++)
             scale64[i] = 1;
         return;
     }
     base = row / t->block_rows * t->scale_stride;
-    end = dsv3__ceil_div(dsv3__ten_n_cols(t), t->block_cols);
-    for (size_t i = 0; i < n; i++) {
+    last = dsv3__ceil_div(dsv3__ten_n_cols(t), t->block_cols) - 1;
+    for (size_t i = 0; i < n;) { /* a scale at a time */
         uint64_t column = (uint64_t)(first + i) * 64 / t->block_cols;
-        column = column < end ? column : end - 1; /* padding */
-        if (column != last) {
-            last = column;
-            s = dsv3__num_get(t->scale, t->scale_dtype, base + column);
-        }
-        scale64[i] = s;
+        column = column < last ? column : last; /* padding has the last one's */
+        const uint64_t next = column < last ? dsv3__ceil_div((column + 1) * t->block_cols, 64) - first : n;
+        const float s = dsv3__num_get(t->scale, t->scale_dtype, base + column);
+        while (i < n && i < next)
+            scale64[i++] = s;
     }
 }
 // =============================================================================
