@@ -402,8 +402,8 @@ typedef enum dsv3_isa {
 } dsv3_isa;
 
 /* How a weight meets its activations, tensor by tensor. Sums are f32, or exact integers, in one documented order (>>kern).
-   Router, norms, softmax, rotation, W_UK and W_UV are f32 in every mode. Attention over the cache is f32 in mode F32; in the
-   others it multiplies bf16, 0 instead of what is below 2^-50, and sums in f32: latents, queries and the softmax's
+   Router, norms, softmax, rotation, W_UK and W_UV are f32 in every mode. Attention over the cache is f32 in mode F32; in
+   the others it multiplies bf16, 0 instead of what is below 2^-50, and sums in f32: latents, queries and the softmax's
    exponentials are rounded once, rotated keys and their queries are sums of two bf16. The same bits on all ISAs.
    AUTO   INT8 for I8 weights, BF16 for all others
    F32    value = f32(code * scale), activations f32: what the oracle compares. The same bits on all ISAs
