@@ -9863,7 +9863,6 @@ struct dsv3_model {
     dsv3__mm_mode mode;  /* of linear maps */
     dsv3__mm_mode exact; /* of the router and of attention's: f32 */
     uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
-    bool bytes;          /* weights are multiplied as codes of 8 bits */
     bool read_ahead;
     dsv3__st st;
     dsv3__layer *layers;     /* [num_hidden_layers + n_mtp] */
@@ -9919,7 +9918,6 @@ static dsv3_result dsv3__wt_get(dsv3_model *m, dsv3_tensor *view, const char *na
         view->scale = scale->data;
     }
     DSV3__TRY(dsv3__ten_check(view, name, true, err));
-    m->bytes |= dsv3__mm_is_bytes(dsv3__mm_form(&m->mode, view));
     return DSV3_OK;
 }
 
@@ -10758,9 +10756,11 @@ static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, bool
     }
     if (p->dtype == DSV3_DTYPE_BF16) {
         uint16_t *out = (uint16_t *)(void *)codes;
-        if (halves)
+        if (halves) {
             k->to_halves(out, v, p->n);
-        for (uint32_t i = 0; i < p->n && !halves; i++)
+            return;
+        }
+        for (uint32_t i = 0; i < p->n; i++)
             out[i] = dsv3__bf16_encode(v[i]);
         return;
     }

@@ -142,12 +142,9 @@ CHAINS(chains_dpbf16_zmm, "avx512f,avx512bf16", __m512, _mm512_castsi512_ps(_mm5
 /* One of these makes 16,384 products in 16 cycles: one in 32 steps. */
 __attribute__((target("amx-tile,amx-int8"))) static uint64_t chains_tdpbssd(uint64_t n)
 {
-    static uint8_t shapes[64] = {1,         [16] = 64, [18] = 64, [20] = 64, [22] = 64, [24] = 64,
-                                 [26] = 64, [28] = 64, [30] = 64, [48] = 16, 16,        16,
-                                 16,        16,        16,        16,        16};
     if (!dsv3__cpu_lend_tiles())
         return 0;
-    DSV3__TILES_BEGIN(&shapes);
+    DSV3__TILES_BEGIN(&dsv3__k_tile_shapes);
     for (n /= 32; n--;) {
         for (int i = 0; i < 3; i++) { /* 12 */
             DSV3__TILE_DOT(0, 4, 6);

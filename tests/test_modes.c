@@ -972,7 +972,7 @@ static void redraw(tiny *t, const char *name, dsv3_dtype dtype)
 
 /* What stays f32 in every mode: the router, W_UK and W_UV inside attention, norms, whatever their type. Seen on tokens that
    stand alone, in a cache of bf16: what attention rounds is then 1 and what the cache has rounded. With all other linears
-   in F16, and the head in F32, no mode changes a bit; a head or a projection in BF16 does, and so do other tokens. */
+   in F16, and the head in F32, no mode changes a bit; a head or a projection in BF16 does. */
 TEST(what_stays_f32)
 {
     enum { N = 30 };
