@@ -1302,6 +1302,11 @@ DSV3__INLINE size_t dsv3__min(size_t a, size_t b)
     return a < b ? a : b;
 }
 
+DSV3__INLINE size_t dsv3__max(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
 DSV3__INLINE uint64_t dsv3__ceil_div(uint64_t a, uint64_t b)
 {
     return a / b + (a % b != 0);
@@ -10211,15 +10216,16 @@ typedef struct dsv3__mlp_group {
 
 /* Where a worker writes what only it reads. */
 typedef struct dsv3__worker {
-    float *panel;  /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
-    float *a, *b;  /* [max_batch, DSV3__STRIP] outputs of a strip */
-    float *q;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries, then attended latents */
-    float *u;      /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, kv_lora_rank] sums of each row */
-    float *u_span; /* the same, of one span of positions */
-    float *row;    /* [widest] */
-    float *score;  /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
-    float *w_uk;   /* [DSV3__UK_ROWS, kv_lora_rank] */
-    float *keys;   /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
+    float *panel;     /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
+    float *a, *b;     /* [max_batch, DSV3__STRIP] outputs of a strip */
+    float *q;         /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries; then values */
+    float *sums;      /* [DSV3__HEAD_ROWS, dsv3__mla_sum_floats(DSV3__HEAD_GROUP)] over all positions */
+    float *span_sums; /* the same, of one span of them */
+    float *u;         /* [DSV3__HEAD_ROWS, query_stride] a head's latents */
+    float *row;       /* [widest] */
+    float *score;     /* [DSV3__HEAD_GROUP, DSV3__KEY_BLOCK] */
+    float *w_uk;      /* [DSV3__UK_ROWS, kv_lora_rank] */
+    float *keys; /* [DSV3__KEY_BLOCK, cache_stride] rows of the cache as f32: one about to be stored, a block read */
     uint16_t
         *codes; /* [DSV3__KEY_BLOCK, half_latent], [.., 2 half_rope] of the block as halves, where they do not lie in */
     float *made;            /* the cache; [DSV3__KEY_BLOCK, half_width] what >>kern makes of them. Both NULL in f32 */
@@ -10265,6 +10271,11 @@ typedef struct dsv3__work {
     float *o;                /* [n, o_stride] attention's values of all heads */
     float *eh;               /* [n, eh_stride] embedding and state that meet in eh_proj, >>mtp */
     float *rope;             /* [n, qk_rope_head_dim] cos of each pair, then sin */
+    uint32_t head_groups;    /* of all heads, in groups of DSV3__HEAD_GROUP */
+    uint32_t n_sums;         /* how many rows' sums over a span there is room for */
+    float *queries;          /* [DSV3__HEAD_ROWS, head_groups, DSV3__HEAD_GROUP, query_stride] as a worker's q */
+    float *sums;             /* [DSV3__HEAD_ROWS, dsv3__mla_sum_floats(num_attention_heads)] as a worker's */
+    float *span_sums;        /* [n_sums, the same] */
     float *router;           /* [n, n_routed_experts] router logits */
     float *router_bias;      /* [n_routed_experts] the layer's, as f32 */
     float *h;                /* dense: [n, pad(inter)]; MoE: [n * top_k, pad(moe_inter)], then the shared expert's */
@@ -10306,6 +10317,13 @@ static size_t dsv3__work_widest(const dsv3_model *m)
     return widest > c->kv_lora_rank ? widest : c->kv_lora_rank;
 }
 
+/* Floats of the sums of a row over positions: of each head the largest score and the sum of exp(score - it), then the sum of
+   the latents in these proportions [n_heads, kv_lora_rank]. */
+static size_t dsv3__mla_sum_floats(const dsv3_model *m, uint32_t n_heads)
+{
+    return (2 * (size_t)n_heads + 15) / 16 * 16 + (size_t)n_heads * m->config.kv_lora_rank;
+}
+
 /* Lays the scratch out in `base`; returns the bytes it takes. No overflow in the products written here: max_batch <= 2^16,
    top_k <= 2^12, widths <= 2^24 (>>cfg); dsv3__carve looks after the rest. */
 static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads,
@@ -10325,6 +10343,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->half_rope = w->halves ? ((size_t)c->qk_rope_head_dim + 31) / 32 * 32 : 0;
     w->half_width = w->half_latent + 3 * w->half_rope;
     w->query_stride = w->half_width > w->cache_stride ? w->half_width : w->cache_stride;
+    w->head_groups = (uint32_t)dsv3__ceil_div(c->num_attention_heads, DSV3__HEAD_GROUP);
+    w->n_sums = DSV3__HEAD_ROWS * (uint32_t)dsv3__ceil_div(2 * (uint64_t)n_threads, w->head_groups);
     w->x_stride = dsv3__mm_pad(c->hidden_size);
     w->q_a_stride = c->q_lora_rank ? dsv3__mm_pad(c->q_lora_rank) : 0;
     w->q_stride = (size_t)c->num_attention_heads * (c->qk_nope_head_dim + c->qk_rope_head_dim);
@@ -10350,6 +10370,10 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->o = (float *)dsv3__carve(base, &used, n * w->o_stride, f);
     w->eh = (float *)dsv3__carve(base, &used, n * w->eh_stride, f);
     w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
+    w->queries = (float *)dsv3__carve(
+        base, &used, (uint64_t)DSV3__HEAD_ROWS * w->head_groups * DSV3__HEAD_GROUP * w->query_stride, f);
+    w->sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, c->num_attention_heads) * f);
+    w->span_sums = (float *)dsv3__carve(base, &used, w->n_sums, dsv3__mla_sum_floats(m, c->num_attention_heads) * f);
     w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
     w->router = (float *)dsv3__carve(base, &used, n * experts, f);
     w->router_bias = (float *)dsv3__carve(base, &used, experts, f);
@@ -10366,8 +10390,9 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->query_stride, f);
-        t.u = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
-        t.u_span = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * c->kv_lora_rank, f);
+        t.sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, DSV3__HEAD_GROUP) * f);
+        t.span_sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, DSV3__HEAD_GROUP) * f);
+        t.u = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, w->query_stride * f);
         t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
         t.w_uk = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__UK_ROWS * c->kv_lora_rank, f);
@@ -10686,12 +10711,27 @@ typedef struct dsv3__row {
     bool draft;             /* nobody has asked for this token yet: logits that are not finite are no failure yet */
 } dsv3__row;
 
+/* Some heads of a few rows of a pass, on their way through attention. */
+typedef struct dsv3__mla_heads {
+    const dsv3__row *rows; /* [n_rows], n_rows <= DSV3__HEAD_ROWS */
+    uint32_t row0, n_rows; /* row i is row0 + i of the pass */
+    uint32_t h0, n;        /* head j is h0 + j of the model */
+    float *q;     /* [n_rows, q_row] queries [n, query_stride], from absorb on; by DSV3__HEAD_GROUP heads turned into */
+    size_t q_row; /* what half_query makes of them */
+    float *sums;  /* [n_rows, dsv3__mla_sum_floats(n)] over all positions so far */
+} dsv3__mla_heads;
+
 typedef struct dsv3__mla_task {
     dsv3__work *w;
     const dsv3__layer *l;
     const dsv3__row *rows;
     uint32_t layer, n;
-    uint32_t group; /* heads a task takes */
+    uint32_t group;      /* heads a task takes, of many rows */
+    dsv3__mla_heads all; /* few rows, all heads, and */
+    uint32_t t0, n_spans,
+        shares;         /* the spans they are at; a task takes one of them, and 1 / shares of the groups of heads */
+    size_t span_floats; /* from a span's sums to the next */
+    bool last;          /* these are the last spans */
 } dsv3__mla_task;
 
 // ---- The cache -------------------------------------------------------------------------------------------
@@ -10872,178 +10912,282 @@ static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worke
     return b;
 }
 
-/* q [n_heads, cache_stride] -> what half_query makes of its heads, in their place. */
-static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, float *q, uint32_t n_heads)
+/* The running softmax of one head of a row: `sum` and the latents in u are relative to exp(max). */
+typedef struct dsv3__mla_sum {
+    float *max, *sum, *u; /* [1], [1], [kv_lora_rank]; of the next heads behind them */
+} dsv3__mla_sum;
+
+DSV3__INLINE dsv3__mla_sum dsv3__mla_sum_of(const dsv3_model *m, const dsv3__mla_heads *v, float *sums, uint32_t i,
+                                            uint32_t j)
+{
+    const size_t latent = m->config.kv_lora_rank, floats = dsv3__mla_sum_floats(m, v->n);
+    dsv3__mla_sum s;
+    sums += i * floats;
+    s.max = sums + j, s.sum = s.max + v->n, s.u = sums + floats - (v->n - j) * latent;
+    return s;
+}
+
+/* The last place in the cache that a row sees. */
+DSV3__INLINE uint32_t dsv3__mla_last(const dsv3__row *row)
+{
+    return row->position + row->shift;
+}
+
+/* The query of head j: W_UK^T q_nope, then q_pe rotated: what meets the rows of the cache. */
+static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t j)
+{
+    const dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, latent = c->kv_lora_rank;
+    const float *from = w->q + v->row0 * w->q_stride + (size_t)(v->h0 + j) * (nope + rope);
+    const uint64_t w_uk = (uint64_t)(v->h0 + j) * (nope + c->v_head_dim); /* row of kv_b */
+    float *q = v->q + j * w->query_stride;
+    for (uint32_t i = 0; i < v->n_rows; i++)
+        memset(q + i * v->q_row, 0, w->query_stride * sizeof(float));
+    for (uint32_t i = 0; i < nope; i += DSV3__UK_ROWS) {
+        uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
+        for (uint32_t r = 0; r < count; r++)
+            dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
+        w->m->k->outer(q, v->q_row, v->n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
+    }
+    for (uint32_t i = 0; i < v->n_rows; i++)
+        dsv3__nn_rope(w->m, q + i * v->q_row + latent, from + i * w->q_stride + nope, w->rope + (v->row0 + i) * rope);
+}
+
+/* Row i's queries of group g as halves, in their place. */
+static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t i,
+                                 uint32_t g)
 {
     const dsv3_config *c = &w->m->config;
-    for (uint32_t j = 0; j < n_heads; j++) {
+    const uint32_t n = (uint32_t)dsv3__min(DSV3__HEAD_GROUP, v->n - g * DSV3__HEAD_GROUP);
+    float *q = v->q + i * v->q_row + g * DSV3__HEAD_GROUP * w->query_stride;
+    for (uint32_t j = 0; j < n; j++) {
         const float *from = q + j * w->query_stride;
         float *to = mine->made + j * w->half_width; /* latent, first, rest, first */
         memset(to, 0, w->half_width * sizeof(float));
         memcpy(to, from, c->kv_lora_rank * sizeof(float));
         to += w->half_latent, from += c->kv_lora_rank;
-        for (uint32_t i = 0; i < c->qk_rope_head_dim; i++) {
-            const float first = dsv3__k_half(from[i]);
-            to[i] = to[i + 2 * w->half_rope] = first;
-            to[i + w->half_rope] = from[i] - first;
+        for (uint32_t r = 0; r < c->qk_rope_head_dim; r++) {
+            const float first = dsv3__k_half(from[r]);
+            to[r] = to[r + 2 * w->half_rope] = first;
+            to[r + w->half_rope] = from[r] - first;
         }
     }
-    w->m->k->half_query(q, mine->made, w->half_width, n_heads, w->half_width);
+    w->m->k->half_query(q, mine->made, w->half_width, n, w->half_width);
 }
 
-/* q [rows, DSV3__HEAD_GROUP, query_stride] = W_UK^T q_nope, then q_pe rotated: what meets the cache rows. */
-static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, uint32_t row0, uint32_t n_rows, uint32_t h0,
-                             uint32_t n_heads)
+/* Brings a head to a new, larger maximum. What falls below `least` becomes 0. */
+static void dsv3__mla_rescale(const dsv3_model *m, const dsv3__mla_sum *s, float max, float least)
 {
-    const dsv3__work *w = t->w;
-    const dsv3_config *c = &w->m->config;
-    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, latent = c->kv_lora_rank;
-    const size_t head_stride = DSV3__HEAD_GROUP * w->query_stride; /* from a row's query to the next row's */
-    memset(mine->q, 0, n_rows * head_stride * sizeof(float));
-    for (uint32_t j = 0; j < n_heads; j++) {
-        float *q = mine->q + j * w->query_stride;
-        const float *from = w->q + row0 * w->q_stride + (size_t)(h0 + j) * (nope + rope);
-        uint64_t w_uk = (uint64_t)(h0 + j) * (nope + c->v_head_dim); /* row of kv_b */
-        for (uint32_t i = 0; i < nope; i += DSV3__UK_ROWS) {
-            uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
-            for (uint32_t r = 0; r < count; r++)
-                dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
-            w->m->k->outer(q, head_stride, n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
-        }
-        for (uint32_t i = 0; i < n_rows; i++)
-            dsv3__nn_rope(w->m, q + i * head_stride + latent, from + i * w->q_stride + nope,
-                          w->rope + (row0 + i) * rope);
-    }
+    const float by = dsv3__exp(*s->max - max); /* 0 when there was nothing yet */
+    *s->max = max;
+    *s->sum *= by;
+    m->k->shrink(s->u, m->config.kv_lora_rank, by, least);
 }
 
-/* The running softmax of a head: sum and the latents in `u` are relative to exp(max). */
-typedef struct dsv3__mla_sum {
-    float max[DSV3__HEAD_GROUP], sum[DSV3__HEAD_GROUP];
-} dsv3__mla_sum;
-
-/* Brings head j to a new, larger maximum. u [kv_lora_rank]; what falls below `least` becomes 0. */
-static void dsv3__mla_rescale(const dsv3__kern *k, dsv3__mla_sum *s, uint32_t j, float *u, uint32_t latent, float max,
-                              float least)
-{
-    const float by = dsv3__exp(s->max[j] - max); /* 0 when there was nothing yet */
-    s->max[j] = max;
-    s->sum[j] *= by;
-    k->shrink(u, latent, by, least);
-}
-
-static void dsv3__mla_clear(dsv3__mla_sum *s, float *u, uint32_t n_heads, uint32_t latent)
-{
-    memset(u, 0, (size_t)n_heads * latent * sizeof(float));
-    for (uint32_t j = 0; j < n_heads; j++)
-        s->max[j] = -INFINITY, s->sum[j] = 0;
-}
-
-/* Adds the cache rows t0 ... t0 + count - 1 of the row's timeline, count <= DSV3__KEY_BLOCK; of the first `shift` there are
-   none. q [n_heads, query_stride], or what half_query made of it; u [n_heads, kv_lora_rank] */
-static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *row, const float *q,
-                            uint32_t n_heads, uint32_t t0, uint32_t count, dsv3__mla_sum *s, float *u)
+/* Row i, heads of group g: adds the cache rows t0 ... t0 + count - 1 of its timeline, count <= DSV3__KEY_BLOCK, to `sums`; of
+   the first `shift` there are none. */
+static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t i,
+                            uint32_t g, uint32_t t0, uint32_t count, float *sums)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
-    const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift;
+    const dsv3__row *row = &v->rows[i];
+    const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift, h = g * DSV3__HEAD_GROUP;
+    const uint32_t n = (uint32_t)dsv3__min(DSV3__HEAD_GROUP, v->n - h);
+    const float *q = v->q + i * v->q_row + h * w->query_stride;
     const uint8_t *page = dsv3__mla_page(w, row, t->layer, t0);
     const dsv3__half_block *halves = w->halves ? dsv3__mla_halves(w, mine, page, none, count) : NULL;
     const float *keys = w->halves ? NULL : dsv3__mla_keys(w, mine, page, count) + none * w->cache_stride;
+    const dsv3__mla_sum s = dsv3__mla_sum_of(w->m, v, sums, i, h);
     count -= none;
     if (halves)
-        k->half_scores(mine->score, DSV3__KEY_BLOCK, halves, q, n_heads);
+        k->half_scores(mine->score, DSV3__KEY_BLOCK, halves, q, n);
     else
-        k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->query_stride, NULL, n_heads,
+        k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->query_stride, NULL, n,
                 w->cache_stride);
-    for (uint32_t j = 0; j < n_heads; j++) {
+    for (uint32_t j = 0; j < n; j++) {
         float *score = mine->score + j * DSV3__KEY_BLOCK, max = k->scale_max(score, count, w->m->softmax_scale);
-        if (max > s->max[j])
-            dsv3__mla_rescale(k, s, j, u + j * latent, latent, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
-        s->sum[j] += k->exp_sum(score, count, s->max[j]);
+        const dsv3__mla_sum head = {s.max + j, s.sum + j, s.u + j * latent};
+        if (max > *head.max)
+            dsv3__mla_rescale(w->m, &head, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
+        *head.sum += k->exp_sum(score, count, *head.max);
     }
     if (halves)
-        k->half_sums(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, halves, latent);
+        k->half_sums(s.u, latent, n, mine->score, DSV3__KEY_BLOCK, halves, latent);
     else
-        k->outer(u, latent, n_heads, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
+        k->outer(s.u, latent, n, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
 }
 
-/* Softmax over positions 0 ... each row's own, of the latents: row i's q [n_heads, query_stride] in, its first kv_lora_rank
-   floats out. Blocks and spans of positions lie at multiples of their lengths and are merged in order, so the bits depend
-   on the position alone; spans keep the chains of additions short at 10^5 positions.
-   PERF: all rows meet a block before the next one, so those of one timeline find it in L2. */
-static void dsv3__mla_attend(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__row *rows, uint32_t n_rows,
-                             size_t head_stride, uint32_t n_heads)
+/* Softmax over the span of positions from t0 on, of the latents, for groups g0 ... g1 - 1 of the heads. sums: as v->sums, of
+   this span. Blocks and spans lie at multiples of their lengths and are merged in order, so that bits depend on positions
+   alone; spans keep chains of additions short at 10^5 positions.
+   PERF: all rows and heads meet a block before the next one, so those of one timeline find it in L2, and made. */
+static void dsv3__mla_span(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t t0,
+                           uint32_t g0, uint32_t g1, float *sums)
 {
-    const uint32_t latent = t->w->m->config.kv_lora_rank;
-    const size_t u_stride = (size_t)DSV3__HEAD_GROUP * latent;
-    dsv3__mla_sum all[DSV3__HEAD_ROWS], span[DSV3__HEAD_ROWS];
-    uint32_t at[DSV3__HEAD_ROWS], last = 0; /* the last place in the cache that a row sees; of all */
+    const uint32_t latent = t->w->m->config.kv_lora_rank, h0 = g0 * DSV3__HEAD_GROUP;
+    const uint32_t n = (uint32_t)dsv3__min((g1 - g0) * DSV3__HEAD_GROUP, v->n - h0);
     mine->block_page = NULL;
-    for (uint32_t i = 0; i < n_rows; i++) {
-        dsv3__mla_clear(&all[i], mine->u + i * u_stride, n_heads, latent);
-        if (t->w->halves) {
-            dsv3__mla_half_query(t->w, mine, mine->q + i * head_stride, n_heads);
-        }
-        at[i] = rows[i].position + rows[i].shift;
-        last = at[i] > last ? at[i] : last;
+    for (uint32_t i = 0; i < v->n_rows; i++) {
+        const dsv3__mla_sum s = dsv3__mla_sum_of(t->w->m, v, sums, i, h0);
+        memset(s.u, 0, (size_t)n * latent * sizeof(float));
+        for (uint32_t j = 0; j < n; j++)
+            s.max[j] = -INFINITY, s.sum[j] = 0;
     }
-    for (uint32_t t0 = 0; t0 <= last; t0 += DSV3__KEY_SPAN) {
-        for (uint32_t i = 0; i < n_rows; i++)
-            dsv3__mla_clear(&span[i], mine->u_span + i * u_stride, n_heads, latent);
-        for (uint32_t b = t0; b <= last && b - t0 < DSV3__KEY_SPAN; b += DSV3__KEY_BLOCK)
-            for (uint32_t i = 0; i < n_rows; i++)
-                if (b <= at[i])
-                    dsv3__mla_block(t, mine, &rows[i], mine->q + i * head_stride, n_heads, b,
-                                    (uint32_t)dsv3__min(at[i] - b + 1, DSV3__KEY_BLOCK), &span[i],
-                                    mine->u_span + i * u_stride);
-        for (uint32_t i = 0; i < n_rows; i++)
-            for (uint32_t j = 0; j < n_heads && t0 <= at[i]; j++) {
-                float *u = mine->u + i * u_stride + j * latent, *from = mine->u_span + i * u_stride + j * latent;
-                uint32_t c = 0;
-                if (span[i].max[j] > all[i].max[j])
-                    dsv3__mla_rescale(t->w->m->k, &all[i], j, u, latent, span[i].max[j], 0);
-                else
-                    dsv3__mla_rescale(t->w->m->k, &span[i], j, from, latent, all[i].max[j], 0);
-                all[i].sum[j] += span[i].sum[j];
-                for (; c + 16 <= latent; c += 16)
-                    for (uint32_t x = 0; x < 16; x++)
-                        u[c + x] += from[c + x];
-                for (; c < latent; c++)
-                    u[c] += from[c];
-            }
-    }
-    for (uint32_t i = 0; i < n_rows; i++)
-        for (uint32_t j = 0; j < n_heads; j++) {
-            float scale = 1.0f / all[i].sum[j], *q = mine->q + i * head_stride + j * t->w->query_stride;
-            for (uint32_t c = 0; c < latent; c++)
-                q[c] = mine->u[i * u_stride + j * latent + c] * scale;
-        }
+    for (uint32_t b = t0; b - t0 < DSV3__KEY_SPAN; b += DSV3__KEY_BLOCK)
+        for (uint32_t i = 0; i < v->n_rows; i++)
+            for (uint32_t g = g0, last = dsv3__mla_last(&v->rows[i]); g < g1 && b <= last; g++)
+                dsv3__mla_block(t, mine, v, i, g, b, (uint32_t)dsv3__min(last - b + 1, DSV3__KEY_BLOCK), sums);
 }
 
-/* A group of heads over a few rows: absorb, attend, W_UV. Writes their part of o. */
-static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
+/* Head j of v->sums goes on with its sums over the span from t0 on, which it may rescale. */
+static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint32_t t0, float *sums, uint32_t j)
 {
-    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    const uint32_t latent = m->config.kv_lora_rank;
+    for (uint32_t i = 0; i < v->n_rows; i++) {
+        const dsv3__mla_sum all = dsv3__mla_sum_of(m, v, v->sums, i, j), more = dsv3__mla_sum_of(m, v, sums, i, j);
+        uint32_t c = 0;
+        if (!t0) {
+            *all.max = -INFINITY, *all.sum = 0;
+            memset(all.u, 0, latent * sizeof(float));
+        }
+        if (t0 > dsv3__mla_last(&v->rows[i]))
+            continue;
+        if (*more.max > *all.max)
+            dsv3__mla_rescale(m, &all, *more.max, 0);
+        else
+            dsv3__mla_rescale(m, &more, *all.max, 0);
+        *all.sum += *more.sum;
+        for (; c + 16 <= latent; c += 16)
+            for (uint32_t x = 0; x < 16; x++)
+                all.u[c + x] += more.u[c + x];
+        for (; c < latent; c++)
+            all.u[c] += more.u[c];
+    }
+}
+
+/* Head j's part of o: W_UV times its latents, which are v->sums by then. */
+static void dsv3__mla_values(const dsv3__mla_task *t, uint32_t worker, const dsv3__mla_heads *v, uint32_t j)
+{
     dsv3__work *w = t->w;
     const dsv3_config *c = &w->m->config;
     dsv3__worker *mine = &w->workers[worker];
-    const uint32_t n_groups = (c->num_attention_heads + t->group - 1) / t->group;
-    const uint32_t h0 = task % n_groups * t->group, row0 = task / n_groups * DSV3__HEAD_ROWS;
-    const uint32_t n_heads = (uint32_t)dsv3__min(t->group, c->num_attention_heads - h0);
-    const uint32_t n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0);
-    const size_t head_stride = DSV3__HEAD_GROUP * w->query_stride;
-    dsv3__mla_absorb(t, mine, row0, n_rows, h0, n_heads);
-    dsv3__mla_attend(t, mine, &t->rows[row0], n_rows, head_stride, n_heads);
-    for (uint32_t j = 0; j < n_heads; j++) {
-        uint64_t w_uv =
-            (uint64_t)(h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim; /* row of kv_b */
-        float *u = mine->q + j * w->query_stride;
-        for (uint32_t i = 0; i < n_rows; i++)
-            dsv3__nn_pack(w, worker, u + i * head_stride, &w->m->exact, &t->l->kv_b, n_rows > DSV3__MM_FEW);
-        dsv3__mm_strip(&w->m->exact, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, u, head_stride, NULL, n_rows,
-                       n_rows > DSV3__MM_FEW, w->o + row0 * w->o_stride + (size_t)(h0 + j) * c->v_head_dim,
-                       w->o_stride);
+    const uint64_t w_uv = (uint64_t)(v->h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim;
+    for (uint32_t i = 0; i < v->n_rows; i++) {
+        const dsv3__mla_sum s = dsv3__mla_sum_of(w->m, v, v->sums, i, j);
+        float scale = 1.0f / *s.sum, *u = mine->u + i * w->query_stride;
+        for (uint32_t x = 0; x < c->kv_lora_rank; x++)
+            u[x] = s.u[x] * scale;
+        dsv3__nn_pack(w, worker, u, &w->m->exact, &t->l->kv_b, v->n_rows > DSV3__MM_FEW);
     }
+    dsv3__mm_strip(&w->m->exact, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, mine->u, w->query_stride, NULL,
+                   v->n_rows, v->n_rows > DSV3__MM_FEW,
+                   w->o + v->row0 * w->o_stride + (size_t)(v->h0 + j) * c->v_head_dim, w->o_stride);
+}
+
+/* Attention is two ways through the steps above, with the same bits. With many rows a task takes a few of them, and a few
+   heads, through all of them. */
+static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    const dsv3__work *w = t->w;
+    const uint32_t heads = w->m->config.num_attention_heads, n_groups = (heads + t->group - 1) / t->group;
+    dsv3__worker *mine = &w->workers[worker];
+    dsv3__mla_heads v;
+    uint32_t last = 0;
+    v.h0 = task % n_groups * t->group, v.n = (uint32_t)dsv3__min(t->group, heads - v.h0);
+    v.row0 = task / n_groups * DSV3__HEAD_ROWS, v.n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - v.row0);
+    v.rows = t->rows + v.row0;
+    v.q = mine->q, v.q_row = DSV3__HEAD_GROUP * w->query_stride;
+    v.sums = mine->sums;
+    for (uint32_t j = 0; j < v.n; j++)
+        dsv3__mla_absorb(t, mine, &v, j);
+    for (uint32_t i = 0; i < v.n_rows; i++) {
+        last = (uint32_t)dsv3__max(last, dsv3__mla_last(&v.rows[i]));
+        if (w->halves)
+            dsv3__mla_half_query(w, mine, &v, i, 0);
+    }
+    for (uint32_t t0 = 0; t0 <= last; t0 += DSV3__KEY_SPAN) {
+        dsv3__mla_span(t, mine, &v, t0, 0, 1, mine->span_sums);
+        for (uint32_t j = 0; j < v.n; j++)
+            dsv3__mla_merge(w->m, &v, t0, mine->span_sums, j);
+    }
+    for (uint32_t j = 0; j < v.n; j++)
+        dsv3__mla_values(t, worker, &v, j);
+}
+
+/* With few rows each step is shared out for itself, and the sums over positions by spans: each thread then reads a part of
+   the cache, and meets it with all heads. */
+static void dsv3__mla_absorb_task(void *ctx, uint32_t j, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    dsv3__mla_absorb(t, &t->w->workers[worker], &t->all, j);
+}
+
+static void dsv3__mla_query_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    const uint32_t groups = t->w->head_groups;
+    dsv3__mla_half_query(t->w, &t->w->workers[worker], &t->all, task / groups, task % groups);
+}
+
+static void dsv3__mla_span_task(void *ctx, uint32_t task, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    const uint32_t span = task / t->shares, share = task % t->shares, groups = t->w->head_groups;
+    dsv3__mla_span(t, &t->w->workers[worker], &t->all, t->t0 + span * DSV3__KEY_SPAN, groups * share / t->shares,
+                   groups * (share + 1) / t->shares, t->w->span_sums + span * t->span_floats);
+}
+
+static void dsv3__mla_merge_task(void *ctx, uint32_t j, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    for (uint32_t s = 0; s < t->n_spans; s++)
+        dsv3__mla_merge(t->w->m, &t->all, t->t0 + s * DSV3__KEY_SPAN, t->w->span_sums + s * t->span_floats, j);
+    if (t->last)
+        dsv3__mla_values(t, worker, &t->all, j);
+}
+
+static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows, uint32_t spans)
+{
+    dsv3__work *w = t->w;
+    const uint32_t heads = w->m->config.num_attention_heads;
+    const uint32_t round = (uint32_t)dsv3__min(spans, w->n_sums / n_rows), threads = w->pool->n_threads;
+    t->all.rows = t->rows + row0, t->all.row0 = row0, t->all.n_rows = n_rows;
+    t->all.h0 = 0, t->all.n = heads;
+    t->all.q = w->queries, t->all.q_row = w->head_groups * DSV3__HEAD_GROUP * w->query_stride;
+    t->all.sums = w->sums;
+    t->span_floats = n_rows * dsv3__mla_sum_floats(w->m, heads);
+    t->shares = threads > 1 ? (uint32_t)dsv3__min(dsv3__ceil_div(2 * threads, round), w->head_groups) : 1;
+    dsv3__pool_run(w->pool, heads, dsv3__mla_absorb_task, t);
+    if (w->halves)
+        dsv3__pool_run(w->pool, n_rows * w->head_groups, dsv3__mla_query_task, t);
+    for (uint32_t s = 0; s < spans; s += t->n_spans) {
+        t->t0 = s * DSV3__KEY_SPAN, t->n_spans = (uint32_t)dsv3__min(round, spans - s),
+        t->last = s + t->n_spans == spans;
+        dsv3__pool_run(w->pool, t->n_spans * t->shares, dsv3__mla_span_task, t);
+        dsv3__pool_run(w->pool, heads, dsv3__mla_merge_task, t);
+    }
+}
+
+/* o = attention's values of all rows and heads. */
+static void dsv3__mla_attend(dsv3__mla_task *t)
+{
+    dsv3__work *w = t->w;
+    const uint32_t heads = w->m->config.num_attention_heads, threads = w->pool->n_threads;
+    const uint32_t chunks = (uint32_t)dsv3__ceil_div(t->n, DSV3__HEAD_ROWS);
+    const bool few = chunks == 1 || (uint64_t)chunks * w->head_groups < threads;
+    uint32_t spans = 0; /* of the longest timeline */
+    for (uint32_t i = 0; i < t->n; i++)
+        spans = (uint32_t)dsv3__max(spans, dsv3__mla_last(&t->rows[i]) / DSV3__KEY_SPAN + 1);
+    if (few && (uint64_t)spans * w->head_groups >= threads) {
+        for (uint32_t row0 = 0; row0 < t->n; row0 += DSV3__HEAD_ROWS)
+            dsv3__mla_few_rows(t, row0, (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - row0), spans);
+        return;
+    }
+    t->group = (uint32_t)dsv3__min(dsv3__ceil_div((uint64_t)heads * chunks, threads), DSV3__HEAD_GROUP);
+    dsv3__pool_run(w->pool, (heads + t->group - 1) / t->group * chunks, dsv3__mla_heads_task, t);
 }
 
 static void dsv3__mla_pack_task(void *ctx, uint32_t i, uint32_t worker)
@@ -11057,7 +11201,6 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
 {
     const dsv3_config *c = &w->m->config;
     const bool q_lora = c->q_lora_rank != 0;
-    const uint32_t heads = c->num_attention_heads, chunks = (n + DSV3__HEAD_ROWS - 1) / DSV3__HEAD_ROWS;
     dsv3__linear first[2], q_b, o;
     dsv3__mla_task t;
 
@@ -11071,9 +11214,8 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
     first[1].add = false;
     dsv3__nn_linear(w, first, 2, n);
 
+    memset(&t, 0, sizeof t);
     t.w = w, t.l = l, t.rows = rows, t.layer = layer, t.n = n;
-    t.group = (uint32_t)dsv3__ceil_div((uint64_t)heads * chunks, w->pool->n_threads);
-    t.group = t.group < DSV3__HEAD_GROUP ? t.group : DSV3__HEAD_GROUP;
     if (q_lora)
         dsv3__ten_row_values(w->m->k, w->norm, &l->q_a_norm, 0);
     dsv3__ten_row_values(w->m->k, w->norm2, &l->kv_a_norm, 0);
@@ -11084,7 +11226,7 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
         q_b.add = false;
         dsv3__nn_linear(w, &q_b, 1, n);
     }
-    dsv3__pool_run(w->pool, (heads + t.group - 1) / t.group * chunks, dsv3__mla_heads_task, &t);
+    dsv3__mla_attend(&t);
 
     dsv3__pool_run(w->pool, n, dsv3__mla_pack_task, &t);
     o.w = &l->o, o.x = w->o, o.x_stride = w->o_stride, o.out = w->x, o.out_stride = w->x_stride, o.add = true;
