@@ -5307,7 +5307,49 @@ DSV3__TARGET_AVX512 static void dsv3__k_half_outer_avx512(float *u, size_t u_str
         dsv3__k_half_outer_avx2(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
 }
 
-DSV3__KERN_HALVES_BY(avx512, dsv3__k_half_outer_avx512, dsv3__k_to_halves_avx2, dsv3__k_from_halves_avx2)
+/* The bits of v, rounded to the upper 16: bf16(v) and something below it. As dsv3__k_bf16_avx2. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_bf16_avx512(__m512 v)
+{
+    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+}
+
+/* 16 numbers rounded to halves, as f32. */
+DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_halves16_avx512(__m512 v)
+{
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
+    const __m512 least = _mm512_set1_ps(dsv3__bits_float(DSV3__HALF_LEAST));
+    const __m512i bits = _mm512_and_si512(dsv3__k_bf16_avx512(v), _mm512_set1_epi32((int)0xFFFF0000));
+    const __m512 size = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF)));
+    const __m512 half = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(size, least, _CMP_NLT_UQ), _mm512_castsi512_ps(bits));
+    return _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), half);
+}
+
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_store_halves_avx512(uint16_t *out, __m512 v)
+{
+    const __m512i codes = _mm512_srli_epi32(_mm512_castps_si512(v), 16);
+    _mm256_storeu_si256((__m256i *)(void *)out, _mm512_cvtepi32_epi16(codes));
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_to_halves_avx512(uint16_t *out, const float *x, size_t n)
+{
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        dsv3__k_store_halves_avx512(out + i, dsv3__k_halves16_avx512(_mm512_loadu_ps(x + i)));
+    dsv3__k_to_halves_scalar(out + i, x + i, n - i);
+}
+
+DSV3__TARGET_AVX512 static void dsv3__k_split_halves_avx512(uint16_t *first, uint16_t *rest, const float *x, size_t n)
+{
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const __m512 v = _mm512_loadu_ps(x + i), half = dsv3__k_halves16_avx512(v);
+        dsv3__k_store_halves_avx512(first + i, half);
+        dsv3__k_store_halves_avx512(rest + i, dsv3__k_halves16_avx512(_mm512_sub_ps(v, half)));
+    }
+    dsv3__k_split_halves_scalar(first + i, rest + i, x + i, n - i);
+}
+DSV3__KERN_HALVES_BY(avx512, dsv3__k_half_outer_avx512, dsv3__k_to_halves_avx512, dsv3__k_from_halves_avx2)
 
 /* dsv3__exp, 16 at once. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_exp16_avx512(__m512 x)
@@ -5519,13 +5561,6 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t
     }
 }
 
-/* The bits of v, rounded to the upper 16: bf16(v) and something below it. As dsv3__k_bf16_avx2. */
-DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_bf16_avx512(__m512 v)
-{
-    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-}
-
 DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t block, size_t group, const float *x,
                                                            size_t x_block, size_t x_group, const float *scale64,
                                                            float up, size_t n)
@@ -5540,11 +5575,9 @@ DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t bl
         }
 }
 
-#define dsv3__k_shrink_avx512       dsv3__k_shrink_avx2
-#define dsv3__k_to_halves_avx512    dsv3__k_to_halves_avx2
-#define dsv3__k_split_halves_avx512 dsv3__k_split_halves_avx2
-#define dsv3__k_bytes_avx512        dsv3__k_bytes_avx2
-#define dsv3__k_to_bytes_avx512     dsv3__k_to_bytes_avx2
+#define dsv3__k_shrink_avx512   dsv3__k_shrink_avx2
+#define dsv3__k_bytes_avx512    dsv3__k_bytes_avx2
+#define dsv3__k_to_bytes_avx512 dsv3__k_to_bytes_avx2
 
 #if DSV3__VNNI
 // ---- AVX-512 VNNI ----------------------------------------------------------------------------------------------
@@ -5907,7 +5940,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_query_avx512_amx(float *query, 
         from[h] = halves[dsv3__min(h, n_h - 1)];
     for (size_t c = 0; c < width; c += 32) {
         for (size_t h = 0; h < n_h; h++)
-            dsv3__k_to_halves_avx2(halves[h], q + h * stride + c, 32);
+            dsv3__k_to_halves_avx512(halves[h], q + h * stride + c, 32);
         dsv3__k_turn_avx512_amx(query + c / 32 * 256, 64, from, 16);
     }
 }
@@ -5964,7 +5997,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_sums_avx512_amx(float *u, size_
         shapes[48 + t] = (uint8_t)n_h;
     memset(half, 0, sizeof half);
     for (size_t h = 0; h < n_h; h++)
-        dsv3__k_to_halves_avx2(half[h], p + h * p_stride, keys->count);
+        dsv3__k_to_halves_avx512(half[h], p + h * p_stride, keys->count);
     DSV3__TILES_BEGIN(&shapes);
     DSV3__TILE_LOAD(4, half[0], sizeof half[0]);
     DSV3__TILE_LOAD(5, &half[0][32], sizeof half[0]);
@@ -7146,8 +7179,8 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {
         DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI) DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
-#define dsv3__k_split_halves_avx512_amx      dsv3__k_split_halves_avx2
-#define dsv3__k_to_halves_avx512_amx         dsv3__k_to_halves_avx2
+#define dsv3__k_split_halves_avx512_amx      dsv3__k_split_halves_avx512
+#define dsv3__k_to_halves_avx512_amx         dsv3__k_to_halves_avx512
 #define DSV3__KERN_AVX512_AMX(ret, op, args) dsv3__k_##op##_avx512_amx,
 static const dsv3__kern dsv3__kern_avx512_amx = {
     DSV3_ISA_AVX512_AMX,
@@ -10317,8 +10350,8 @@ static size_t dsv3__work_widest(const dsv3_model *m)
     return widest > c->kv_lora_rank ? widest : c->kv_lora_rank;
 }
 
-/* Floats of the sums of a row over positions: of each head the largest score and the sum of exp(score - it), then the sum of
-   the latents in these proportions [n_heads, kv_lora_rank]. */
+/* Floats of the sums of a row over positions: of each head the largest score, and the sum of exp(score - it), then the sum
+   of the latents in these proportions [n_heads, kv_lora_rank]. */
 static size_t dsv3__mla_sum_floats(const dsv3_model *m, uint32_t n_heads)
 {
     return (2 * (size_t)n_heads + 15) / 16 * 16 + (size_t)n_heads * m->config.kv_lora_rank;
@@ -10985,8 +11018,8 @@ static void dsv3__mla_rescale(const dsv3_model *m, const dsv3__mla_sum *s, float
     m->k->shrink(s->u, m->config.kv_lora_rank, by, least);
 }
 
-/* Row i, heads of group g: adds the cache rows t0 ... t0 + count - 1 of its timeline, count <= DSV3__KEY_BLOCK, to `sums`; of
-   the first `shift` there are none. */
+/* Row i, heads of group g: adds the cache rows t0 ... t0 + count - 1 of its timeline, count <= DSV3__KEY_BLOCK, to `sums`;
+   of the first `shift` there are none. */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t i,
                             uint32_t g, uint32_t t0, uint32_t count, float *sums)
 {
@@ -11019,8 +11052,8 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
         k->outer(s.u, latent, n, mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, latent);
 }
 
-/* Softmax over the span of positions from t0 on, of the latents, for groups g0 ... g1 - 1 of the heads. sums: as v->sums, of
-   this span. Blocks and spans lie at multiples of their lengths and are merged in order, so that bits depend on positions
+/* Softmax over the span of positions from t0 on, of the latents, for groups g0 ... g1 - 1 of the heads. sums: as v->sums,
+   of this span. Blocks and spans lie at multiples of their lengths and are merged in order, so that bits depend on positions
    alone; spans keep chains of additions short at 10^5 positions.
    PERF: all rows and heads meet a block before the next one, so those of one timeline find it in L2, and made. */
 static void dsv3__mla_span(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t t0,

@@ -80,6 +80,7 @@ typedef struct emu_si {
 #undef _mm512_cmpeq_epi8_mask
 #undef _mm512_cmpge_epu16_mask
 #undef _mm512_cmp_ps_mask
+#undef _mm512_cvtepi32_epi16
 #undef _mm512_shuffle_f32x4
 #undef _mm512_permute_ps
 #undef _mm512_maskz_mov_ps
@@ -272,6 +273,17 @@ EMU emu_si emu_cvtepi8_epi16(__m256i a)
 #define _mm512_cvtph_ps emu_cvtph_ps
 #define _mm512_cvtepu16_epi32 emu_cvtepu16_epi32
 #define _mm512_cvtepi8_epi16 emu_cvtepi8_epi16
+
+EMU __m256i emu_cvtepi32_epi16(emu_si a)
+{
+    uint32_t v[16];
+    uint16_t r[16];
+    memcpy(v, &a, sizeof v);
+    for (int i = 0; i < 16; i++)
+        r[i] = (uint16_t)v[i];
+    return _mm256_loadu_si256((const __m256i *)(const void *)r);
+}
+#define _mm512_cvtepi32_epi16 emu_cvtepi32_epi16
 
 EMU uint64_t emu_cmpeq_epi8_mask(emu_si a, emu_si b)
 {
