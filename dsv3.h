@@ -11053,7 +11053,7 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
 }
 
 /* Softmax over the span of positions from t0 on, of the latents, for groups g0 ... g1 - 1 of the heads. sums: as v->sums,
-   of this span. Blocks and spans lie at multiples of their lengths and are merged in order, so that bits depend on positions
+   of this span. Blocks and spans lie at multiples of their lengths and are merged in order, so bits depend on positions
    alone; spans keep chains of additions short at 10^5 positions.
    PERF: all rows and heads meet a block before the next one, so those of one timeline find it in L2, and made. */
 static void dsv3__mla_span(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t t0,
