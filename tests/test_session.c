@@ -713,7 +713,55 @@ TEST(memory_is_told_before)
     close_model();
 }
 
+/* Behind 1,000 tokens, where few rows are summed by spans of positions that threads share, in rounds, and many rows are not:
+   the same bits. 40 heads are three groups of them. */
+TEST(long_timelines)
+{
+    enum { LONG = 1300, LAST = 24 };
+    static const size_t steps[] = {1, 3, 8, 9, 1, 2}; /* LAST in all */
+    static const uint32_t threads[] = {1, 2, 8};
+    static const dsv3_compute modes[] = {DSV3_COMPUTE_F32, DSV3_COMPUTE_BF16};
+    static int32_t ids[LONG];
+    static uint32_t rows[LAST];
+    tiny_opts o = tiny_micro();
+    o.n_heads = 40, o.max_pos = 4096;
+    for (uint32_t i = 0; i < LAST; i++)
+        rows[i] = LONG - LAST + i;
+    for (size_t m = 0; m < sizeof modes / sizeof *modes; m++) {
+        dsv3_model_opts mo;
+        dsv3_session_opts so;
+        dsv3_outputs out;
+        dsv3_session *s = NULL;
+        memset(&mo, 0, sizeof mo), memset(&so, 0, sizeof so), memset(&out, 0, sizeof out);
+        mo.compute = modes[m];
+        tiny_build(&t, &o);
+        REQUIRE(CHECK_OK(tiny_open(&t, &model, &mo, &e), e));
+        tiny_ids(ids, LONG, o.vocab, 3);
+        float *expected = malloc(LAST * row_size()), *got = malloc(LAST * row_size());
+        so.max_tokens = LONG, so.max_batch = 512, so.n_threads = 1;
+        out.logit_rows = rows, out.n_logit_rows = LAST, out.logits = expected;
+        REQUIRE(CHECK_OK(dsv3_session_open(&s, model, &so, &e), e));
+        CHECK_OK(dsv3_session_append(s, ids, LONG, &out, &e), e);
+        dsv3_session_close(s);
+        for (size_t i = 0; i < sizeof threads / sizeof *threads; i++) {
+            size_t done = 0;
+            so.n_threads = threads[i];
+            REQUIRE(CHECK_OK(dsv3_session_open(&s, model, &so, &e), e));
+            CHECK_OK(dsv3_session_append(s, ids, LONG - LAST, NULL, &e), e);
+            for (size_t k = 0; k < sizeof steps / sizeof *steps; done += steps[k++])
+                run(s, ids + LONG - LAST + done, steps[k], got + done * o.vocab, NULL);
+            CHECK_EQ_UINT(done, LAST);
+            if (!CHECK_BYTES(got, LAST * row_size(), expected, LAST * row_size()))
+                printf("    mode %d, %u threads\n", (int)modes[m], threads[i]);
+            dsv3_session_close(s);
+        }
+        free(expected), free(got);
+        close_model();
+    }
+}
+
 TEST_MAIN(RUN(same_bits_for_rows_threads_and_kernels), RUN(logits_live), RUN(append_in_pieces), RUN(rewind_and_go_on),
           RUN(failed_append_changes_nothing), RUN(append_nothing), RUN(chosen_rows), RUN(experts), RUN(cancel_before_the_call),
           RUN(progress_of_a_prompt), RUN(context_full), RUN(executor_of_the_host), RUN(two_sessions), RUN(damaged_weights_are_named),
-          RUN(a_damaged_row_that_is_not_used), RUN(steady_state_allocates_nothing), RUN(memory_is_told_before))
+          RUN(a_damaged_row_that_is_not_used), RUN(steady_state_allocates_nothing), RUN(memory_is_told_before),
+          RUN(long_timelines))
