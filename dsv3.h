@@ -10263,7 +10263,7 @@ typedef struct dsv3__worker {
     float *panel;     /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
     float *a, *b;     /* [max_batch, DSV3__STRIP] outputs of a strip */
     float *q;         /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries; then values */
-    float *sums;      /* [DSV3__HEAD_ROWS, dsv3__mla_sum_floats(DSV3__HEAD_GROUP)] over all positions */
+    float *sums;      /* [DSV3__HEAD_ROWS, dsv3__nn_sum_floats(DSV3__HEAD_GROUP)] over all positions */
     float *span_sums; /* the same, of one span of them */
     float *u;         /* [DSV3__HEAD_ROWS, query_stride] a head's latents */
     float *row;       /* [widest] */
@@ -10318,7 +10318,7 @@ typedef struct dsv3__work {
     uint32_t head_groups;    /* of all heads, in groups of DSV3__HEAD_GROUP */
     uint32_t n_sums;         /* how many rows' sums over a span there is room for */
     float *queries;          /* [DSV3__HEAD_ROWS, head_groups, DSV3__HEAD_GROUP, query_stride] as a worker's q */
-    float *sums;             /* [DSV3__HEAD_ROWS, dsv3__mla_sum_floats(num_attention_heads)] as a worker's */
+    float *sums;             /* [DSV3__HEAD_ROWS, dsv3__nn_sum_floats(num_attention_heads)] as a worker's */
     float *span_sums;        /* [n_sums, the same] */
     float *router;           /* [n, n_routed_experts] router logits */
     float *router_bias;      /* [n_routed_experts] the layer's, as f32 */
@@ -10363,7 +10363,7 @@ static size_t dsv3__work_widest(const dsv3_model *m)
 
 /* Floats of the sums of a row over positions: of each head the largest score, and the sum of exp(score - it), then the sum
    of the latents in these proportions [n_heads, kv_lora_rank]. */
-static size_t dsv3__mla_sum_floats(const dsv3_model *m, uint32_t n_heads)
+static size_t dsv3__nn_sum_floats(const dsv3_model *m, uint32_t n_heads)
 {
     return (2 * (size_t)n_heads + 15) / 16 * 16 + (size_t)n_heads * m->config.kv_lora_rank;
 }
@@ -10416,8 +10416,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->rope = (float *)dsv3__carve(base, &used, n * c->qk_rope_head_dim, f);
     w->queries = (float *)dsv3__carve(
         base, &used, (uint64_t)DSV3__HEAD_ROWS * w->head_groups * DSV3__HEAD_GROUP * w->query_stride, f);
-    w->sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, c->num_attention_heads) * f);
-    w->span_sums = (float *)dsv3__carve(base, &used, w->n_sums, dsv3__mla_sum_floats(m, c->num_attention_heads) * f);
+    w->sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__nn_sum_floats(m, c->num_attention_heads) * f);
+    w->span_sums = (float *)dsv3__carve(base, &used, w->n_sums, dsv3__nn_sum_floats(m, c->num_attention_heads) * f);
     w->h = (float *)dsv3__carve(base, &used, h_moe > h_dense ? h_moe : h_dense, f);
     w->router = (float *)dsv3__carve(base, &used, n * experts, f);
     w->router_bias = (float *)dsv3__carve(base, &used, experts, f);
@@ -10434,8 +10434,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->query_stride, f);
-        t.sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, DSV3__HEAD_GROUP) * f);
-        t.span_sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__mla_sum_floats(m, DSV3__HEAD_GROUP) * f);
+        t.sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__nn_sum_floats(m, DSV3__HEAD_GROUP) * f);
+        t.span_sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__nn_sum_floats(m, DSV3__HEAD_GROUP) * f);
         t.u = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, w->query_stride * f);
         t.row = (float *)dsv3__carve(base, &used, widest, f);
         t.score = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * DSV3__KEY_BLOCK, f);
@@ -10762,7 +10762,7 @@ typedef struct dsv3__mla_heads {
     uint32_t h0, n;        /* head j is h0 + j of the model */
     float *q; /* [n_rows, q_row] queries [n, query_stride], or what half_query made of each group of heads */
     size_t q_row;
-    float *sums; /* [n_rows, dsv3__mla_sum_floats(n)] over all positions so far */
+    float *sums; /* [n_rows, dsv3__nn_sum_floats(n)] over all positions so far */
 } dsv3__mla_heads;
 
 typedef struct dsv3__mla_task {
@@ -10966,7 +10966,7 @@ typedef struct dsv3__mla_sum {
 DSV3__INLINE dsv3__mla_sum dsv3__mla_sum_of(const dsv3_model *m, const dsv3__mla_heads *v, float *sums, uint32_t i,
                                             uint32_t j)
 {
-    const size_t latent = m->config.kv_lora_rank, floats = dsv3__mla_sum_floats(m, v->n);
+    const size_t latent = m->config.kv_lora_rank, floats = dsv3__nn_sum_floats(m, v->n);
     dsv3__mla_sum s;
     sums += i * floats;
     s.max = sums + j, s.sum = s.max + v->n, s.u = sums + floats - (v->n - j) * latent;
@@ -11207,7 +11207,7 @@ static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows
     t->all.h0 = 0, t->all.n = heads;
     t->all.q = w->queries, t->all.q_row = w->head_groups * DSV3__HEAD_GROUP * w->query_stride;
     t->all.sums = w->sums;
-    t->span_floats = n_rows * dsv3__mla_sum_floats(w->m, heads);
+    t->span_floats = n_rows * dsv3__nn_sum_floats(w->m, heads);
     t->shares = threads > 1 ? (uint32_t)dsv3__min(dsv3__ceil_div(2 * threads, round), w->head_groups) : 1;
     dsv3__pool_run(w->pool, heads, dsv3__mla_absorb_task, t);
     if (w->halves)
