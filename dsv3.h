@@ -10262,7 +10262,7 @@ typedef struct dsv3__mlp_group {
 typedef struct dsv3__worker {
     float *panel;     /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
     float *a, *b;     /* [max_batch, DSV3__STRIP] outputs of a strip */
-    float *q;         /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries; then values */
+    float *q;         /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries */
     float *sums;      /* [DSV3__HEAD_ROWS, dsv3__nn_sum_floats(DSV3__HEAD_GROUP)] over all positions */
     float *span_sums; /* the same, of one span of them */
     float *u;         /* [DSV3__HEAD_ROWS, query_stride] a head's latents */
