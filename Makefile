@@ -130,7 +130,7 @@ tsan: $(TSAN_TESTS:tests/%.c=build/tsan/%) ## the tests with threads under TSan
 	@sh tests/run.sh -s "$(SHARED)" $(TSAN_TESTS:tests/%.c=build/tsan/%)
 
 # Comparisons are not traced where inputs are texts: with the sanitizers' own they were half of the time.
-build/fuzz/fuzz_chat build/fuzz/fuzz_reply build/fuzz/fuzz_schema: FUZZ_FLAGS := -fno-sanitize-coverage=trace-cmp
+build/fuzz/fuzz_chat build/fuzz/fuzz_reply build/fuzz/fuzz_schema build/fuzz/fuzz_tools: FUZZ_FLAGS := -fno-sanitize-coverage=trace-cmp
 
 build/fuzz/%: tests/%.c $(HEADERS)
 	@mkdir -p $(@D)

@@ -181,7 +181,8 @@
    can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
    describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
    All else is refused by its name (not, if with then or else, contains uniqueItems dependent... unevaluated... $dynamicRef,
-   unknown words, $ref to another document). A schema that no value fits is an error too, and says so.
+   unknown words, $ref to another document), and so is a key that stands twice. A schema that no value fits is an error
+   too, and says so.
    A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
    order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
@@ -16242,6 +16243,18 @@ static dsv3_result dsv3__gram_refuse(const dsv3__gram_build *b, uint32_t value, 
 }
 #define DSV3__GRAM_REFUSE(b, value, what) dsv3__gram_refuse((b), (value), (what), __LINE__)
 
+/* A key that stands twice would mean what the first says to one reader, what the last says to another. */
+static dsv3_result dsv3__gram_keys_once(dsv3__gram_build *b)
+{
+    for (uint32_t i = 1; i < b->n_values; i++) {
+        const uint32_t object = b->values[i].parent, first = dsv3__gram_member(b, object, b->values[i].key);
+        DSV3__TRY(dsv3__gram_work(b, b->values[object].n));
+        if (first && first != i)
+            return DSV3__GRAM_REFUSE(b, i, "a key that stands there twice");
+    }
+    return DSV3_OK;
+}
+
 // ---- Lists and states ------------------------------------------------------------------------------------
 
 static uint64_t dsv3__gram_hash(const uint32_t *list, uint32_t n)
@@ -18697,6 +18710,7 @@ static dsv3_result dsv3__gram_compile(dsv3__gram_build *b, const char *schema, s
     dsv3__str empty = {"", 0};
     uint32_t node;
     DSV3__TRY(dsv3__gram_read(b, schema ? schema : "true", schema ? len : 4));
+    DSV3__TRY(dsv3__gram_keys_once(b));
     DSV3__TRY(dsv3__gram_state_new(b, &node)); /* number 0 is none, among nodes too */
     DSV3__TRY(DSV3__GRAM_ROOM(b, g->nodes, g->cap_nodes, 0, 1));
     memset(g->nodes, 0, sizeof *g->nodes);

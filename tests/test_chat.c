@@ -1482,6 +1482,7 @@ TEST(must_choose_edges)
                {"[{\"function\": {\"name\": \"a\\nb\"}}]", "no newline"},
                {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"\\u0061\"}}]", "/1: a name that another"},
                {"[{\"function\": {\"name\": \"a\", \"parameters\": false}}]", "no value can fit"},
+               {"[{\"function\": {\"name\": \"a\", \"name\": \"b\"}}]", "/0/function/name: a key that stands there twice"},
                {"[{\"function\": {\"name\": \"a\"}}, {\"function\": {\"name\": \"b\", \"parameters\": {\"minItems\": 1, \"items\": "
                 "false, \"type\": \"array\"}}}]", "no value can fit"},
                {"[{\"function\": {\"name\": \"a\", \"parameters\": {\"$ref\": \"#/0\"}}}]", "what is not there"},

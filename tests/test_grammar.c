@@ -329,6 +329,8 @@ TEST(refused)
         {"{\"type\": \"string\", \"nope\": 1}", "/nope", DSV3_ERROR_SCHEMA},
         {"{\"properties\": {\"a\": {\"not\": {}}}}", "/properties/a/not", DSV3_ERROR_SCHEMA},
         {"{\"uniqueItems\": true}", "/uniqueItems", DSV3_ERROR_SCHEMA},
+        {"{\"type\": \"string\", \"t\\u0079pe\": \"number\"}", "/type: a key that stands there twice", DSV3_ERROR_SCHEMA},
+        {"{\"properties\": {\"a\": {}, \"b\": {}, \"a\": {}}}", "/properties/a: a key that", DSV3_ERROR_SCHEMA},
         {"{\"if\": {\"const\": 1}, \"then\": false}", "/if", DSV3_ERROR_SCHEMA},
         {"{\"else\": {}, \"if\": true}", "/if", DSV3_ERROR_SCHEMA},
         {"{\"if\": 1}", "/if", DSV3_ERROR_SCHEMA},
