@@ -397,7 +397,7 @@ typedef enum dsv3_isa {
     DSV3_ISA_AVX_VNNI = 4,    /* AVX2 and AVX-VNNI */
     DSV3_ISA_AVX512_VNNI = 5, /* AVX512 and AVX-512 VNNI */
     DSV3_ISA_AVX512_BF16 = 6, /* AVX512_VNNI and AVX-512 BF16, VBMI */
-    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI and AMX INT8, BF16, on Linux: see TILES above */
+    DSV3_ISA_AVX512_AMX = 7,  /* AVX512_VNNI, VBMI and AMX INT8, BF16, on Linux: see TILES above */
     DSV3_ISA_NEON = 16,       /* aarch64, with its dot products of bytes where the CPU has them */
     DSV3_ISA_FORCE_32BIT = 0x7fffffff
 } dsv3_isa;
@@ -417,13 +417,18 @@ typedef enum dsv3_isa {
           The same bits on all ISAs
    INT8   of I8 weights with a scale a row, or for 128 columns: a row of activations, or each 128 of it, becomes codes of 8
           bits, scale = max / 127, rounded to nearest even; integer sums, exact (above 131,072 columns all is as in F32).
-          Others as in BF16. The same bits on all ISAs */
+          Others as in BF16. The same bits on all ISAs
+   TILES  BF16 as the tile registers of AVX512_AMX multiply it: of F8_E4M3 weights code * bf16(x), summed over 128 columns,
+          times their scale; of BF16 weights w * bf16(x); numbers below 2^-50 count as 0. Prompts of two to three times BF16's
+          speed there, text a little slower; elsewhere far slower than BF16. Others as in F32, and so is F8_E4M3 whose scales
+          are not for 16 rows and 128 columns, or multiples. The same bits on all ISAs */
 typedef enum dsv3_compute {
     DSV3_COMPUTE_AUTO = 0,
     DSV3_COMPUTE_F32 = 1,
     DSV3_COMPUTE_BF16 = 2,
     DSV3_COMPUTE_FP8 = 3,
     DSV3_COMPUTE_INT8 = 4,
+    DSV3_COMPUTE_TILES = 5,
     DSV3_COMPUTE_FORCE_32BIT = 0x7fffffff
 } dsv3_compute;
 
@@ -2076,7 +2081,7 @@ static uint32_t dsv3__cpu_levels(void)
     levels |= 1u << DSV3_ISA_AVX512_VNNI;
     if (DSV3__CPU_HAS(c, vbmi) && DSV3__CPU_HAS(more, bf16))
         levels |= 1u << DSV3_ISA_AVX512_BF16;
-    if (DSV3__AMX && DSV3__CPU_HAS(d, amx) && DSV3__CPU_HAS(xcr0, 0x60000))
+    if (DSV3__AMX && DSV3__CPU_HAS(c, vbmi) && DSV3__CPU_HAS(d, amx) && DSV3__CPU_HAS(xcr0, 0x60000))
         levels |= 1u << DSV3_ISA_AVX512_AMX;
     return levels;
 }
@@ -2784,6 +2789,8 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
    HALVES. What attention multiplies where the mode is not f32: bf16, and 0 instead of what is below 2^-50, so that nothing
    made of them is denormal. A sum over n of them is made in runs of 32: a and b are chains as above over the even and the
    odd positions of a run, from +0; then y += a + b. That is what tdpbf16ps does with the bf16 as they lie.
+   Rows of weights as halves meet x so: such a sum over each group of columns, from +0, then y = fmaf(sum, scale, y), rising
+   from +0. A group is 128 columns of F8_E4M3 codes, with the scale of these, or 512 of BF16, whose scale is 1.
 
    All variants want denormals and round-to-nearest (dsv3__fp_enter). Pointers to weights may have any alignment; reads
    never pass the end of a row. */
@@ -2798,7 +2805,7 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__TARGET_AVX512_BF16 \
     DSV3__TARGET("avx512bf16,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define DSV3__TARGET_AVX512_AMX \
-    DSV3__TARGET("amx-tile,amx-int8,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+    DSV3__TARGET("amx-tile,amx-int8,avx512vbmi,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 
 /* Unrolled completely whatever the -O: an array of registers must not live in memory. */
@@ -2857,6 +2864,26 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 DSV3__INLINE size_t dsv3__k_bytes_scratch(size_t n_x, size_t k)
 {
     return (n_x + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
+}
+
+/* Columns of weights as halves that have one sum. */
+#define DSV3__HALF_GROUP_FP8  128
+#define DSV3__HALF_GROUP_BF16 512
+
+DSV3__INLINE size_t dsv3__k_half_group(dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F8_E4M3 ? DSV3__HALF_GROUP_FP8 : DSV3__HALF_GROUP_BF16;
+}
+
+DSV3__INLINE size_t dsv3__k_half_x_bytes(size_t n_x, size_t k)
+{
+    return (n_x + 15) / 16 * 16 * ((k + 127) / 128 * 128) * sizeof(uint16_t);
+}
+
+/* Bytes of scratch for `half_rows`: floats of each row of x, and a panel of weights. */
+DSV3__INLINE size_t dsv3__k_half_rows_scratch(size_t n_x)
+{
+    return (n_x + 15) / 16 * 16 * (2 * 16 + 128) * sizeof(float) + 32 * (DSV3__HALF_GROUP_BF16 + 32) * sizeof(uint16_t);
 }
 
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
@@ -2923,6 +2950,11 @@ typedef struct dsv3__half_block {
    half_scores   out[h * out_stride + t] = row h of query times row t < count of keys; up to t = 63 it may write anything.
    half_sums     u[h * u_stride + c] goes on with p [n_h, p_stride], made halves here, times keys, over rows t < count, for
                  c < n_c.
+   half_x        made [dsv3__k_half_x_bytes(n_x, k)], 64-aligned, = n_x rows x [ceil128(k)] of halves, zeros behind k, in a
+                 layout of the variant's own.
+   half_rows     out[j * out_stride + i] = row i < n_w of weights (F8_E4M3, BF16; w_stride bytes apart) as halves times row
+                 j < n_x of what half_x made. scale64 [ceil(k / 64)]: of all these rows. scratch:
+                 [dsv3__k_half_rows_scratch(n_x)] bytes, 64-aligned is best.
    exp_sum       x[i] = exp(x[i] - max) for i < n; returns their sum: 16 chains by i mod 16, rising from +0, then the tree
                  i + 8, i + 4, i + 2, i + 1. exp as dsv3__exp.
    swiglu        out[i] = silu(gate[i]) * up[i] for i < n, 0 instead of what is below 2^-126; out may be gate or up. silu as
@@ -2970,16 +3002,20 @@ typedef struct dsv3__half_block {
     X(void, bytes,                                                                                        \
       (float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w, \
        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch))
-#define DSV3__KERN_HALVES(X)                                                                                 \
-    X(void, to_halves, (uint16_t * out, const float *x, size_t n))                                           \
-    X(void, split_halves, (uint16_t * first, uint16_t * rest, const float *x, size_t n))                     \
-    X(void, half_keys, (const dsv3__half_block *keys))                                                       \
-    X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))             \
-    X(void, half_scores,                                                                                     \
-      (float *out, size_t out_stride, const dsv3__half_block *keys, const float *query, size_t n_h))         \
-    X(void, half_sums,                                                                                       \
-      (float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, const dsv3__half_block *keys, \
-       size_t n_c))
+#define DSV3__KERN_HALVES(X)                                                                                     \
+    X(void, to_halves, (uint16_t * out, const float *x, size_t n))                                               \
+    X(void, split_halves, (uint16_t * first, uint16_t * rest, const float *x, size_t n))                         \
+    X(void, half_keys, (const dsv3__half_block *keys))                                                           \
+    X(void, half_query, (float *query, const float *q, size_t stride, size_t n_h, size_t width))                 \
+    X(void, half_scores,                                                                                         \
+      (float *out, size_t out_stride, const dsv3__half_block *keys, const float *query, size_t n_h))             \
+    X(void, half_sums,                                                                                           \
+      (float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, const dsv3__half_block *keys,     \
+       size_t n_c))                                                                                              \
+    X(void, half_x, (void *made, const uint16_t *const *x, size_t n_x, size_t k))                                \
+    X(void, half_rows,                                                                                           \
+      (float *out, size_t out_stride, const uint8_t *w, size_t w_stride, dsv3_dtype dtype, const float *scale64, \
+       size_t n_w, const void *x, size_t n_x, size_t k, void *scratch))
 #define DSV3__KERN_OPS(X) DSV3__KERN_COMMON(X) DSV3__KERN_PAIRS(X) DSV3__KERN_BYTES(X) DSV3__KERN_HALVES(X)
 
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
@@ -3453,25 +3489,79 @@ DSV3__INLINE void dsv3__k_half_sums_by(dsv3__half_outer_fn outer, dsv3__to_halve
     outer(u, u_stride, n_h, half, 64, keys->made, keys->width, keys->count, n_c);
 }
 
-/* The four of a variant that has the three. */
-#define DSV3__KERN_HALVES_BY(isa, outer, to, from)                                                              \
-    static void dsv3__k_half_keys_##isa(const dsv3__half_block *keys)                                           \
-    {                                                                                                           \
-        dsv3__k_half_keys_by(from, keys);                                                                       \
-    }                                                                                                           \
-    static void dsv3__k_half_query_##isa(float *query, const float *q, size_t stride, size_t n_h, size_t width) \
-    {                                                                                                           \
-        dsv3__k_half_query_by(to, query, q, stride, n_h, width);                                                \
-    }                                                                                                           \
-    static void dsv3__k_half_scores_##isa(float *out, size_t out_stride, const dsv3__half_block *keys,          \
-                                          const float *query, size_t n_h)                                       \
-    {                                                                                                           \
-        dsv3__k_half_scores_by(outer, out, out_stride, keys, query, n_h);                                       \
-    }                                                                                                           \
-    static void dsv3__k_half_sums_##isa(float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride, \
-                                        const dsv3__half_block *keys, size_t n_c)                               \
-    {                                                                                                           \
-        dsv3__k_half_sums_by(outer, to, from, u, u_stride, n_h, p, p_stride, keys, n_c);                        \
+static void dsv3__k_half_x_scalar(void *made, const uint16_t *const *x, size_t n_x, size_t k)
+{
+    const size_t bytes = (k + 127) / 128 * 128 * sizeof(uint16_t);
+    for (size_t j = 0; j < n_x; j++)
+        memcpy((uint8_t *)made + j * bytes, x[j], bytes);
+}
+
+/* Rows of weights: 16 of them, 128 columns, turned at a time. scratch: sums and y [n_x][16], x [n_x][128], w [128][16]. */
+DSV3__INLINE void dsv3__k_half_rows_by(dsv3__half_outer_fn outer, dsv3__from_halves_fn from, dsv3__row_fn nat_fp8,
+                                       float *out, size_t out_stride, const uint8_t *w, size_t w_stride,
+                                       dsv3_dtype dtype, const float *scale64, size_t n_w, const void *x, size_t n_x,
+                                       size_t k, void *scratch)
+{
+    const size_t group = dsv3__k_half_group(dtype), size = dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
+    const float one[2] = {1, 1}, least = dsv3__bits_float(DSV3__HALF_LEAST);
+    float *sum = (float *)scratch, *y = sum + n_x * 16, *xs = y + n_x * 16, *ws = xs + n_x * 128, row[128];
+    for (size_t i = 0; i < n_w; i += 16) {
+        const size_t rows = dsv3__min(n_w - i, 16);
+        memset(sum, 0, 2 * n_x * 16 * sizeof(float));
+        for (size_t c = 0; c < k; c += 128) {
+            const size_t n = dsv3__min(k - c, 128), whole = (k + 127) / 128 * 128;
+            memset(row, 0, sizeof row);
+            for (size_t r = 0; r < 16; r++) { /* rows that are not there repeat the last */
+                const uint8_t *p = w + (i + dsv3__min(r, rows - 1)) * w_stride + c * size;
+                if (dtype == DSV3_DTYPE_F8_E4M3)
+                    nat_fp8(row, 64, 0, p, one, n);
+                else
+                    from(row, p, n);
+                for (size_t t = 0; t < 128; t++)
+                    ws[t * 16 + r] = fabsf(row[t]) < least ? 0 : row[t];
+            }
+            for (size_t j = 0; j < n_x; j++)
+                from(xs + j * 128, (const uint8_t *)x + (j * whole + c) * sizeof(uint16_t), 128);
+            outer(sum, 16, n_x, xs, 128, ws, 16, 128, 16);
+            for (size_t q = 0; q < n_x * 16 && ((c + 128) % group == 0 || c + 128 >= k); q++) {
+                y[q] = fmaf(sum[q], scale64[c / 64], y[q]);
+                sum[q] = 0;
+            }
+        }
+        for (size_t j = 0; j < n_x; j++)
+            for (size_t r = 0; r < rows; r++) {
+                const float v = y[j * 16 + r];
+                out[j * out_stride + i + r] = v == v ? v : dsv3__bits_float(DSV3__NAN_BITS);
+            }
+    }
+}
+
+/* The five of a variant that has the three, and nat_fp8. */
+#define DSV3__KERN_HALVES_BY(isa, outer, to, from)                                                                     \
+    static void dsv3__k_half_rows_##isa(float *out, size_t out_stride, const uint8_t *w, size_t w_stride,              \
+                                        dsv3_dtype dtype, const float *scale64, size_t n_w, const void *x, size_t n_x, \
+                                        size_t k, void *scratch)                                                       \
+    {                                                                                                                  \
+        dsv3__k_half_rows_by(outer, from, dsv3__k_nat_fp8_##isa, out, out_stride, w, w_stride, dtype, scale64, n_w, x, \
+                             n_x, k, scratch);                                                                         \
+    }                                                                                                                  \
+    static void dsv3__k_half_keys_##isa(const dsv3__half_block *keys)                                                  \
+    {                                                                                                                  \
+        dsv3__k_half_keys_by(from, keys);                                                                              \
+    }                                                                                                                  \
+    static void dsv3__k_half_query_##isa(float *query, const float *q, size_t stride, size_t n_h, size_t width)        \
+    {                                                                                                                  \
+        dsv3__k_half_query_by(to, query, q, stride, n_h, width);                                                       \
+    }                                                                                                                  \
+    static void dsv3__k_half_scores_##isa(float *out, size_t out_stride, const dsv3__half_block *keys,                 \
+                                          const float *query, size_t n_h)                                              \
+    {                                                                                                                  \
+        dsv3__k_half_scores_by(outer, out, out_stride, keys, query, n_h);                                              \
+    }                                                                                                                  \
+    static void dsv3__k_half_sums_##isa(float *u, size_t u_stride, size_t n_h, const float *p, size_t p_stride,        \
+                                        const dsv3__half_block *keys, size_t n_c)                                      \
+    {                                                                                                                  \
+        dsv3__k_half_sums_by(outer, to, from, u, u_stride, n_h, p, p_stride, keys, n_c);                               \
     }
 DSV3__KERN_HALVES_BY(scalar, dsv3__k_half_outer_scalar, dsv3__k_to_halves_scalar, dsv3__k_from_halves_scalar)
 
@@ -5735,6 +5825,37 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_
                        w_scale, n_w, x, x_scale, n_x, k, group);
 }
 
+/* The bf16 of a code without its sign: high bytes, low bytes. Every code is a normal number there, the denormal ones too;
+   0x7F is NaN. */
+#define DSV3__16(v) (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v)
+#define DSV3__STEPS 0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0, 0xC0, 0xD0, 0xE0
+static const uint8_t dsv3__k_fp8_bf16_high[128] = {0x00,           0x3B,
+                                                   0x3B,           0x3B,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C,
+                                                   0x3C,           0x3C, /* 0 ... 15 */
+                                                   DSV3__16(0x3D), DSV3__16(0x3E),
+                                                   DSV3__16(0x3F), DSV3__16(0x40),
+                                                   DSV3__16(0x41), DSV3__16(0x42),
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x43,
+                                                   0x43,           0x7F};
+static const uint8_t dsv3__k_fp8_bf16_low[128] = {
+    0x00,        0x00, 0x80,        0xC0, 0x00,        0x20, 0x40,        0x60,
+    0x80,        0x90, 0xA0,        0xB0, 0xC0,        0xD0, 0xE0,        0xF0, /* 0 ... 15 */
+    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0,
+    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xC0};
+#undef DSV3__16
+#undef DSV3__STEPS
+
 #if DSV3__AMX
 // ---- AMX -------------------------------------------------------------------------------------------------------
 
@@ -6039,40 +6160,181 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_sums_avx512_amx(float *u, size_
 #undef DSV3__SUMS
     DSV3__TILES_END();
 }
+
+/* Rows of weights as halves, 32 of them and one group of their columns at a time, in a panel that stays in L1. Rows of x
+   are turned: of 16 rows, of each run of columns, [16][16] words (even, odd column) at a row. One row alone lies so
+   already, and then all tiles of x and of sums are one word wide. */
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_x_avx512_amx(void *made, const uint16_t *const *x, size_t n_x,
+                                                              size_t k)
+{
+    const size_t runs = (k + 127) / 128 * 4;
+    uint8_t *to = (uint8_t *)made; /* [ceil(n_x / 16)][runs][16][16] words; one row: [runs][16] */
+    const void *from[16];
+    if (n_x == 1)
+        memcpy(to, x[0], runs * 64);
+    for (size_t j = 0; j < n_x && n_x > 1; j += 16)
+        for (size_t r = 0; r < runs; r++, to += 1024) {
+            for (size_t i = 0; i < 16; i++) /* rows that are not there repeat the last */
+                from[i] = x[dsv3__min(j + i, n_x - 1)] + 32 * r;
+            dsv3__k_turn_avx512_amx(to, 64, from, 16);
+        }
+}
+
+/* 64 codes as halves. PERF: bytes are interleaved within 128 bits, so their quarters are brought into that order first:
+   less than picking them with two more byte permutes. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_fp8x64_avx512_amx(uint16_t *to, __m512i v, const __m512i *t)
+{
+    __m512i high, low;
+    v = _mm512_permutexvar_epi64(t[4], v);
+    high = _mm512_permutex2var_epi8(t[0], v, t[1]), low = _mm512_permutex2var_epi8(t[2], v, t[3]);
+    high = _mm512_or_si512(high, _mm512_and_si512(v, t[5])); /* the sign */
+    _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high)));
+    _mm512_storeu_ps(to + 32, _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high)));
+}
+
+/* 32 weights as halves. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_bf16x32_avx512_amx(uint16_t *to, __m512i v)
+{
+    const __m512i size = _mm512_and_si512(v, _mm512_set1_epi16(0x7FFF));
+    const __mmask32 some = _mm512_cmpge_epu16_mask(size, _mm512_set1_epi16(DSV3__HALF_LEAST >> 16));
+    _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_maskz_mov_epi16(some, v)));
+}
+
+#define DSV3__HALF_STRIDE (DSV3__HALF_GROUP_BF16 + 32) /* of a panel: rows are not all in the same cache sets */
+
+/* panel [32][DSV3__HALF_STRIDE] = n columns of `rows` rows of w, and zeros up to a multiple of 128; rows that are not there
+   repeat the last. PERF: as many bytes are asked for from `ahead` on, so that the next rows come from L2. */
+DSV3__TARGET_AVX512_AMX DSV3__NOINLINE static void dsv3__k_half_panel_avx512_amx(uint16_t *panel, const uint8_t *w,
+                                                                                 size_t w_stride, dsv3_dtype dtype,
+                                                                                 size_t rows, size_t n,
+                                                                                 const uint8_t *ahead)
+{
+    const size_t size = dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
+    const __m512i t[6] = {_mm512_loadu_si512(dsv3__k_fp8_bf16_high), _mm512_loadu_si512(dsv3__k_fp8_bf16_high + 64),
+                          _mm512_loadu_si512(dsv3__k_fp8_bf16_low),  _mm512_loadu_si512(dsv3__k_fp8_bf16_low + 64),
+                          _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0),  _mm512_set1_epi8((char)0x80)};
+    for (size_t r = 0; r < 32; r++, panel += DSV3__HALF_STRIDE) {
+        const uint8_t *from = w + dsv3__min(r, rows - 1) * w_stride;
+        uint8_t tail[128];
+        size_t c = 0;
+        for (; c + 64 <= n && size == 1; c += 64, ahead += 64) {
+            DSV3__FETCH(ahead);
+            dsv3__k_fp8x64_avx512_amx(panel + c, _mm512_loadu_si512(from + c), t);
+        }
+        for (; c + 32 <= n && size == 2; c += 32, ahead += 64) {
+            DSV3__FETCH(ahead);
+            dsv3__k_bf16x32_avx512_amx(panel + c, _mm512_loadu_si512(from + 2 * c));
+        }
+        for (size_t step = 64 / size; DSV3__UNLIKELY(c % 128 || c < n); c += step) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, from + c * size, c < n ? dsv3__min(n - c, step) * size : 0);
+            if (size == 1)
+                dsv3__k_fp8x64_avx512_amx(panel + c, _mm512_loadu_si512(tail), t);
+            else
+                dsv3__k_bf16x32_avx512_amx(panel + c, _mm512_loadu_si512(tail));
+        }
+    }
+}
+
+/* sum [2][16][N] = 32 rows of a panel times N = 1 or 16 rows of x, over `runs`; if `two`, behind it the same of the 16 rows
+   of x that lie x_tile floats behind. */
+DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_half_tiles_avx512_amx(float *sum, const uint16_t *panel,
+                                                                        const float *x, size_t x_tile, size_t runs,
+                                                                        size_t N, bool two)
+{
+    const size_t bytes = N * sizeof(float), stride = DSV3__HALF_STRIDE * sizeof *panel;
+    DSV3__TILE_ZERO(0);
+    DSV3__TILE_ZERO(1);
+    DSV3__TILE_ZERO(2);
+    DSV3__TILE_ZERO(3);
+    for (size_t r = 0; r < runs; r++, panel += 32, x += 16 * N) {
+        DSV3__TILE_LOAD(6, x, bytes);
+        DSV3__TILE_LOAD(4, panel, stride);
+        DSV3__TILE_DOT_BF16(0, 4, 6);
+        DSV3__TILE_LOAD(5, panel + 16 * DSV3__HALF_STRIDE, stride);
+        DSV3__TILE_DOT_BF16(1, 5, 6);
+        if (two) {
+            DSV3__TILE_LOAD(7, x + x_tile, bytes);
+            DSV3__TILE_DOT_BF16(2, 4, 7);
+            DSV3__TILE_DOT_BF16(3, 5, 7);
+        }
+    }
+    DSV3__TILE_STORE(0, sum, bytes);
+    DSV3__TILE_STORE(1, sum + 16 * N, bytes);
+    if (two) {
+        DSV3__TILE_STORE(2, sum + 32 * N, bytes);
+        DSV3__TILE_STORE(3, sum + 48 * N, bytes);
+    }
+}
+
+/* out = y [ceil(n_x / 16)][2][16][N], sums of `rows` rows of weights with n_x rows of x. */
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_out_avx512_amx(float *out, size_t out_stride, float *y, size_t rows,
+                                                                size_t n_x, size_t N)
+{
+    const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32((int)DSV3__NAN_BITS));
+    const size_t tiles = (n_x + 15) / 16;
+    for (size_t q = 0; q < tiles * 32 * N; q += 16) {
+        const __m512 v = _mm512_loadu_ps(y + q);
+        _mm512_storeu_ps(y + q, _mm512_mask_mov_ps(nan, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), v));
+    }
+    if (N == 1)
+        memcpy(out, y, rows * sizeof *out);
+    for (size_t b = 0; b < 2 * tiles && N > 1; b++) { /* 16 rows of w and of x each */
+        const size_t r0 = b % 2 * 16, j0 = b / 2 * 16, n = dsv3__min(n_x - j0, 16);
+        const void *from[16];
+        float some[16][16];
+        for (size_t r = 0; r < 16; r++)
+            from[r] = y + (b * 16 + r) * 16;
+        if (r0 + 16 <= rows) {
+            dsv3__k_turn_avx512_amx(out + j0 * out_stride + r0, out_stride * sizeof(float), from, n);
+        } else if (r0 < rows) {
+            dsv3__k_turn_avx512_amx(some, 64, from, 16);
+            for (size_t j = 0; j < n; j++)
+                memcpy(out + (j0 + j) * out_stride + r0, some[j], (rows - r0) * sizeof(float));
+        }
+    }
+}
+
+DSV3__TARGET_AVX512_AMX static void dsv3__k_half_rows_avx512_amx(float *out, size_t out_stride, const uint8_t *w,
+                                                                 size_t w_stride, dsv3_dtype dtype,
+                                                                 const float *scale64, size_t n_w, const void *x,
+                                                                 size_t n_x, size_t k, void *scratch)
+{
+    const size_t group = dsv3__k_half_group(dtype), size = dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
+    const size_t tiles = (n_x + 15) / 16, N = n_x > 1 ? 16 : 1, runs = (k + 127) / 128 * 4;
+    uint16_t *panel = (uint16_t *)scratch;                        /* [32][DSV3__HALF_STRIDE] */
+    float *y = (float *)(void *)(panel + 32 * DSV3__HALF_STRIDE); /* [tiles][2][16][N] */
+    float sum[4 * 16 * 16];
+    uint8_t shapes[64];
+    memcpy(shapes, dsv3__k_tile_shapes, sizeof shapes);
+    for (size_t t = 0; t < 8; t++) /* x, and sums */
+        shapes[16 + 2 * t] = t == 4 || t == 5 ? 64 : (uint8_t)(N * sizeof(float));
+    DSV3__TILES_BEGIN(&shapes);
+    for (size_t i = 0; i < n_w; i += 32) {
+        const size_t rows = dsv3__min(n_w - i, 32);
+        const uint8_t *ahead = w + (i + 32) * w_stride;
+        memset(y, 0, tiles * 32 * N * sizeof *y);
+        for (size_t c = 0, n; c < k; c += group, ahead += 32 * n * size) {
+            const __m512 scale = _mm512_set1_ps(scale64[c / 64]);
+            n = dsv3__min(k - c, group);
+            dsv3__k_half_panel_avx512_amx(panel, w + i * w_stride + c * size, w_stride, dtype, rows, n, ahead);
+            for (size_t t = 0; t < tiles; t += 2) {
+                const bool two = t + 1 < tiles;
+                float *to = y + t * 32 * N;
+                dsv3__k_half_tiles_avx512_amx(sum, panel, (const float *)x + (t * runs + c / 32) * 16 * N,
+                                              runs * 16 * N, (n + 127) / 128 * 4, N, two);
+                for (size_t q = 0; q < (two ? 64 : 32) * N; q += 16)
+                    _mm512_storeu_ps(to + q, _mm512_fmadd_ps(_mm512_loadu_ps(sum + q), scale, _mm512_loadu_ps(to + q)));
+            }
+        }
+        dsv3__k_half_out_avx512_amx(out + i, out_stride, y, rows, n_x, N);
+    }
+    DSV3__TILES_END();
+}
 #endif // DSV3__AMX
 
 // ---- AVX-512 BF16, VBMI: pairs as words of two bf16 --------------------------------------------------------------
-
-/* The bf16 of a code without its sign: high bytes, low bytes. Every code is a normal number there, the denormal ones too;
-   0x7F is NaN. */
-#define DSV3__16(v) (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v), (v)
-#define DSV3__STEPS 0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0, 0xC0, 0xD0, 0xE0
-static const uint8_t dsv3__k_fp8_bf16_high[128] = {0x00,           0x3B,
-                                                   0x3B,           0x3B,
-                                                   0x3C,           0x3C,
-                                                   0x3C,           0x3C,
-                                                   0x3C,           0x3C,
-                                                   0x3C,           0x3C,
-                                                   0x3C,           0x3C,
-                                                   0x3C,           0x3C, /* 0 ... 15 */
-                                                   DSV3__16(0x3D), DSV3__16(0x3E),
-                                                   DSV3__16(0x3F), DSV3__16(0x40),
-                                                   DSV3__16(0x41), DSV3__16(0x42),
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x43,
-                                                   0x43,           0x7F};
-static const uint8_t dsv3__k_fp8_bf16_low[128] = {
-    0x00,        0x00, 0x80,        0xC0, 0x00,        0x20, 0x40,        0x60,
-    0x80,        0x90, 0xA0,        0xB0, 0xC0,        0xD0, 0xE0,        0xF0, /* 0 ... 15 */
-    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0,
-    DSV3__STEPS, 0xF0, DSV3__STEPS, 0xF0, DSV3__STEPS, 0xC0};
-#undef DSV3__16
-#undef DSV3__STEPS
 
 /* Bytes of the words of columns 4i, 4i + 1, out of 64 low bytes and behind them 64 high ones; 2 more: 4i + 2, 4i + 3. */
 #define DSV3__WORD(i) 0x41014000u + 0x04040404u * i
@@ -7137,6 +7399,9 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_tile_add_pairs_avx2   dsv3__k_tile_add_avx2
 #define dsv3__k_tile_add_pairs_avx512 dsv3__k_tile_add_avx512
 #define dsv3__k_tile_add_pairs_neon   dsv3__k_tile_add_neon
+#define dsv3__k_half_x_avx2           dsv3__k_half_x_scalar
+#define dsv3__k_half_x_avx512         dsv3__k_half_x_scalar
+#define dsv3__k_half_x_neon           dsv3__k_half_x_scalar
 /* Rounding to codes is memory's business with 8 lanes already. */
 #define dsv3__k_to_bytes_avx_vnni    dsv3__k_to_bytes_avx2
 #define dsv3__k_to_bytes_avx512_vnni dsv3__k_to_bytes_avx2
@@ -7291,17 +7556,20 @@ typedef enum dsv3__form {
     DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs; dsv3__mm_strip multiplies by the scale and rounds */
     DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then a float: their scale, then an int32: 128 times their sum */
     DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them, then an int32 for each */
+    DSV3__FORM_HALVES,    /* halves [ceil128(k)] */
     DSV3__FORMS
 } dsv3__form;
 
 static dsv3__form dsv3__mm_form(const dsv3__mm_mode *mode, const dsv3_tensor *w)
 {
     const uint64_t cols = dsv3__ten_n_cols(w);
-    const bool exact = mode->compute == DSV3_COMPUTE_F32;
+    const bool exact = mode->compute == DSV3_COMPUTE_F32, tiles = mode->compute == DSV3_COMPUTE_TILES;
     switch (w->dtype) {
     case DSV3_DTYPE_F8_E4M3:
+        if (tiles && (!w->scale || (w->block_rows % 16 == 0 && (w->block_cols % 128 == 0 || w->block_cols >= cols))))
+            return DSV3__FORM_HALVES;
         return exact ? DSV3__FORM_QUADS : mode->compute == DSV3_COMPUTE_FP8 ? DSV3__FORM_FP8 : DSV3__FORM_PAIRS_FP8;
-    case DSV3_DTYPE_BF16: return exact ? DSV3__FORM_PLAIN : DSV3__FORM_PAIRS;
+    case DSV3_DTYPE_BF16: return exact ? DSV3__FORM_PLAIN : tiles ? DSV3__FORM_HALVES : DSV3__FORM_PAIRS;
     case DSV3_DTYPE_I8:
         if (mode->compute != DSV3_COMPUTE_INT8 || cols > 131072)
             return DSV3__FORM_PLAIN;
@@ -7455,6 +7723,12 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         memset(codes + k, 0, padded - k);
         return;
     }
+    if (form == DSV3__FORM_HALVES) {
+        uint16_t *halves = (uint16_t *)(void *)row;
+        mode->k->to_halves(halves, values, k);
+        memset(halves + k, 0, ((k + 127) / 128 * 128 - k) * sizeof *halves);
+        return;
+    }
     for (size_t c = 0; c < k; c += 128) {
         float v[128], placed[128];
         const size_t n = dsv3__min(k - c, 128);
@@ -7475,6 +7749,13 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
     }
 }
 
+/* Rows of x as halves at a time. */
+DSV3__INLINE size_t dsv3__mm_half_tokens(size_t k)
+{
+    const size_t fit = DSV3__MM_CODES / ((k + 127) / 128 * 128) / 32 * 32;
+    return fit < 32 ? 32 : dsv3__min(fit, DSV3__MM_BYTES);
+}
+
 /* Floats of scratch that dsv3__mm_strip wants for weights of at most k columns; 64-aligned is best. Of narrower weights
    more rows of x are taken at a time, so each part is the largest that any width up to k asks for. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
@@ -7488,7 +7769,9 @@ DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
     const size_t few = (DSV3__MM_FEW + 1) * dsv3__mm_pad(k), floats = tiles > few ? tiles : few;
     const size_t codes = 32 * dsv3__mm_pad(k), scales = DSV3__MM_BYTES * ((k + 127) / 128) + 16;
     const size_t bytes = scales + (codes > DSV3__MM_CODES ? codes : DSV3__MM_CODES) / 64 * (64 / sizeof(float) + 1);
-    return dsv3__mm_pad((k + 63) / 64) + (floats > bytes ? floats : bytes);
+    const size_t x_bytes = dsv3__max(dsv3__k_half_x_bytes(32, k), DSV3__MM_CODES * sizeof(uint16_t));
+    const size_t halves = (x_bytes + dsv3__k_half_rows_scratch(DSV3__MM_BYTES)) / sizeof(float);
+    return dsv3__mm_pad((k + 63) / 64) + dsv3__max(halves, dsv3__max(floats, bytes));
 }
 
 /* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
@@ -7696,6 +7979,31 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
     }
 }
 
+/* Halves: rows of w up to where the scales change. */
+static void dsv3__mm_halves(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
+                            const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
+                            size_t out_stride)
+{
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), tokens = dsv3__mm_half_tokens(cols), blocks = (cols + 63) / 64;
+    float *scale64 = panel, *made = panel + dsv3__mm_pad(blocks); /* [blocks]; what half_x made */
+    const uint16_t *rows[DSV3__MM_BYTES];
+    uint64_t have = UINT64_MAX;
+    for (size_t j = 0, t; j < n; j += t) {
+        t = dsv3__min(n - j, tokens);
+        float *scratch = made + dsv3__k_half_x_bytes(t, cols) / sizeof(float);
+        for (size_t i = 0; i < t; i++)
+            rows[i] = (const uint16_t *)(const void *)(x + (index ? index[j + i] : j + i) * x_stride);
+        k->half_x(made, rows, t, cols);
+        for (uint64_t r = r0, same; r < r1; r = same) {
+            const uint64_t left = w->scale ? w->block_rows - r % w->block_rows : r1 - r;
+            same = left < r1 - r ? r + left : r1;
+            dsv3__mm_scales(scale64, w, r, blocks, &have);
+            k->half_rows(out + (size_t)(r - r0) + j * out_stride, out_stride, dsv3__ten_row(w, r),
+                         (size_t)w->row_stride, w->dtype, scale64, (size_t)(same - r), made, t, cols, scratch);
+        }
+    }
+}
+
 /* Rows r0 ... r1 - 1 of w against n packed rows of x, on this thread, inside dsv3__fp_enter.
    w          passed dsv3__ten_check with arithmetic; k columns
    panel      [dsv3__mm_panel_floats(k)] scratch
@@ -7709,6 +8017,10 @@ static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_t
     const dsv3__form form = dsv3__mm_form(mode, w);
     if (dsv3__mm_is_bytes(form)) {
         dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride);
+        return;
+    }
+    if (form == DSV3__FORM_HALVES) {
+        dsv3__mm_halves(mode->k, panel, w, r0, r1, x, x_stride, index, n, out, out_stride);
         return;
     }
     if (n <= DSV3__MM_FEW) {
@@ -7839,6 +8151,7 @@ DSV3_API const char *dsv3_compute_name(dsv3_compute mode)
     case DSV3_COMPUTE_BF16: return "bf16";
     case DSV3_COMPUTE_FP8: return "fp8";
     case DSV3_COMPUTE_INT8: return "int8";
+    case DSV3_COMPUTE_TILES: return "tiles";
     default: return "?";
     }
 }
@@ -7908,7 +8221,7 @@ static void dsv3__mm_task(void *ctx, uint32_t task, uint32_t worker)
 
 static dsv3_result dsv3__mm_resolve(dsv3_compute *compute, dsv3_compute wanted, dsv3_error *err)
 {
-    if ((int)wanted < 0 || wanted > DSV3_COMPUTE_INT8)
+    if ((int)wanted < 0 || wanted > DSV3_COMPUTE_TILES)
         return DSV3__FAIL(err, DSV3_ERROR_INVALID_OPTIONS, "opts.compute: %d is not an arithmetic mode",
                           (int64_t)wanted);
     *compute = wanted == DSV3_COMPUTE_AUTO ? DSV3_COMPUTE_INT8 : wanted;
@@ -7930,7 +8243,7 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
     c.mode.powers = w->scale_dtype == DSV3_DTYPE_F8_E8M0;
     c.w = w;
     const dsv3__form form = dsv3__mm_form(&c.mode, w);
-    if (dsv3__mm_is_bytes(form))
+    if (dsv3__mm_is_bytes(form) || form == DSV3__FORM_HALVES)
         DSV3__TRY(dsv3__mm_permit(&c.mode.k, opts->isa, err));
     c.n = dsv3__min(n, DSV3__MM_BATCH);
     c.x_stride = dsv3__mm_pad(cols);

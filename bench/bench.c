@@ -137,7 +137,7 @@ static struct {
 } opt;
 
 /* Arithmetic modes, numbered as dsv3_compute. */
-static const char *const COMPUTES[] = {"auto", "f32", "bf16", "fp8", "int8"};
+static const char *const COMPUTES[] = {"auto", "f32", "bf16", "fp8", "int8", "tiles"};
 enum { N_COMPUTES = sizeof COMPUTES / sizeof *COMPUTES };
 
 static dsv3_compute compute_of(const char *name)
@@ -157,7 +157,7 @@ static const char *compute_resolve(uint32_t index, const char *dtype)
 /* The type of the products that a mode multiplies: its peak is that of their instruction. E4M3 times E4M3 is exact in bf16. */
 static const char *compute_products(const char *compute)
 {
-    return strcmp(compute, "fp8") == 0 ? "bf16" : compute;
+    return strcmp(compute, "fp8") == 0 ? "bf16" : strcmp(compute, "tiles") == 0 ? "halves" : compute;
 }
 
 #include "roof.h"
@@ -308,7 +308,9 @@ static void model_open(model *b, const char *dir, dsv3_isa isa, uint32_t compute
     model_count(b);
     b->compute = compute_resolve(compute, b->dtype);
     b->main = peak_of(b->isa, compute_products(b->compute));
-    b->rest = peak_of(b->isa, strcmp(b->compute, "f32") ? "bf16" : "f32");
+    b->rest = peak_of(b->isa, strcmp(b->compute, "f32") == 0     ? "f32"
+                              : strcmp(b->compute, "tiles") == 0 ? "halves"
+                                                                 : "bf16");
     b->attention = peak_of(b->isa, strcmp(b->compute, "f32") ? "halves" : "f32");
 }
 
@@ -1325,7 +1327,7 @@ static const char HELP[] =
     "  --dir DIR          where the shapes are written, once (build/shapes)\n"
     "  --what LIST        bandwidth, open, kernels, decode, prompt, rows; all of these (default); tokenizer; mask; "
     "batch; draft\n"
-    "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8 (auto)\n"
+    "  --compute LIST     arithmetic: auto, f32, bf16, fp8, int8, tiles (auto)\n"
     "  --isa LIST         auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16, avx512-amx (auto)\n"
     "  --threads LIST     (1 and all cores)\n"
     "  --context LIST     tokens before the first decoded one (8,4096,16384); before the rows: the first of them\n"

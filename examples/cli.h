@@ -342,7 +342,7 @@ static void option_set(const char *command, const option *o, const char *arg)
               command, arg);
     }
     case OPTION_COMPUTE:
-        for (int i = DSV3_COMPUTE_AUTO; i <= DSV3_COMPUTE_INT8; i++)
+        for (int i = DSV3_COMPUTE_AUTO; i <= DSV3_COMPUTE_TILES; i++)
             if (strcmp(arg, dsv3_compute_name((dsv3_compute)i)) == 0) {
                 *(dsv3_compute *)o->value = (dsv3_compute)i;
                 return;

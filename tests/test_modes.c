@@ -1,4 +1,4 @@
-/* The arithmetic modes of the public products: f32, bf16, fp8, int8. Values against a plain reading of what each mode
+/* The arithmetic modes of the public products: f32, bf16, fp8, int8, tiles. Values against a plain reading of what each mode
    promises, in double; bits of a row against the same row alone, whatever rows, threads, executor and kernels. Nothing
    private of the header is used. */
 #ifdef TEST_EMULATE_AVX512
@@ -25,17 +25,18 @@
 
 // ---- Modes -----------------------------------------------------------------------------------------------
 
-typedef enum mode { AUTO, F32, BF16, FP8, INT8 } mode;
+typedef enum mode { AUTO, F32, BF16, FP8, INT8, TILES } mode;
 
-static const mode modes[] = {AUTO, F32, BF16, FP8, INT8};
-static const char *const mode_names[] = {"auto", "f32", "bf16", "fp8", "int8"};
+static const mode modes[] = {AUTO, F32, BF16, FP8, INT8, TILES};
+static const char *const mode_names[] = {"auto", "f32", "bf16", "fp8", "int8", "tiles"};
 
 static dsv3_matmul_opts options(dsv3_isa isa, mode m)
 {
     dsv3_matmul_opts o;
     memset(&o, 0, sizeof o);
     o.isa = isa;
-    static const dsv3_compute values[] = {DSV3_COMPUTE_AUTO, DSV3_COMPUTE_F32, DSV3_COMPUTE_BF16, DSV3_COMPUTE_FP8, DSV3_COMPUTE_INT8};
+    static const dsv3_compute values[] = {DSV3_COMPUTE_AUTO, DSV3_COMPUTE_F32,  DSV3_COMPUTE_BF16,
+                                          DSV3_COMPUTE_FP8,  DSV3_COMPUTE_INT8, DSV3_COMPUTE_TILES};
     o.compute = values[m];
     return o;
 }
@@ -307,6 +308,9 @@ static void promised(double *out, double *size, const float *x, const weight *w,
             if (m == BF16) {
                 volatile float scaled = x[c] * scale;
                 product = stored(w, r, c) * (double)to_bf16(scaled);
+            } else if (m == TILES) {
+                const double half = to_bf16(x[c]);
+                product = fabs(half) < ldexp(1, -50) ? 0 : stored(w, r, c) * (double)scale * half;
             } else if (m == INT8) {
                 product = stored(w, r, c) * (double)values[c] * (double)s[c] * (double)scale;
             } else {
@@ -327,11 +331,11 @@ static bool flushes(dsv3_isa isa)
 }
 
 /* At most a rounding for each 32 columns and some; flushed denormals are allowed for: activations' where they were rounded
-   to bf16 (times a weight of up to 448), all of products on one level. */
+   to bf16 (times a weight of up to 448), all of products on one level. In tiles each group adds two roundings more. */
 static double allowed(size_t cols, double size, dsv3_isa isa, mode m)
 {
     const bool some = flushes(isa) || m != F32;
-    return ((double)cols / 32 + 16) * ldexp(1, -24) * size + (double)cols * ldexp(1, some ? -116 : -125);
+    return ((double)cols / (m == TILES ? 24 : 32) + 16) * ldexp(1, -24) * size + (double)cols * ldexp(1, some ? -116 : -125);
 }
 
 /* n rows of `in`, each against what is promised; says where it first parts. */
@@ -779,6 +783,8 @@ TEST(powers_of_two)
                 for (size_t p = 0; p < COUNT(powers); p++) {
                     if (powers[p] < 0 && effective(modes[m], k) == FP8)
                         continue;
+                    if (powers[p] < -40 && effective(modes[m], k) == TILES)
+                        continue; /* 0 */
                     for (size_t i = 0; i < N * COLS; i++)
                         moved[i] = ldexpf(in[i], powers[p]);
                     multiply(out, moved, N, &w, isas[s], modes[m]);
@@ -1091,7 +1097,7 @@ TEST(names_and_refusals)
     dsv3_model *model = NULL;
     dsv3_model_opts mo;
     memset(&mo, 0, sizeof mo);
-    mo.compute = (dsv3_compute)5;
+    mo.compute = (dsv3_compute)6;
     tiny_build(&t, &to);
     CHECK_RESULT(tiny_open(&t, &model, &mo, &e), DSV3_ERROR_INVALID_OPTIONS, e);
     CHECK_CONTAINS(e.message, "compute");
