@@ -419,9 +419,9 @@ typedef enum dsv3_isa {
           bits, scale = max / 127, rounded to nearest even; integer sums, exact (above 131,072 columns all is as in F32).
           Others as in BF16. The same bits on all ISAs
    TILES  BF16 as the tile registers of AVX512_AMX multiply it: of F8_E4M3 weights code * bf16(x), summed over 128 columns,
-          times their scale; of BF16 weights w * bf16(x); numbers below 2^-50 count as 0. Prompts of two to three times BF16's
-          speed there, text a little slower; elsewhere far slower than BF16. Others as in F32, and so is F8_E4M3 whose scales
-          are not for 16 rows and 128 columns, or multiples. The same bits on all ISAs */
+          times their scale; of BF16 weights w * bf16(x); numbers below 2^-50 count as 0. Prompts at two to three times the
+          speed of BF16 there, decoding at half of it; elsewhere far slower than BF16. Others as in F32, and
+          F8_E4M3 whose scales are not for 16 rows and 128 columns, or multiples, as in BF16. The same bits on all ISAs */
 typedef enum dsv3_compute {
     DSV3_COMPUTE_AUTO = 0,
     DSV3_COMPUTE_F32 = 1,
@@ -2866,9 +2866,10 @@ DSV3__INLINE size_t dsv3__k_bytes_scratch(size_t n_x, size_t k)
     return (n_x + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
 }
 
-/* Columns of weights as halves that have one sum. */
+/* Columns of weights as halves that have one sum; how many are decoded at a time. */
 #define DSV3__HALF_GROUP_FP8  128
 #define DSV3__HALF_GROUP_BF16 512
+#define DSV3__HALF_CHUNK      2048
 
 DSV3__INLINE size_t dsv3__k_half_group(dsv3_dtype dtype)
 {
@@ -2883,7 +2884,7 @@ DSV3__INLINE size_t dsv3__k_half_x_bytes(size_t n_x, size_t k)
 /* Bytes of scratch for `half_rows`: floats of each row of x, and a panel of weights. */
 DSV3__INLINE size_t dsv3__k_half_rows_scratch(size_t n_x)
 {
-    return (n_x + 15) / 16 * 16 * (2 * 16 + 128) * sizeof(float) + 32 * (DSV3__HALF_GROUP_BF16 + 32) * sizeof(uint16_t);
+    return (n_x + 15) / 16 * 16 * (2 * 16 + 128) * sizeof(float) + 32 * (DSV3__HALF_CHUNK + 32) * sizeof(uint16_t);
 }
 
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
@@ -6161,9 +6162,9 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_sums_avx512_amx(float *u, size_
     DSV3__TILES_END();
 }
 
-/* Rows of weights as halves, 32 of them and one group of their columns at a time, in a panel that stays in L1. Rows of x
-   are turned: of 16 rows, of each run of columns, [16][16] words (even, odd column) at a row. One row alone lies so
-   already, and then all tiles of x and of sums are one word wide. */
+/* Rows of weights as halves, 32 of them decoded into a panel and multiplied before the next. Rows of x are turned: of 16
+   rows, of each run of columns, [16][16] words (even, odd column) at a row. One row alone lies so already, and then all
+   tiles of x and of sums are one word wide. */
 
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_x_avx512_amx(void *made, const uint16_t *const *x, size_t n_x,
                                                               size_t k)
@@ -6180,6 +6181,8 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_x_avx512_amx(void *made, const 
             dsv3__k_turn_avx512_amx(to, 64, from, 16);
         }
 }
+
+static const uint64_t dsv3__k_half_quarters[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 /* 64 codes as halves. PERF: bytes are interleaved within 128 bits, so their quarters are brought into that order first:
    less than picking them with two more byte permutes. */
@@ -6201,29 +6204,29 @@ DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_bf16x32_avx512_amx(uint16_t *t
     _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_maskz_mov_epi16(some, v)));
 }
 
-#define DSV3__HALF_STRIDE (DSV3__HALF_GROUP_BF16 + 32) /* of a panel: rows are not all in the same cache sets */
+#define DSV3__HALF_STRIDE (DSV3__HALF_CHUNK + 32) /* of a panel: rows are not all in the same cache sets */
 
 /* panel [32][DSV3__HALF_STRIDE] = n columns of `rows` rows of w, and zeros up to a multiple of 128; rows that are not there
-   repeat the last. PERF: as many bytes are asked for from `ahead` on, so that the next rows come from L2. */
+   repeat the last. PERF: each row from front to back, asked for far ahead: in pieces of 128 columns the hardware's
+   prefetcher does not follow, and one row of x takes half as long again. */
 DSV3__TARGET_AVX512_AMX DSV3__NOINLINE static void dsv3__k_half_panel_avx512_amx(uint16_t *panel, const uint8_t *w,
                                                                                  size_t w_stride, dsv3_dtype dtype,
-                                                                                 size_t rows, size_t n,
-                                                                                 const uint8_t *ahead)
+                                                                                 size_t rows, size_t n)
 {
     const size_t size = dtype == DSV3_DTYPE_F8_E4M3 ? 1 : 2;
     const __m512i t[6] = {_mm512_loadu_si512(dsv3__k_fp8_bf16_high), _mm512_loadu_si512(dsv3__k_fp8_bf16_high + 64),
                           _mm512_loadu_si512(dsv3__k_fp8_bf16_low),  _mm512_loadu_si512(dsv3__k_fp8_bf16_low + 64),
-                          _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0),  _mm512_set1_epi8((char)0x80)};
+                          _mm512_loadu_si512(dsv3__k_half_quarters), _mm512_set1_epi8((char)0x80)};
     for (size_t r = 0; r < 32; r++, panel += DSV3__HALF_STRIDE) {
         const uint8_t *from = w + dsv3__min(r, rows - 1) * w_stride;
         uint8_t tail[128];
         size_t c = 0;
-        for (; c + 64 <= n && size == 1; c += 64, ahead += 64) {
-            DSV3__FETCH(ahead);
+        for (; c + 64 <= n && size == 1; c += 64) {
+            DSV3__PREFETCH_AT(from + c, 8192);
             dsv3__k_fp8x64_avx512_amx(panel + c, _mm512_loadu_si512(from + c), t);
         }
-        for (; c + 32 <= n && size == 2; c += 32, ahead += 64) {
-            DSV3__FETCH(ahead);
+        for (; c + 32 <= n && size == 2; c += 32) {
+            DSV3__PREFETCH_AT(from + 2 * c, 8192);
             dsv3__k_bf16x32_avx512_amx(panel + c, _mm512_loadu_si512(from + 2 * c));
         }
         for (size_t step = 64 / size; DSV3__UNLIKELY(c % 128 || c < n); c += step) {
@@ -6313,20 +6316,22 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_rows_avx512_amx(float *out, siz
     DSV3__TILES_BEGIN(&shapes);
     for (size_t i = 0; i < n_w; i += 32) {
         const size_t rows = dsv3__min(n_w - i, 32);
-        const uint8_t *ahead = w + (i + 32) * w_stride;
         memset(y, 0, tiles * 32 * N * sizeof *y);
-        for (size_t c = 0, n; c < k; c += group, ahead += 32 * n * size) {
-            const __m512 scale = _mm512_set1_ps(scale64[c / 64]);
-            n = dsv3__min(k - c, group);
-            dsv3__k_half_panel_avx512_amx(panel, w + i * w_stride + c * size, w_stride, dtype, rows, n, ahead);
-            for (size_t t = 0; t < tiles; t += 2) {
-                const bool two = t + 1 < tiles;
-                float *to = y + t * 32 * N;
-                dsv3__k_half_tiles_avx512_amx(sum, panel, (const float *)x + (t * runs + c / 32) * 16 * N,
-                                              runs * 16 * N, (n + 127) / 128 * 4, N, two);
-                for (size_t q = 0; q < (two ? 64 : 32) * N; q += 16)
-                    _mm512_storeu_ps(to + q, _mm512_fmadd_ps(_mm512_loadu_ps(sum + q), scale, _mm512_loadu_ps(to + q)));
-            }
+        for (size_t c0 = 0; c0 < k; c0 += DSV3__HALF_CHUNK) {
+            const size_t end = dsv3__min(k, c0 + DSV3__HALF_CHUNK);
+            dsv3__k_half_panel_avx512_amx(panel, w + i * w_stride + c0 * size, w_stride, dtype, rows, end - c0);
+            for (size_t c = c0; c < end; c += group)
+                for (size_t t = 0; t < tiles; t += 2) {
+                    const bool two = t + 1 < tiles;
+                    const __m512 scale = _mm512_set1_ps(scale64[c / 64]);
+                    float *to = y + t * 32 * N;
+                    dsv3__k_half_tiles_avx512_amx(sum, panel + (c - c0),
+                                                  (const float *)x + (t * runs + c / 32) * 16 * N, runs * 16 * N,
+                                                  (dsv3__min(end - c, group) + 127) / 128 * 4, N, two);
+                    for (size_t q = 0; q < (two ? 64 : 32) * N; q += 16)
+                        _mm512_storeu_ps(to + q,
+                                         _mm512_fmadd_ps(_mm512_loadu_ps(sum + q), scale, _mm512_loadu_ps(to + q)));
+                }
         }
         dsv3__k_half_out_avx512_amx(out + i, out_stride, y, rows, n_x, N);
     }

@@ -97,6 +97,9 @@ typedef struct emu_si {
 #undef _mm512_cvtepi32_ps
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_permutex2var_epi8
+#undef _mm512_permutexvar_epi64
+#undef _mm512_unpacklo_epi8
+#undef _mm512_unpackhi_epi8
 
 #define __m512 emu_ps
 #define __m512d emu_pd
@@ -134,6 +137,8 @@ EMU_SI_2(unpacklo_epi32, unpacklo_epi32) /* within each 128 bits, at 512 as at 2
 EMU_SI_2(unpackhi_epi32, unpackhi_epi32)
 EMU_SI_2(unpacklo_epi64, unpacklo_epi64)
 EMU_SI_2(unpackhi_epi64, unpackhi_epi64)
+EMU_SI_2(unpacklo_epi8, unpacklo_epi8)
+EMU_SI_2(unpackhi_epi8, unpackhi_epi8)
 EMU_SI_2(max_epu8, max_epu8)
 EMU_SI_2(add_epi32, add_epi32)
 EMU_SI_2(sub_epi32, sub_epi32)
@@ -144,6 +149,8 @@ EMU_SI_2(sub_epi32, sub_epi32)
 #define _mm512_unpackhi_epi32 emu_unpackhi_epi32
 #define _mm512_unpacklo_epi64 emu_unpacklo_epi64
 #define _mm512_unpackhi_epi64 emu_unpackhi_epi64
+#define _mm512_unpacklo_epi8 emu_unpacklo_epi8
+#define _mm512_unpackhi_epi8 emu_unpackhi_epi8
 #define _mm512_max_epu8 emu_max_epu8
 #define _mm512_add_epi32 emu_add_epi32
 #define _mm512_sub_epi32 emu_sub_epi32
@@ -395,6 +402,18 @@ EMU emu_si emu_permutex2var_epi8(emu_si a, emu_si index, emu_si b)
 }
 #define _mm512_permutex2var_epi8 emu_permutex2var_epi8
 
+/* VPERMQ: bits 0 ... 2 of an index choose 8 bytes. */
+EMU emu_si emu_permutexvar_epi64(emu_si index, emu_si a)
+{
+    uint64_t from[8], at[8];
+    memcpy(from, &a, 64);
+    memcpy(at, &index, 64);
+    for (int i = 0; i < 8; i++)
+        at[i] = from[at[i] & 7];
+    return emu_loadu_si512(at);
+}
+#define _mm512_permutexvar_epi64 emu_permutexvar_epi64
+
 /* VPDPBUSD: the products of 4 unsigned with 4 signed bytes are added to an int32, which wraps. */
 EMU __m256i emu_dpbusd_256(__m256i sum, __m256i u, __m256i s)
 {
@@ -443,23 +462,25 @@ EMU emu_ps emu_dpbf16(emu_ps sum, const void *w, const void *x)
 }
 #define DSV3__DPBF16(sum, w, x) ((sum) = emu_dpbf16(sum, &(w), &(x)))
 
-/* AMX: eight tiles a thread, of 16 rows of 64 bytes. What a tile holds before anything was loaded is not 0 here. */
+/* AMX: eight tiles a thread, of 16 rows of 64 bytes, or of a word. What a tile holds before anything was loaded is not 0 here. */
 typedef struct emu_tile {
     int32_t word[16][16];
 } emu_tile;
 
 static __thread emu_tile emu_tiles[8];
-static __thread uint8_t emu_rows[8];
+static __thread uint8_t emu_rows[8], emu_bytes[8];
 static __thread int emu_tiles_open;
 
 static void emu_tiles_begin(const uint8_t *shapes)
 {
     int ok = shapes[0] == 1;
     for (int t = 0; t < 8; t++)
-        ok = ok && shapes[16 + 2 * t] == 64 && shapes[17 + 2 * t] == 0 && shapes[48 + t] >= 1 && shapes[48 + t] <= 16;
+        ok = ok && (shapes[16 + 2 * t] == 64 || shapes[16 + 2 * t] == 4) && shapes[17 + 2 * t] == 0 && shapes[48 + t] >= 1 && shapes[48 + t] <= 16;
     if (!ok || emu_tiles_open)
         __builtin_trap();
     memcpy(emu_rows, shapes + 48, 8);
+    for (int t = 0; t < 8; t++)
+        emu_bytes[t] = shapes[16 + 2 * t];
     memset(emu_tiles, 0x55, sizeof emu_tiles);
     emu_tiles_open = 1;
 }
@@ -470,7 +491,7 @@ static void emu_tile_load(int t, const void *p, size_t stride)
         __builtin_trap();
     memset(&emu_tiles[t], 0, sizeof emu_tiles[t]);
     for (size_t i = 0; i < emu_rows[t]; i++)
-        memcpy(emu_tiles[t].word[i], (const uint8_t *)p + i * stride, 64);
+        memcpy(emu_tiles[t].word[i], (const uint8_t *)p + i * stride, emu_bytes[t]);
 }
 
 static void emu_tile_store(int t, void *p, size_t stride)
@@ -478,12 +499,13 @@ static void emu_tile_store(int t, void *p, size_t stride)
     if (!emu_tiles_open)
         __builtin_trap();
     for (size_t i = 0; i < emu_rows[t]; i++)
-        memcpy((uint8_t *)p + i * stride, emu_tiles[t].word[i], 64);
+        memcpy((uint8_t *)p + i * stride, emu_tiles[t].word[i], emu_bytes[t]);
 }
 
 static void emu_tiles_fit(int sum, int a, int b)
 {
-    if (!emu_tiles_open || emu_rows[sum] != emu_rows[a] || emu_rows[b] != 16)
+    if (!emu_tiles_open || emu_rows[sum] != emu_rows[a] || emu_rows[b] != 16 || emu_bytes[a] != 64 ||
+        emu_bytes[sum] != emu_bytes[b])
         __builtin_trap();
 }
 
