@@ -33,7 +33,7 @@ WINDOW = 512
 # rounded to BF16 once, everything else in f32, already cost 1.3e-4, nearly all of it at the 0.7 % of positions where an expert
 # changes; DeepSeek's own bf16 code costs 9e-4.
 BF16_STILL, BF16_KL = 1e-5, 3e-4
-MODES = ("bf16", "fp8", "int8")
+MODES = ("bf16", "fp8", "int8", "tiles")
 INT8_CONFIG = {
     "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
     "global_compression_ratio": None, "kv_cache_scheme": None, "ignore": ["lm_head"],
@@ -153,7 +153,7 @@ class Divergence:
 
 def modes_for(form):
     """Modes that are not what another mode is for this form."""
-    return {"fp8": ("bf16", "fp8"), "bf16": ("bf16",), "int8": ("int8",)}[form]
+    return {"fp8": ("bf16", "fp8", "tiles"), "bf16": ("bf16", "tiles"), "int8": ("int8",)}[form]
 
 
 # ---------------------------------------------------------------- held out
@@ -210,9 +210,10 @@ def held_out(directory, corpus, work, program, report, windows=None):
             row = d.row(model="examples/tiny", weights=form, mode=mode)
             rows.append(row)
             if mode != "f32":                           # a rounding that cannot be seen was not made
-                limit = BF16_KL if mode == "bf16" else 0.1
+                fine = mode in ("bf16", "tiles")
+                limit = BF16_KL if fine else 0.1
                 report.check(f"fidelity: examples/tiny, {form} in {mode}",
-                             0 < row["mean"] < limit and (mode != "bf16" or row["still"] < BF16_STILL),
+                             0 < row["mean"] < limit and (not fine or row["still"] < BF16_STILL),
                              f"KL {row['mean']:.1e} of {row['positions']} positions; {row['still']:.1e} without the "
                              f"{row['moved']:.2%} where an expert changed")
         report.say(f"fidelity: examples/tiny as {form} done")
@@ -265,7 +266,7 @@ def widths(work, program, report):
             d = Divergence()
             d.add(runs["f32"][0], runs[mode][0], (runs["f32"][1], runs[mode][1]))
             rows.append(d.row(model="V3's widths", weights=form, mode=mode))
-            limit = 1e-3 if mode == "bf16" else 0.1
+            limit = 1e-3 if mode in ("bf16", "tiles") else 0.1
             report.check(f"fidelity: V3's widths, {form} in {mode}", 0 < rows[-1]["still"] < limit, f"KL {rows[-1]['still']:.1e}")
         report.say(f"fidelity: V3's widths as {form} done")
     shutil.rmtree(directory, ignore_errors=True)
@@ -333,7 +334,7 @@ class InMode(transcription.Official):
 
 # Two sums in another order differ by 1e-7; that moves a few activations over a rounding border, and layer by layer more of
 # them, so that even equal arithmetic parts. Other arithmetic parts by the full cost of the mode, or twice that.
-NEAR = {"bf16": 0.7, "fp8": 0.3, "int8": 0.7}
+NEAR = {"bf16": 0.7, "fp8": 0.3, "int8": 0.7, "tiles": 0.7}
 
 
 def published(work, program, report):
@@ -353,7 +354,7 @@ def published(work, program, report):
         config, stored = reference.read_config(directory), reference.read_tensors(directory)
         generator = torch.Generator().manual_seed(11)
         ids = torch.randint(checkpoints.FIRST_PROMPT_ID, config["vocab_size"], (160,), generator=generator).tolist()
-        for mode in ("int8",) if name == "int8" else ("bf16", "fp8"):
+        for mode in ("int8",) if name == "int8" else ("bf16", "fp8", "tiles"):
             try:
                 ours = program.logits(directory, ids, config["vocab_size"], compute=mode)[0]
                 exact = program.logits(directory, ids, config["vocab_size"])[0]

@@ -12,6 +12,8 @@ Each mode is written here from what others published, in torch, and never from t
         code = round half to even(x * 127 / amax), a row of zeros gives zeros; an exact integer sum, times s, times the
         scale of the row. With scales for 128 x 128 blocks (SGLang's block_int8): the same per token and 128 channels.
         compressed-tensors' own fake quantisation in torch differs: it divides by 127.5
+  tiles bf16(x), 0 below 2^-50, times the codes: block sums in f32, times the scale of the block, in order (the published
+        fp8_gemm with activations in bf16)
 A mode that a weight's type does not have falls back as `effective` says.
 
 The inputs are settled: no activation lies so near to a rounding border that x / s and x * (1 / s), both of them
@@ -34,8 +36,8 @@ import ffi                                             # noqa: E402
 
 BLOCK = 128
 TOLERANCE = 1e-5                                       # of a row: max |difference| / max |out|
-MODES = ("f32", "bf16", "fp8", "int8")
-COMPUTE = {"auto": 0, "f32": 1, "bf16": 2, "fp8": 3, "int8": 4}
+MODES = ("f32", "bf16", "fp8", "int8", "tiles")
+COMPUTE = {"auto": 0, "f32": 1, "bf16": 2, "fp8": 3, "int8": 4, "tiles": 5}
 ISA = {"scalar": 1, "avx2": 2, "avx512": 3, "avx-vnni": 4, "avx512-vnni": 5, "avx512-bf16": 6,
        "avx512-amx": 7}
 DTYPE = {"F32": 1, "F16": 2, "BF16": 3, "F8": 4, "F8 ue8m0": 4, "F8 E8M0": 4, "I8 row": 7, "I8 block": 7}
@@ -111,6 +113,20 @@ def int8_gemm(x, weight, scale, block):
     return out
 
 
+def tiles_gemm(x, weight, scale):
+    """[n, rows]"""
+    half = x.to(torch.bfloat16).double()
+    half[half.abs() < 2.0 ** -50] = 0
+    if scale is None:
+        return (half @ weight.double().T).float()
+    out = torch.zeros(x.shape[0], weight.shape[0])
+    of_row = torch.arange(weight.shape[0]) // BLOCK
+    for b in range(scale.shape[1]):
+        at = slice(b * BLOCK, (b + 1) * BLOCK)
+        out += (half[:, at] @ weight[:, at].double().T).float() * scale[of_row, b]
+    return out
+
+
 def linear(x, weight, scale, block, mode, ue8m0=False):
     """x [n, k] f32 times the transposed weight as stored, in the mode that this weight gets: f32 [n, rows]."""
     kind = {torch.float8_e4m3fn: "F8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float16: "F16"}.get(weight.dtype, "F32")
@@ -122,6 +138,8 @@ def linear(x, weight, scale, block, mode, ue8m0=False):
         return fp8_gemm(*act_quant(x, ue8m0), weight, scale)
     if mode == "int8":
         return int8_gemm(x, weight, scale, block)
+    if mode == "tiles":
+        return tiles_gemm(x, weight, scale)
     if scale is None:
         return (x.to(torch.bfloat16).double() @ weight.double().T).float()
     parts = []
