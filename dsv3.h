@@ -71,13 +71,14 @@
    - 1 of them, asleep between calls), or runs on a host's through dsv3_executor. Callbacks come on the thread that called
    the library. Close sessions before their model.
 
-   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights, and attention's
-   bf16, eight times as fast as AVX-512 does. Linux lends them to a process that asks, and this library asks, with the isa
-   AUTO too, when a model is opened in any compute mode but F32, or dsv3_matmul called whose products are of codes of 8
-   bits; never with isa AVX512_VNNI. It cannot be taken back, and holds for the whole process: a thread that has used
-   tiles carries 8 KB more of state, which the kernel puts on the stack (or the alternate stack) when it delivers a
-   signal, and from then on sigaltstack refuses stacks below about 12 KB; sysconf(_SC_SIGSTKSZ) knows. Where the system
-   refuses, AUTO goes without. Tiles are released after each product, so they cost nothing when threads are switched.
+   TILES. Intel's server CPUs since 2023 have registers for matrices (AMX), which multiply I8 weights, attention's bf16 and,
+   in the compute mode of that name, FP8 and BF16 weights, eight times as fast as AVX-512 does. Linux lends them to a
+   process that asks, and this library asks, with the isa AUTO too, when a model is opened in any compute mode but F32, or
+   dsv3_matmul called whose products they would make; never with isa AVX512_VNNI. It cannot be taken back, and holds for the
+   whole process: a thread that has used tiles carries 8 KB more of state, which the kernel puts on the stack (or the
+   alternate stack) when it delivers a signal, and from then on sigaltstack refuses stacks below about 12 KB;
+   sysconf(_SC_SIGSTKSZ) knows. Where the system refuses, AUTO goes without. Tiles are released after each product, so they
+   cost nothing when threads are switched.
 
    SESSIONS. A dsv3_workspace holds a fixed number of cache pages (64 positions of all layers each), the scratch of a pass
    and its threads; any number of sessions share it, and each has but its tokens, a table of pages and a row of logits of

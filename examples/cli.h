@@ -347,7 +347,7 @@ static void option_set(const char *command, const option *o, const char *arg)
                 *(dsv3_compute *)o->value = (dsv3_compute)i;
                 return;
             }
-        usage("%s: --compute wants auto, f32, bf16, fp8 or int8, found '%s'", command, arg);
+        usage("%s: --compute wants auto, f32, bf16, fp8, int8 or tiles, found '%s'", command, arg);
     }
 }
 

@@ -138,7 +138,7 @@ static const char generate_help[] =
     "  --threads N              default: as many as cores\n"
     "  --isa NAME               auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
     "                           avx512-amx, neon (the results are the same)\n"
-    "  --compute MODE           auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --compute MODE           auto, f32, bf16, fp8, int8, tiles: how weights meet activations\n"
     "  --cache TYPE             f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
     "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache says less)\n"
     "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
@@ -586,7 +586,7 @@ static const char logits_help[] =
     "  --threads N      default: as many as cores\n"
     "  --isa NAME       auto, scalar, avx2, avx-vnni, avx512, avx512-vnni, avx512-bf16,\n"
     "                   avx512-amx, neon (the results are the same)\n"
-    "  --compute MODE   auto, f32, bf16, fp8, int8: how weights meet activations\n"
+    "  --compute MODE   auto, f32, bf16, fp8, int8, tiles: how weights meet activations\n"
     "  --cache TYPE     f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
     "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache says less)\n";
 
