@@ -1474,6 +1474,19 @@ TEST(must_choose_edges)
         }
         dsv3_grammar_close(grammar);
     }
+    for (uint64_t n = 1, last = 0; !last; n++) { /* each allocation fails once; all blocks come back */
+        tiny_heap heap;
+        dsv3_grammar_opts o;
+        memset(&heap, 0, sizeof heap), memset(&o, 0, sizeof o);
+        heap.fail_at = n;
+        o.allocator = tiny_allocator(&heap);
+        dsv3_result r = dsv3_grammar_open_tools(&grammar, t, tools, markups[n % TEST_COUNT(markups)], &o, &e);
+        last = heap.n_allocs < n;
+        CHECK_RESULT(r, last ? DSV3_OK : DSV3_ERROR_OUT_OF_MEMORY, e);
+        CHECK((grammar != NULL) == last && n < 1000 && (n > 20 || !last));
+        dsv3_grammar_close(grammar);
+        CHECK_EQ_UINT(heap.live_bytes + heap.n_damaged, 0);
+    }
     static const struct {
         const char *tools, *word;
     } bad[] = {{"{}", "list of tools"}, {"[]", "list of tools"}, {"[1]", "/0: expected a function"},
