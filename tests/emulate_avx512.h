@@ -525,27 +525,28 @@ static void emu_tile_dot(int sum, int a, int b)
 }
 
 /* sum[m][n] += (the low halves' products, from +0 up) + (the high halves'). Operands and results below 2^-126 are 0. */
+__attribute__((noinline, target("avx2,fma"))) static void emu_tile_dot_bf16_flushed(emu_tile *sum, const emu_tile *a, const emu_tile *b,
+                                                                                    int rows)
+{
+    const __m256i high = _mm256_set1_epi32((int)0xFFFF0000);
+    for (int m = 0; m < rows; m++)
+        for (int n = 0; n < 16; n += 8) {
+            __m256 even = _mm256_setzero_ps(), odd = even, y = _mm256_loadu_ps((const float *)(const void *)&sum->word[m][n]);
+            for (int k = 0; k < 16; k++) {
+                const __m256i w = _mm256_set1_epi32(a->word[m][k]), x = _mm256_loadu_si256((const __m256i *)(const void *)&b->word[k][n]);
+                even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), even);
+                odd = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, high)), _mm256_castsi256_ps(_mm256_and_si256(x, high)), odd);
+            }
+            _mm256_storeu_ps((float *)(void *)&sum->word[m][n], _mm256_add_ps(y, _mm256_add_ps(even, odd)));
+        }
+}
+
 static void emu_tile_dot_bf16(int sum, int a, int b)
 {
     const unsigned csr = _mm_getcsr();
     emu_tiles_fit(sum, a, b);
     _mm_setcsr(0x9FC0); /* flush to zero, denormals are zeros */
-    for (int m = 0; m < emu_rows[a]; m++)
-        for (int n = 0; n < 16; n++) {
-            volatile float even = 0, odd = 0, y;
-            for (int k = 0; k < 16; k++) {
-                uint32_t w = (uint32_t)emu_tiles[a].word[m][k], x = (uint32_t)emu_tiles[b].word[k][n];
-                uint32_t bits[4] = {w << 16, x << 16, w & 0xFFFF0000u, x & 0xFFFF0000u};
-                float v[4];
-                memcpy(v, bits, sizeof v);
-                even = __builtin_fmaf(v[0], v[1], even);
-                odd = __builtin_fmaf(v[2], v[3], odd);
-            }
-            memcpy((void *)&y, &emu_tiles[sum].word[m][n], sizeof y);
-            even = even + odd;
-            y = y + even;
-            memcpy(&emu_tiles[sum].word[m][n], (const void *)&y, sizeof y);
-        }
+    emu_tile_dot_bf16_flushed(&emu_tiles[sum], &emu_tiles[a], &emu_tiles[b], emu_rows[a]);
     _mm_setcsr(csr);
 }
 #define DSV3__TILES_BEGIN(shapes) emu_tiles_begin(*(shapes))
