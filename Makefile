@@ -138,7 +138,7 @@ build/fuzz/%: tests/%.c $(HEADERS)
 
 fuzz: $(FUZZERS) ## each fuzzer for FUZZ_SECONDS (60), from the seeds in tests/fuzz/
 	@for f in $(FUZZERS); do n=$${f##*/fuzz_}; mkdir -p build/fuzz/corpus/$$n; \
-	    $$f -max_total_time=$(FUZZ_SECONDS) $$(ls tests/fuzz/$$n.dict 2>/dev/null | sed 's/^/-dict=/') build/fuzz/corpus/$$n \
+	    $$f -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS) $$(ls tests/fuzz/$$n.dict 2>/dev/null | sed 's/^/-dict=/') build/fuzz/corpus/$$n \
 	        $$(ls -d tests/fuzz/$$n 2>/dev/null) || exit 1; done
 
 analyze: build/lib/dsv3.c ## gcc -fanalyzer, clang --analyze and cppcheck, those that are there
