@@ -176,14 +176,14 @@
    validates, always; it may be cut short by max_tokens or a full session, and dsv3_stats.stop says so. A schema is compiled
    once (dsv3_grammar_open); a mask takes some 20 microseconds on V3's 129,280 tokens, half a millisecond where a pattern
    leaves many words. A place in a text is a plain dsv3_grammar_state: copy it to come back to it.
-   Read are: type enum const, properties patternProperties additionalProperties propertyNames (pattern, enum) required
-   minProperties maxProperties, items prefixItems minItems maxItems, minLength maxLength pattern, minimum maximum
-   exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf allOf $ref $defs, and oneOf where no value
-   can fit two of its options. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What
-   describes is passed over: title description default examples format deprecated readOnly writeOnly content... $comment.
-   All else is refused by its name (not, if with then or else, contains uniqueItems dependent... unevaluated... $dynamicRef,
-   unknown words, $ref to another document), and so is a key that stands twice. A schema that no value fits is an error
-   too, and says so.
+   Read are: type enum const, properties patternProperties additionalProperties propertyNames (pattern, lengths, enum,
+   const) required dependentRequired dependentSchemas minProperties maxProperties, items prefixItems minItems maxItems,
+   minLength maxLength pattern, minimum maximum exclusiveMinimum exclusiveMaximum multipleOf (whole numbers to 1000), anyOf
+   allOf $ref $defs, oneOf where no value can fit two of its options, and unevaluated... where no other schema is applied
+   beside it. $ref leads anywhere within the schema, by pointer, $anchor or $id, also in circles. What describes is passed
+   over: title description default examples format deprecated readOnly writeOnly content... $comment. All else is refused
+   by its name (not, if with then or else, contains uniqueItems $dynamicRef, unknown words, $ref to another document), and
+   so is a key that stands twice. A schema that no value fits is an error too, and says so.
    A character has one spelling: itself, but for \" \\ \b \f \n \r \t and \u00xx for other controls. Members come in any
    order, no key twice; the objects open at a place have at most 160 keys together, and depth is at most max_depth.
    Numbers have at most 19 digits before the point and 15 behind it; exponents, of two digits, only where no bound is given;
@@ -16232,9 +16232,10 @@ enum {
     DSV3__GRAM_STATES = 8192,
     DSV3__GRAM_STATES_MAX = 65535,
     DSV3__GRAM_DEPTH = 32,
-    DSV3__GRAM_SPACES = 64, /* white space in a row, DSV3_SPACING_ANY */
-    DSV3__GRAM_OPEN = 200,  /* keys that can be reached, counted so far: more than a state can remember */
-    DSV3__GRAM_WALKS = 4    /* lexemes begun within one token that are walked the quick way */
+    DSV3__GRAM_SPACES = 64,    /* white space in a row, DSV3_SPACING_ANY */
+    DSV3__GRAM_OPEN = 200,     /* keys that can be reached, counted so far: more than a state can remember */
+    DSV3__GRAM_FEW_BYTES = 64, /* of the names where they are fewer */
+    DSV3__GRAM_WALKS = 4       /* lexemes begun within one token that are walked the quick way */
 };
 
 #define DSV3__GRAM_NEVER  UINT32_MAX /* a need that cannot be met */
@@ -16247,7 +16248,8 @@ typedef struct dsv3__gram_info {
     uint16_t label;       /* 0: nothing ends here. 1: a value does; of a key: 1 + its place in `keys` */
     uint16_t first, last; /* of a key: the named ones that can still be reached, first ... last - 1 */
     uint8_t final;        /* it ends here and cannot go on */
-    uint8_t open;         /* of a key: more unnamed ones can be reached than a state can remember */
+    uint8_t open;         /* of a key: how many unnamed ones can be reached, counted up to OPEN */
+    uint8_t far;          /* of a key: bytes to the end of the longest of those, where they are fewer than OPEN */
     uint8_t free;         /* within a string whose going on is free */
 } dsv3__gram_info;
 
@@ -16357,17 +16359,22 @@ typedef struct dsv3__gram_part {
 /* Kinds of an atom (top four bits) and the value it stands for. */
 enum {
     DSV3__GRAM_SCHEMA = 0,
-    DSV3__GRAM_CONST = 1,  /* this value */
-    DSV3__GRAM_ENUM = 2,   /* one of the scalars of this array */
-    DSV3__GRAM_CHOICE = 3, /* one of the schemas of this array */
-    DSV3__GRAM_VALUES = 4, /* one of the values of this array */
-    DSV3__GRAM_PLAIN = 5,  /* a schema whose choices are left aside */
+    DSV3__GRAM_CONST = 1,   /* this value */
+    DSV3__GRAM_ENUM = 2,    /* one of the scalars of this array */
+    DSV3__GRAM_CHOICE = 3,  /* one of the schemas of this array */
+    DSV3__GRAM_VALUES = 4,  /* one of the values of this array */
+    DSV3__GRAM_PLAIN = 5,   /* a schema whose choices are left aside */
+    DSV3__GRAM_DEPENDS = 6, /* this member of dependentSchemas or dependentRequired: one of the next two */
+    DSV3__GRAM_WITHOUT = 7, /* its key is not there */
+    DSV3__GRAM_WITH = 8,    /* an object that has its key, and the keys it lists */
     DSV3__GRAM_FALSE = 15
 };
 
 #define DSV3__GRAM_ATOM(kind, index) ((uint32_t)(kind) << 28 | (uint32_t)(index))
 #define DSV3__GRAM_KIND(atom)        ((atom) >> 28)
 #define DSV3__GRAM_INDEX(atom)       ((atom)&0x0FFFFFFFu)
+/* The schema whose keywords an atom stands for, 0: none. */
+#define DSV3__GRAM_SAYS(atom) (DSV3__GRAM_KIND(atom) == DSV3__GRAM_SCHEMA ? DSV3__GRAM_INDEX(atom) : 0)
 
 /* Subschemas that hold at once: the first `done` are spread out, the others not yet. */
 typedef struct dsv3__gram_conj {
@@ -17839,11 +17846,15 @@ static const struct {
                            {"properties", '{'},
                            {"patternProperties", '{'},
                            {"additionalProperties", 'x'},
+                           {"unevaluatedProperties", 'x'},
                            {"propertyNames", 'x'},
+                           {"dependentSchemas", '{'},
+                           {"dependentRequired", '{'},
                            {"required", 'l'},
                            {"minProperties", 'u'},
                            {"maxProperties", 'u'},
                            {"items", 'x'},
+                           {"unevaluatedItems", 'x'},
                            {"prefixItems", '['},
                            {"minItems", 'u'},
                            {"maxItems", 'u'},
@@ -17953,9 +17964,23 @@ static bool dsv3__gram_dialect(dsv3__str uri)
     return false;
 }
 
+static dsv3_result dsv3__gram_check_names(const dsv3__gram_build *b, uint32_t list)
+{
+    if (b->values[list].kind != '[')
+        return DSV3__GRAM_REFUSE(b, list, "expected a list of names");
+    for (uint32_t v = b->values[list].child; v; v = b->values[v].next)
+        if (b->values[v].kind != '"')
+            return DSV3__GRAM_REFUSE(b, v, "expected a string");
+    return DSV3_OK;
+}
+
 /* Is there a keyword that is not known, or whose value cannot be? */
 static dsv3_result dsv3__gram_check(const dsv3__gram_build *b, uint32_t schema)
 {
+    /* Through these other schemas say what is evaluated. */
+    static const char *const beside[] = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas"};
+    static const char *const unevaluated[] = {"unevaluatedProperties", "unevaluatedItems"};
+    static const char *const rest[] = {"additionalProperties", "items"};
     for (uint32_t v = b->values[schema].child; v; v = b->values[v].next) {
         const dsv3__gram_value *value = &b->values[v];
         dsv3__gram_decimal d;
@@ -17989,9 +18014,22 @@ static dsv3_result dsv3__gram_check(const dsv3__gram_build *b, uint32_t schema)
         if (dsv3__gram_is(value->key, "$schema") && !dsv3__gram_dialect(value->text))
             return DSV3__GRAM_REFUSE(b, v, "a dialect that is none of json-schema.org's");
         if (dsv3__gram_is(value->key, "required"))
-            for (uint32_t k = value->child; k; k = b->values[k].next)
-                if (b->values[k].kind != '"')
-                    return DSV3__GRAM_REFUSE(b, k, "expected a string");
+            DSV3__TRY(dsv3__gram_check_names(b, v));
+        bool lists = dsv3__gram_is(value->key, "dependentRequired");
+        for (uint32_t k = lists || dsv3__gram_is(value->key, "dependentSchemas") ? value->child : 0; k;
+             k = b->values[k].next)
+            if (lists)
+                DSV3__TRY(dsv3__gram_check_names(b, k));
+            else if (b->values[k].kind == '[')
+                return DSV3__GRAM_REFUSE(b, k, "expected a schema");
+        for (int k = 0; k < 2; k++) { /* "additionalProperties" and "items" leave nothing unevaluated */
+            if (!dsv3__gram_is(value->key, unevaluated[k]) || value->kind == 't' || dsv3__gram_find(b, schema, rest[k]))
+                continue;
+            for (i = 0; i < DSV3__COUNT(beside); i++)
+                if (dsv3__gram_find(b, schema, beside[i]))
+                    return DSV3__GRAM_REFUSE(b, v,
+                                             "not supported beside $ref, allOf, anyOf, oneOf, if and dependentSchemas");
+        }
     }
     return DSV3_OK;
 }
@@ -18063,6 +18101,7 @@ static uint32_t dsv3__gram_atom_types(const dsv3__gram_build *b, uint32_t atom)
         for (uint32_t i = v->child; i; i = b->values[i].next)
             bits |= dsv3__gram_kind_bits(&b->values[i]);
         return bits & DSV3__GRAM_SCALARS;
+    case DSV3__GRAM_WITH: return DSV3__GRAM_OBJECT;
     default: return DSV3__GRAM_ALL;
     }
 }
@@ -18109,6 +18148,9 @@ static dsv3_result dsv3__gram_spread_schema(dsv3__gram_build *b, dsv3__gram_conj
                 DSV3__TRY(dsv3__gram_add_schema(b, c, i));
         } else if (dsv3__gram_is(key, "anyOf") || dsv3__gram_is(key, "oneOf")) {
             DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_CHOICE, v)));
+        } else if (dsv3__gram_is(key, "dependentSchemas") || dsv3__gram_is(key, "dependentRequired")) {
+            for (uint32_t i = b->values[v].child; i; i = b->values[i].next)
+                DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_DEPENDS, i)));
         } else if (dsv3__gram_is(key, "enum")) {
             DSV3__TRY(dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_VALUES, v)));
         } else if (dsv3__gram_is(key, "const")) {
@@ -18142,6 +18184,18 @@ static dsv3_result dsv3__gram_spread_choice(dsv3__gram_build *b, const dsv3__gra
     return DSV3_OK;
 }
 
+/* A key that brings others, or a schema: it is not there, or they are too. */
+static dsv3_result dsv3__gram_spread_depends(dsv3__gram_build *b, const dsv3__gram_conj *c)
+{
+    uint32_t v = DSV3__GRAM_INDEX(c->atoms[c->done]);
+    DSV3__TRY(DSV3__GRAM_ROOM(b, b->spread, b->cap_spread, b->n_spread, b->n_spread + 2));
+    dsv3__gram_conj *without = &b->spread[b->n_spread++], *with = &b->spread[b->n_spread++];
+    *without = *with = *c;
+    without->atoms[without->done++] = DSV3__GRAM_ATOM(DSV3__GRAM_WITHOUT, v);
+    with->atoms[with->done++] = DSV3__GRAM_ATOM(DSV3__GRAM_WITH, v);
+    return b->values[v].kind == '[' ? DSV3_OK : dsv3__gram_add_schema(b, with, v);
+}
+
 /* The next alternative of what is on the stack, spread out, with the types it allows; *types 0: there is none. */
 static dsv3_result dsv3__gram_spread_next(dsv3__gram_build *b, uint32_t *steps, dsv3__gram_conj *c, uint32_t *types)
 {
@@ -18160,8 +18214,9 @@ static dsv3_result dsv3__gram_spread_next(dsv3__gram_build *b, uint32_t *steps, 
                                   "schema: more than %u steps through anyOf, allOf, enum of one value",
                                   (uint64_t)DSV3__GRAM_SPREAD_MAX);
             uint32_t atom = c->atoms[c->done], kind = DSV3__GRAM_KIND(atom);
-            if (kind == DSV3__GRAM_CHOICE || kind == DSV3__GRAM_VALUES) {
-                DSV3__TRY(dsv3__gram_spread_choice(b, c));
+            if (kind == DSV3__GRAM_CHOICE || kind == DSV3__GRAM_VALUES || kind == DSV3__GRAM_DEPENDS) {
+                DSV3__TRY(kind == DSV3__GRAM_DEPENDS ? dsv3__gram_spread_depends(b, c)
+                                                     : dsv3__gram_spread_choice(b, c));
                 *types = 0;
                 break;
             }
@@ -18278,10 +18333,8 @@ static dsv3_result dsv3__gram_number_bounds(dsv3__gram_build *b, const dsv3__gra
 {
     static const char *const names[] = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"};
     for (uint32_t i = 0; i < c->n; i++) {
-        uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), v = dsv3__gram_find(b, schema, "multipleOf");
+        uint32_t schema = DSV3__GRAM_SAYS(c->atoms[i]), v = dsv3__gram_find(b, schema, "multipleOf");
         dsv3__gram_decimal d;
-        if (DSV3__GRAM_KIND(c->atoms[i]) != DSV3__GRAM_SCHEMA)
-            continue;
         if (v) {
             uint32_t m = dsv3__gram_count(b, schema, "multipleOf", 0), a = n->multiple ? n->multiple : 1, r = m;
             if (!dsv3__gram_decimal_read(b->values[v].text, &d) || !dsv3__gram_decimal_whole(&d) || d.negative || !m ||
@@ -18382,12 +18435,9 @@ static dsv3_result dsv3__gram_scalars(dsv3__gram_build *b, const dsv3__gram_conj
             DSV3__TRY(dsv3__gram_part_add(b, p, start));
         } else {
             for (uint32_t i = 0; i < c->n; i++) {
-                uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), v = dsv3__gram_find(b, schema, "pattern");
-                uint32_t least, most;
-                if (DSV3__GRAM_KIND(c->atoms[i]) != DSV3__GRAM_SCHEMA)
-                    continue;
-                least = dsv3__gram_count(b, schema, "minLength", 0);
-                most = dsv3__gram_count(b, schema, "maxLength", DSV3__GRAM_NO_MAX);
+                uint32_t schema = DSV3__GRAM_SAYS(c->atoms[i]), v = dsv3__gram_find(b, schema, "pattern");
+                uint32_t least = dsv3__gram_count(b, schema, "minLength", 0);
+                uint32_t most = dsv3__gram_count(b, schema, "maxLength", DSV3__GRAM_NO_MAX);
                 min = least > min ? least : min;
                 max = most < max ? most : max;
                 if (v) {
@@ -18439,8 +18489,17 @@ static dsv3_result dsv3__gram_alt_new(dsv3__gram_build *b, const dsv3__gram_alt 
 static uint32_t dsv3__gram_prefix(const dsv3__gram_build *b, uint32_t atom, uint32_t *list)
 {
     bool constant = DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST;
-    *list = constant ? DSV3__GRAM_INDEX(atom) : dsv3__gram_find(b, DSV3__GRAM_INDEX(atom), "prefixItems");
+    *list = constant ? DSV3__GRAM_INDEX(atom) : dsv3__gram_find(b, DSV3__GRAM_SAYS(atom), "prefixItems");
     return *list ? b->values[*list].n : 0;
+}
+
+/* The schema of items or members that are not named. Where nothing beside it applies schemas (dsv3__gram_check), what is
+   not evaluated is what would be additional. */
+static uint32_t dsv3__gram_others(const dsv3__gram_build *b, uint32_t schema, const char *additional,
+                                  const char *unevaluated)
+{
+    uint32_t v = dsv3__gram_find(b, schema, additional);
+    return v ? v : dsv3__gram_find(b, schema, unevaluated);
 }
 
 /* Node of item `index`. */
@@ -18455,7 +18514,7 @@ static dsv3_result dsv3__gram_item(dsv3__gram_build *b, const dsv3__gram_conj *c
         for (uint32_t k = 0; k < index && v; k++)
             v = b->values[v].next;
         if (index >= n)
-            v = constant ? 0 : dsv3__gram_find(b, DSV3__GRAM_INDEX(c->atoms[i]), "items");
+            v = dsv3__gram_others(b, DSV3__GRAM_SAYS(c->atoms[i]), "items", "unevaluatedItems");
         if (constant)
             DSV3__TRY(dsv3__gram_add(b, &item,
                                      v ? DSV3__GRAM_ATOM(DSV3__GRAM_CONST, v) : DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0)));
@@ -18472,7 +18531,7 @@ static dsv3_result dsv3__gram_array(dsv3__gram_build *b, const dsv3__gram_conj *
     memset(&alt, 0, sizeof alt);
     alt.max = DSV3__GRAM_NO_MAX;
     for (uint32_t i = 0; i < c->n; i++) {
-        uint32_t schema = DSV3__GRAM_INDEX(c->atoms[i]), n = dsv3__gram_prefix(b, c->atoms[i], &list);
+        uint32_t schema = DSV3__GRAM_SAYS(c->atoms[i]), n = dsv3__gram_prefix(b, c->atoms[i], &list);
         bool constant = DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST;
         uint32_t min = constant ? n : dsv3__gram_count(b, schema, "minItems", 0);
         uint32_t max = constant ? n : dsv3__gram_count(b, schema, "maxItems", DSV3__GRAM_NO_MAX);
@@ -18532,12 +18591,14 @@ static dsv3_result dsv3__gram_name_add(dsv3__gram_build *b, dsv3__str name)
 static dsv3_result dsv3__gram_key_schema(dsv3__gram_build *b, const dsv3__gram_object *o, const uint32_t *tuple,
                                          uint32_t member, const dsv3__str *name, dsv3__gram_conj *c)
 {
-    uint32_t atom = o->members->atoms[member], at = DSV3__GRAM_INDEX(atom), v;
+    uint32_t atom = o->members->atoms[member], at = DSV3__GRAM_SAYS(atom), v = DSV3__GRAM_INDEX(atom);
     bool matched = false;
     if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST) {
-        v = name ? dsv3__gram_member(b, at, *name) : 0;
+        v = name ? dsv3__gram_member(b, v, *name) : 0;
         return dsv3__gram_add(b, c, v ? DSV3__GRAM_ATOM(DSV3__GRAM_CONST, v) : DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0));
     }
+    if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_WITHOUT && name && dsv3__gram_same(b->values[v].key, *name))
+        return dsv3__gram_add(b, c, DSV3__GRAM_ATOM(DSV3__GRAM_FALSE, 0));
     v = dsv3__gram_find(b, at, "properties");
     v = v && name ? dsv3__gram_member(b, v, *name) : 0;
     if (v) {
@@ -18549,7 +18610,7 @@ static dsv3_result dsv3__gram_key_schema(dsv3__gram_build *b, const dsv3__gram_o
             matched = true;
             DSV3__TRY(dsv3__gram_add_schema(b, c, o->schema[i]));
         }
-    v = dsv3__gram_find(b, at, "additionalProperties");
+    v = dsv3__gram_others(b, at, "additionalProperties", "unevaluatedProperties");
     return v && !matched ? dsv3__gram_add_schema(b, c, v) : DSV3_OK;
 }
 
@@ -18586,12 +18647,15 @@ static dsv3_result dsv3__gram_key_label(dsv3__gram_build *b, const dsv3__gram_ob
 static dsv3_result dsv3__gram_object_names(dsv3__gram_build *b, uint32_t atom)
 {
     static const char *const lists[] = {"properties", "required", "propertyNames"};
-    uint32_t at = DSV3__GRAM_INDEX(atom), v, enumeration;
-    if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST) {
-        for (v = b->values[at].child; v; v = b->values[v].next)
+    uint32_t at = DSV3__GRAM_SAYS(atom), v = DSV3__GRAM_INDEX(atom), kind = DSV3__GRAM_KIND(atom), enumeration;
+    if (kind == DSV3__GRAM_CONST)
+        for (v = b->values[v].child; v; v = b->values[v].next)
             DSV3__TRY(dsv3__gram_name_add(b, b->values[v].key));
-        return DSV3_OK;
-    }
+    if (kind == DSV3__GRAM_WITH || kind == DSV3__GRAM_WITHOUT)
+        DSV3__TRY(dsv3__gram_name_add(b, b->values[v].key));
+    if (kind == DSV3__GRAM_WITH && b->values[v].kind == '[')
+        for (v = b->values[v].child; v; v = b->values[v].next)
+            DSV3__TRY(dsv3__gram_name_add(b, b->values[v].text));
     for (int i = 0; i < 3; i++) {
         uint32_t list = dsv3__gram_find(b, at, lists[i]);
         enumeration = i == 2 && list ? dsv3__gram_find(b, list, "enum") : 0;
@@ -18603,10 +18667,11 @@ static dsv3_result dsv3__gram_object_names(dsv3__gram_build *b, uint32_t atom)
     return DSV3_OK;
 }
 
-/* propertyNames: patterns, and lists of names. */
+/* propertyNames: patterns, lengths, and lists of names. */
 static dsv3_result dsv3__gram_object_property_names(dsv3__gram_build *b, dsv3__gram_object *o, uint32_t schema)
 {
     uint32_t start;
+    bool bounded = false;
     if (b->values[schema].kind == 't')
         return DSV3_OK;
     if (b->values[schema].kind == 'f')
@@ -18616,18 +18681,24 @@ static dsv3_result dsv3__gram_object_property_names(dsv3__gram_build *b, dsv3__g
         if (dsv3__gram_is(key, "pattern") && b->values[v].kind == '"') {
             DSV3__TRY(dsv3__gram_pattern_get(b, v, b->values[v].text, &start));
             DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
-        } else if (dsv3__gram_is(key, "enum") && b->values[v].kind == '[') {
+        } else if (dsv3__gram_is(key, "const") || (dsv3__gram_is(key, "enum") && b->values[v].kind == '[')) {
+            const bool one = dsv3__gram_is(key, "const");
             DSV3__TRY(dsv3__gram_state_new(b, &start));
-            for (uint32_t i = b->values[v].child; i; i = b->values[i].next)
+            for (uint32_t i = one ? v : b->values[v].child; i; i = one ? 0 : b->values[i].next)
                 if (b->values[i].kind == '"')
                     DSV3__TRY(dsv3__gram_scalar_literal(b, start, i));
             DSV3__TRY(dsv3__gram_trim(b, start, (uint32_t)b->g->n_states, &start));
             DSV3__TRY(dsv3__gram_part_add(b, &o->parts, start));
+        } else if (dsv3__gram_is(key, "minLength") || dsv3__gram_is(key, "maxLength")) {
+            bounded = true;
         } else if (!dsv3__gram_is(key, "type") || !(dsv3__gram_type(b, v) & DSV3__GRAM_STRING)) {
-            return DSV3__GRAM_REFUSE(b, v, "propertyNames takes pattern, enum and type string");
+            return DSV3__GRAM_REFUSE(b, v,
+                                     "propertyNames takes pattern, minLength, maxLength, enum, const and type string");
         }
     }
-    return DSV3_OK;
+    return bounded ? dsv3__gram_part_length(b, &o->parts, dsv3__gram_count(b, schema, "minLength", 0),
+                                            dsv3__gram_count(b, schema, "maxLength", DSV3__GRAM_NO_MAX))
+                   : DSV3_OK;
 }
 
 /* The automata that read the keys: any string, the names, patternProperties, propertyNames. */
@@ -18646,9 +18717,7 @@ static dsv3_result dsv3__gram_object_parts(dsv3__gram_build *b, dsv3__gram_objec
     DSV3__TRY(dsv3__gram_part_add(b, &o->parts, b->n_names ? start : 0));
     o->parts.part[1].optional = true;
     for (uint32_t i = 0; i < o->members->n; i++) {
-        uint32_t at = DSV3__GRAM_INDEX(o->members->atoms[i]);
-        if (DSV3__GRAM_KIND(o->members->atoms[i]) == DSV3__GRAM_CONST)
-            continue;
+        uint32_t at = DSV3__GRAM_SAYS(o->members->atoms[i]);
         v = dsv3__gram_find(b, at, "patternProperties");
         for (v = v ? b->values[v].child : 0; v; v = b->values[v].next) {
             DSV3__TRY(dsv3__gram_pattern_get(b, v, b->values[v].key, &start));
@@ -18667,11 +18736,14 @@ static dsv3_result dsv3__gram_object_parts(dsv3__gram_build *b, dsv3__gram_objec
 /* Is the name among those that an atom requires? */
 static bool dsv3__gram_requires(const dsv3__gram_build *b, uint32_t atom, dsv3__str name)
 {
-    uint32_t at = DSV3__GRAM_INDEX(atom), v;
+    uint32_t v = DSV3__GRAM_INDEX(atom);
     if (DSV3__GRAM_KIND(atom) == DSV3__GRAM_CONST)
-        return dsv3__gram_member(b, at, name) != 0;
-    v = dsv3__gram_find(b, at, "required");
-    for (v = v ? b->values[v].child : 0; v && !dsv3__gram_same(b->values[v].text, name);)
+        return dsv3__gram_member(b, v, name) != 0;
+    if (DSV3__GRAM_KIND(atom) != DSV3__GRAM_WITH)
+        v = dsv3__gram_find(b, DSV3__GRAM_SAYS(atom), "required");
+    else if (dsv3__gram_same(b->values[v].key, name))
+        return true;
+    for (v = b->values[v].kind == '[' ? b->values[v].child : 0; v && !dsv3__gram_same(b->values[v].text, name);)
         v = b->values[v].next;
     return v != 0;
 }
@@ -18693,10 +18765,8 @@ static dsv3_result dsv3__gram_object_alt(dsv3__gram_build *b, const dsv3__gram_c
     alt.max = DSV3__GRAM_NO_MAX;
     b->n_names = 0;
     for (uint32_t i = 0; i < c->n; i++) {
-        uint32_t at = DSV3__GRAM_INDEX(c->atoms[i]);
+        uint32_t at = DSV3__GRAM_SAYS(c->atoms[i]);
         DSV3__TRY(dsv3__gram_object_names(b, c->atoms[i]));
-        if (DSV3__GRAM_KIND(c->atoms[i]) == DSV3__GRAM_CONST)
-            continue;
         uint32_t min = dsv3__gram_count(b, at, "minProperties", 0);
         uint32_t max = dsv3__gram_count(b, at, "maxProperties", DSV3__GRAM_NO_MAX);
         alt.min = min > alt.min ? min : alt.min;
@@ -18720,7 +18790,7 @@ static dsv3_result dsv3__gram_object_alt(dsv3__gram_build *b, const dsv3__gram_c
                 key->hash = dsv3__gram_key_hash(key->hash, (uint8_t)spelled[k]);
         }
         for (uint32_t k = 0; k < c->n; k++) {
-            uint32_t list = dsv3__gram_find(b, DSV3__GRAM_INDEX(c->atoms[k]), "required");
+            uint32_t list = dsv3__gram_find(b, DSV3__GRAM_SAYS(c->atoms[k]), "required");
             DSV3__TRY(dsv3__gram_work(b, 4 * (b->values[list].n + b->values[DSV3__GRAM_INDEX(c->atoms[k])].n)));
             key->required = key->required || dsv3__gram_requires(b, c->atoms[k], b->names[i]);
         }
@@ -18860,7 +18930,7 @@ static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a
         if (info->label && g->keys[info->label - 1].named)
             info->first = (uint16_t)(info->label - 1), info->last = info->label;
         else if (info->label)
-            info->open = 1; /* here, how many unnamed ones: up to OPEN */
+            info->open = 1;
     }
     for (bool again = true; again;) {
         again = false;
@@ -18868,31 +18938,39 @@ static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a
         for (uint32_t s = a->end; s-- > first;) {
             dsv3__gram_info *info = &g->info[s];
             const uint16_t *row = g->next + (size_t)s * 256;
-            uint32_t open = info->label && !g->keys[info->label - 1].named;
+            uint32_t open = info->label && !g->keys[info->label - 1].named, far = 0;
             for (int c = 0; c < 256; c++) {
                 const dsv3__gram_info *to = &g->info[row[c]];
                 if (!row[c])
                     continue;
                 open += to->open;
+                if (to->open && to->far >= far)
+                    far = to->far < UINT8_MAX ? to->far + 1u : (uint32_t)UINT8_MAX;
                 if (to->first < info->first)
                     info->first = to->first, again = true;
                 if (to->last > info->last)
                     info->last = to->last, again = true;
             }
-            open = open < DSV3__GRAM_OPEN ? open : (uint32_t)DSV3__GRAM_OPEN;
-            if (open != info->open)
-                info->open = (uint8_t)open, again = true;
+            if (open >= DSV3__GRAM_OPEN)
+                open = DSV3__GRAM_OPEN, far = 0;
+            if (open != info->open || far != info->far)
+                info->open = (uint8_t)open, info->far = (uint8_t)far, again = true;
         }
     }
-    for (uint32_t s = first; s < a->end; s++) {
-        dsv3__gram_info *info = &g->info[s];
-        if (info->open && info->open < DSV3__GRAM_OPEN && !info->final)
+    uint32_t names = g->info[a->start].open;
+    for (uint32_t i = 0; i < a->n; i++)
+        names += g->keys[a->first + i].named && g->keys[a->first + i].node;
+    for (uint32_t s = first; s < a->end; s++)
+        if (g->info[s].far > DSV3__GRAM_FEW_BYTES)
             return DSV3__FAIL(
                 b->err, DSV3_ERROR_SCHEMA,
-                "schema: patternProperties or propertyNames that leave few names: name them in properties");
-        info->open = info->open == DSV3__GRAM_OPEN;
-    }
-    return DSV3_OK;
+                "schema: patternProperties or propertyNames that leave few names, of more than %u bytes: name "
+                "them in properties",
+                (uint64_t)DSV3__GRAM_FEW_BYTES);
+    return names >= a->min || a->depth == DSV3__GRAM_NEVER
+               ? DSV3_OK
+               : DSV3__FAIL(b->err, DSV3_ERROR_SCHEMA, "schema: minProperties %u, but there are %u names",
+                            (uint64_t)a->min, (uint64_t)names);
 }
 
 /* In which states is the going on of a string free? Where every byte that any string may have leads on to such a state. */
@@ -19322,16 +19400,57 @@ static bool dsv3__gram_key_fits(const dsv3_grammar *g, const dsv3_grammar_state 
     return room && s->depth + n->depth <= g->max_depth && room + n->keys <= DSV3__GRAM_KEYS_MAX;
 }
 
-/* Is there a key that can be reached from this state and may be had? */
-static bool dsv3__gram_key_open(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread, uint32_t state,
+/* Is one of the few unnamed keys that can be reached from a state not yet in the object? hash: of the key so far. */
+static bool dsv3__gram_key_left(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t state, uint64_t hash,
                                 uint32_t count)
+{
+    struct {
+        uint64_t hash;
+        uint32_t state, byte; /* byte: that is looked at next */
+    } way[DSV3__GRAM_FEW_BYTES + 1];
+    const uint64_t *keys = s->keys + s->frames[s->depth - 1].keys;
+    uint32_t n = 1;
+    way[0].hash = hash, way[0].state = state, way[0].byte = 0;
+    while (n) {
+        if (way[n - 1].byte > UINT8_MAX) {
+            n--;
+            continue;
+        }
+        uint32_t c = way[n - 1].byte++, to = g->next[(size_t)way[n - 1].state * 256 + c], i = 0;
+        if (!g->info[to].open)
+            continue;
+        if (!g->info[to].label) {
+            way[n].hash = dsv3__gram_key_hash(way[n - 1].hash, (uint8_t)c);
+            way[n].state = to, way[n].byte = 0;
+            n++;
+            continue;
+        }
+        while (i < count && keys[i] != way[n - 1].hash)
+            i++;
+        if (i == count)
+            return true;
+    }
+    return false;
+}
+
+/* The state of a thread's keys behind their quote. */
+static uint32_t dsv3__gram_key_start(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread)
+{
+    const uint32_t id = s->threads[s->frames[s->depth - 1].first + thread].id;
+    return g->next[(size_t)g->alts[id].start * 256 + '"'];
+}
+
+/* Is there a key that can be reached from this state and may be had? hash: of the key so far. */
+static bool dsv3__gram_key_open(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread, uint32_t state,
+                                uint64_t hash, uint32_t count)
 {
     const dsv3__gram_info *info = &g->info[state];
     const dsv3__gram_alt *a = &g->alts[s->threads[s->frames[s->depth - 1].first + thread].id];
     if (info->open) {
         uint32_t room = dsv3__gram_key_room(g, s, thread, count, false);
         if (room && a->open_depth <= g->max_depth && s->depth + a->open_depth <= g->max_depth &&
-            room + a->open_keys <= DSV3__GRAM_KEYS_MAX)
+            room + a->open_keys <= DSV3__GRAM_KEYS_MAX &&
+            (info->open > count || dsv3__gram_key_left(g, s, state, hash, count)))
             return true;
     }
     for (uint32_t k = info->first; k < info->last; k++)
@@ -19348,9 +19467,10 @@ static uint32_t dsv3__gram_lowest(uint32_t mask)
     return i;
 }
 
-/* The state of a current thread behind one more byte of its lexeme, 0: it ends. chars: so far, of a bounded string. */
+/* The state of a current thread behind one more byte of its lexeme, 0: it ends. So far, chars: of a bounded string, hash:
+   of a key. */
 static uint32_t dsv3__gram_lexeme_next(const dsv3_grammar *g, const dsv3_grammar_state *s, uint32_t thread,
-                                       uint32_t state, uint32_t chars, uint8_t c)
+                                       uint32_t state, uint32_t chars, uint64_t hash, uint8_t c)
 {
     const dsv3_grammar_thread *t = &s->threads[s->first + thread];
     uint32_t to = g->next[(size_t)state * 256 + c];
@@ -19358,8 +19478,8 @@ static uint32_t dsv3__gram_lexeme_next(const dsv3_grammar *g, const dsv3_grammar
         return 0;
     if (s->place == DSV3__GRAM_AT_KEY) {
         uint32_t parent = dsv3__gram_lowest(t->parents), count = s->frames[s->depth - 1].count;
-        bool ok = g->info[to].label ? dsv3__gram_key_fits(g, s, parent, g->info[to].label - 1u, s->hash, count)
-                                    : dsv3__gram_key_open(g, s, parent, to, count);
+        bool ok = g->info[to].label ? dsv3__gram_key_fits(g, s, parent, g->info[to].label - 1u, hash, count)
+                                    : dsv3__gram_key_open(g, s, parent, to, dsv3__gram_key_hash(hash, c), count);
         return ok ? to : 0;
     }
     if (t->count && state == g->body) {
@@ -19433,7 +19553,7 @@ static bool dsv3__gram_after(const dsv3_grammar *g, dsv3_grammar_state *s, uint3
     if (!f->object)
         return dsv3__gram_items(g, s, mask, count, false);
     for (uint32_t i = 0; i < f->n; i++)
-        if ((mask >> i & 1) && dsv3__gram_key_open(g, s, i, g->alts[s->threads[f->first + i].id].start, count))
+        if ((mask >> i & 1) && dsv3__gram_key_open(g, s, i, dsv3__gram_key_start(g, s, i), DSV3__GRAM_KEY_HASH, count))
             return true;
     return false;
 }
@@ -19593,8 +19713,8 @@ static bool dsv3__gram_key_begin(const dsv3_grammar *g, dsv3_grammar_state *s)
 {
     const dsv3_grammar_frame *f = &s->frames[s->depth - 1];
     for (uint32_t i = 0; i < f->n; i++) {
-        uint32_t start = g->alts[s->threads[f->first + i].id].start, state = g->next[(size_t)start * 256 + '"'];
-        if (state && dsv3__gram_key_open(g, s, i, state, f->count))
+        uint32_t state = dsv3__gram_key_start(g, s, i);
+        if (dsv3__gram_key_open(g, s, i, state, DSV3__GRAM_KEY_HASH, f->count))
             dsv3__gram_thread_add(s, state, (uint32_t)1 << i, 0);
     }
     if (s->n_threads == s->first)
@@ -19671,7 +19791,7 @@ static bool dsv3__gram_byte(const dsv3_grammar *g, dsv3_grammar_state *s, uint8_
         uint32_t to[DSV3__GRAM_THREADS_MAX], n = (uint32_t)s->n_threads - s->first, any = 0, mask = 0;
         for (uint32_t i = 0; i < n; i++) {
             const dsv3_grammar_thread *t = &s->threads[s->first + i];
-            to[i] = dsv3__gram_lexeme_next(g, s, i, t->id, s->chars, c);
+            to[i] = dsv3__gram_lexeme_next(g, s, i, t->id, s->chars, s->hash, c);
             any |= to[i];
             mask |= g->info[t->id].label ? t->parents : 0;
         }
@@ -19721,6 +19841,7 @@ typedef struct dsv3__gram_walk {
     uint8_t way[DSV3__TOK_BYTES_MAX + 1];
     uint16_t lane[DSV3__TOK_BYTES_MAX + 1][DSV3__GRAM_LANES];
     uint32_t chars[DSV3__TOK_BYTES_MAX + 1];
+    uint64_t hash[DSV3__TOK_BYTES_MAX + 1];
 } dsv3__gram_walk;
 
 static void dsv3__gram_base_push(dsv3__gram_walk *w, const dsv3_grammar_state *s, uint32_t depth, uint32_t end)
@@ -19737,6 +19858,7 @@ static void dsv3__gram_base_push(dsv3__gram_walk *w, const dsv3_grammar_state *s
     for (uint32_t i = 0; i < base->lanes; i++)
         w->lane[depth][i] = (uint16_t)s->threads[s->first + i].id;
     w->chars[depth] = s->chars;
+    w->hash[depth] = s->hash;
 }
 
 /* One byte within a lexeme, at depth d of the way: 1 it goes on, 0 it does not, -1 the lexeme may end. */
@@ -19757,11 +19879,12 @@ static int dsv3__gram_walk_lanes(dsv3__gram_walk *w, const dsv3__gram_base *base
         if (g->info[to].final)
             return -1;
         begun = begun || (base->s.threads[base->s.first + i].count && from == g->body);
-        to = dsv3__gram_lexeme_next(g, &base->s, i, from, w->chars[d - 1], c);
+        to = dsv3__gram_lexeme_next(g, &base->s, i, from, w->chars[d - 1], w->hash[d - 1], c);
         w->lane[d][i] = (uint16_t)to;
         any = any || to;
     }
     w->chars[d] = w->chars[d - 1] + begun;
+    w->hash[d] = dsv3__gram_key_hash(w->hash[d - 1], c);
     return any;
 }
 

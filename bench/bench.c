@@ -201,8 +201,9 @@ typedef struct model {
     const char *name, *isa_name, *dtype, *head_dtype; /* dtype: of most of the weights */
     const char *compute;
     dsv3_isa isa;
-    peak main, rest, attention; /* the instruction for weights of `dtype`; for the router and a bf16 head; for the cache */
-    spans mapped;    /* all tensors */
+    peak main, rest,
+        attention; /* the instruction for weights of `dtype`; for the router and a bf16 head; for the cache */
+    spans mapped;  /* all tensors */
     double fixed_bytes, routed_bytes;         /* read for every token; all routed experts */
     double mtp_fixed_bytes, mtp_routed_bytes; /* the same of prediction layers, the head they read included */
     double head_bytes;
@@ -544,7 +545,8 @@ static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_
     mean.rest = (before->rest + after.rest) / 2, mean.attention = (before->attention + after.attention) / 2;
     *before = after;
     double by_bytes = c->w.bytes / mean.read, macs = c->w.main + c->w.rest + c->w.attention;
-    double by_macs = mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest + c->w.attention / mean.attention : 0;
+    double by_macs =
+        mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest + c->w.attention / mean.attention : 0;
     c->read[r] = mean.read;
     c->peak[r] = by_macs > 0 ? macs / by_macs : 0;
     c->bound[r] = c->rows / (by_bytes > by_macs ? by_bytes : by_macs);
@@ -799,7 +801,7 @@ static void run_batch(model *b, uint32_t threads)
 
 // ---- Drafts ----------------------------------------------------------------------------------------------
 
-enum { DRAFTS = 4, DRAFT_CONTEXT = 64, DRAFT_PLAIN = DRAFTS };
+enum { DRAFTS = 4, DRAFT_CONTEXT = 64, DRAFT_PLAIN = DRAFTS, DRAFT_TURN = 16 };
 
 static const uint32_t draft_lengths[DRAFTS] = {1, 2, 4, DSV3_DRAFT_AUTO};
 
@@ -809,7 +811,7 @@ typedef struct draft_scene {
     double right, reuse;               /* of its tokens: guessed right; of a token's experts: used again by the next */
     double touched[6];                 /* [rows] part of the routed experts that so many neighbours use */
     double rate[DRAFTS + 1][MAX_REPS]; /* tokens a second; the last: plain */
-    double gain[DRAFTS][MAX_REPS];     /* against the plain runs before and behind */
+    double gain[DRAFTS][MAX_REPS];     /* against the plain run beside it */
     double passes[DRAFTS], drafted[DRAFTS], seconds[DRAFTS]; /* of the last repetition; seconds: the drafter's part */
     uint32_t reps;
 } draft_scene;
@@ -843,33 +845,112 @@ static void draft_experts(const model *b, dsv3_session *s, const int32_t *ids, d
     free(experts), free(seen);
 }
 
-/* Tokens a second of n behind the context, which are those of the walk; which: of draft_lengths, or DRAFT_PLAIN. A session
-   of its own each time: AUTO knows nothing when it begins. */
-static double draft_run(const model *b, dsv3_workspace *ws, const int32_t *ids, draft_scene *c, uint32_t which)
+/* One way of writing the text: a session and a thread of its own, whose clock runs while it is its turn. */
+typedef struct draft_lane {
+    struct draft_round *round;
+    dsv3_session *s;
+    uint32_t which; /* of draft_lengths, or DRAFT_PLAIN */
+    uint32_t got;   /* tokens since its turn began */
+    double since, seconds;
+    bool done;
+    dsv3_stats told;
+    pthread_t thread;
+} draft_lane;
+
+/* All ways of writing one text. They take turns of DRAFT_TURN tokens, so that what the machine does besides meets all alike. */
+typedef struct draft_round {
+    pthread_mutex_t lock;
+    pthread_cond_t passed;
+    uint32_t turn, n; /* whose turn it is; tokens to write */
+    draft_lane lane[DRAFTS + 1];
+} draft_round;
+
+static void draft_wait(draft_lane *l)
+{
+    draft_round *r = l->round;
+    pthread_mutex_lock(&r->lock);
+    while (r->turn != l->which)
+        pthread_cond_wait(&r->passed, &r->lock);
+    pthread_mutex_unlock(&r->lock);
+    l->got = 0, l->since = now();
+}
+
+static void draft_pass_on(draft_lane *l)
+{
+    draft_round *r = l->round;
+    l->seconds += now() - l->since;
+    pthread_mutex_lock(&r->lock);
+    for (uint32_t i = 1; i <= DRAFTS + 1; i++)
+        if (!r->lane[(l->which + i) % (DRAFTS + 1)].done) {
+            r->turn = (l->which + i) % (DRAFTS + 1);
+            break;
+        }
+    pthread_cond_broadcast(&r->passed);
+    pthread_mutex_unlock(&r->lock);
+}
+
+static bool draft_token(void *user, const dsv3_token *t)
+{
+    draft_lane *l = (draft_lane *)user;
+    (void)t;
+    if (++l->got == DRAFT_TURN)
+        draft_pass_on(l), draft_wait(l);
+    return true;
+}
+
+static void *draft_main(void *user)
+{
+    draft_lane *l = (draft_lane *)user;
+    dsv3_error error;
+    dsv3_generate_opts go;
+    memset(&go, 0, sizeof go);
+    go.max_tokens = l->round->n, go.ignore_eos = true, go.token_fn = draft_token, go.user = l;
+    draft_wait(l);
+    must(dsv3_generate(l->s, NULL, 0, &go, &l->told, &error), &error);
+    l->done = true;
+    draft_pass_on(l);
+    return NULL;
+}
+
+/* Writes the n tokens of the walk behind its context in every way. Sessions are new each time: AUTO knows nothing when it
+   begins. */
+static void draft_run(const model *b, uint32_t threads, const int32_t *ids, draft_scene *c)
 {
     dsv3_error error;
-    dsv3_session_opts so;
-    dsv3_generate_opts go;
-    dsv3_stats told;
-    dsv3_session *s;
-    memset(&so, 0, sizeof so);
-    memset(&go, 0, sizeof go);
-    so.workspace = ws, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
-    so.n_draft = which == DRAFT_PLAIN ? 0 : draft_lengths[which];
-    go.max_tokens = c->n, go.ignore_eos = true;
-    must(dsv3_session_open(&s, b->m, &so, &error), &error);
-    must(dsv3_session_append(s, ids, DRAFT_CONTEXT, NULL, &error), &error);
-    double start = now();
-    must(dsv3_generate(s, NULL, 0, &go, &told, &error), &error);
-    double took = now() - start;
-    if (memcmp(dsv3_session_tokens(s), ids, (DRAFT_CONTEXT + c->n) * sizeof *ids))
-        die("the text of part %u is not the walk: this checkpoint cannot measure drafts", c->part);
-    dsv3_session_close(s);
-    if (which != DRAFT_PLAIN) {
-        c->passes[which] = (double)(told.n_generated - told.accepted);
-        c->drafted[which] = (double)told.drafted, c->seconds[which] = told.draft_seconds / took;
+    draft_round r;
+    memset(&r, 0, sizeof r);
+    r.n = c->n;
+    pthread_mutex_init(&r.lock, NULL), pthread_cond_init(&r.passed, NULL);
+    for (uint32_t i = 0; i <= DRAFTS; i++) {
+        draft_lane *l = &r.lane[i];
+        dsv3_session_opts so;
+        memset(&so, 0, sizeof so);
+        l->round = &r, l->which = i;
+        so.n_threads = threads, so.max_batch = DRAFT_CONTEXT, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
+        so.n_draft = i == DRAFT_PLAIN ? 0 : draft_lengths[i];
+        must(dsv3_session_open(&l->s, b->m, &so, &error), &error);
+        must(dsv3_session_append(l->s, ids, DRAFT_CONTEXT, NULL, &error), &error);
     }
-    return c->n / took;
+    r.turn = c->reps % (DRAFTS + 1);
+    for (uint32_t i = 0; i <= DRAFTS; i++)
+        if (pthread_create(&r.lane[i].thread, NULL, draft_main, &r.lane[i]))
+            die("no thread for the drafts");
+    for (uint32_t i = 0; i <= DRAFTS; i++)
+        pthread_join(r.lane[i].thread, NULL);
+    for (uint32_t i = 0; i <= DRAFTS; i++) {
+        const draft_lane *l = &r.lane[i];
+        if (memcmp(dsv3_session_tokens(l->s), ids, (DRAFT_CONTEXT + c->n) * sizeof *ids))
+            die("the text of part %u is not the walk: this checkpoint cannot measure drafts", c->part);
+        dsv3_session_close(l->s);
+        c->rate[i][c->reps] = c->n / l->seconds;
+        if (i == DRAFT_PLAIN)
+            continue;
+        c->gain[i][c->reps] = r.lane[DRAFT_PLAIN].seconds / l->seconds;
+        c->passes[i] = (double)(l->told.n_generated - l->told.accepted);
+        c->drafted[i] = (double)l->told.drafted, c->seconds[i] = l->told.draft_seconds / l->seconds;
+    }
+    c->reps++;
+    pthread_cond_destroy(&r.passed), pthread_mutex_destroy(&r.lock);
 }
 
 /* The part of the experts that a number of rows between two whole ones uses. */
@@ -927,7 +1008,7 @@ static void draft_print(const model *b, uint32_t threads, const draft_scene *c)
     }
 }
 
-/* Decoding with and without drafts on a walking shape, in turn: plain, 1, 2, plain, 4, auto, plain ... */
+/* Decoding with and without drafts on a walking shape, in turn. */
 static void run_draft(const char *dir, dsv3_isa isa, uint32_t compute)
 {
     static draft_scene scenes[WALKS];
@@ -968,23 +1049,10 @@ static void run_draft(const char *dir, dsv3_isa isa, uint32_t compute)
             must(dsv3_session_append(s, ids, DRAFT_CONTEXT, NULL, &error), &error);
             draft_experts(&b, s, ids, c);
             dsv3_session_close(s);
-            double before = 0, pending[DRAFTS] = {0};
-            const uint32_t turns =
-                2 * opt.reps.v[0]; /* in each a plain run, then two drafting ones; a last plain one */
-            for (uint32_t turn = 0; turn <= turns; turn++) {
-                progress("draft, %u threads, acceptance %.2f, reuse %.2f: %u of %u", threads, c->right, c->reuse, turn,
-                         turns);
-                double plain = draft_run(&b, ws, ids, c, DRAFT_PLAIN);
-                for (uint32_t k = 0; turn && k < 2; k++) {
-                    const uint32_t which = (turn - 1) % 2 * 2 + k;
-                    c->rate[which][c->reps] = pending[which];
-                    c->gain[which][c->reps] = pending[which] * (1 / plain + 1 / before) / 2;
-                }
-                if (turn % 2 == 0 && turn)
-                    c->rate[DRAFT_PLAIN][c->reps++] = plain;
-                for (uint32_t k = 0; turn < turns && k < 2; k++)
-                    pending[turn % 2 * 2 + k] = draft_run(&b, ws, ids, c, turn % 2 * 2 + k);
-                before = plain;
+            while (c->reps < opt.reps.v[0]) {
+                progress("draft, %u threads, acceptance %.2f, reuse %.2f: %u of %u", threads, c->right, c->reuse,
+                         c->reps + 1, opt.reps.v[0]);
+                draft_run(&b, threads, ids, c);
             }
             draft_print(&b, threads, c);
         }

@@ -93,6 +93,40 @@ static const struct {
      "\"null\"}}",
      {"{}", "{\"yy\":null,\"x\":null}"},
      {"{\"y\":null}", "{\"x\":1}", "{\"x\":null,\"x\":null}"}},
+    {"{\"type\": \"object\", \"propertyNames\": {\"minLength\": 2, \"maxLength\": 3, \"pattern\": \"^[a-x]\"}, "
+     "\"properties\": {\"abcd\": true}, \"additionalProperties\": {\"type\": \"integer\"}}",
+     {"{}", "{\"ab\":1,\"ab\xC3\xA9\":2}"},
+     {"{\"a\":1}", "{\"abcd\":1}", "{\"zz\":1}", "{\"ab\":null}", "{\"ab\":1,\"ab\":1}"}},
+    {"{\"type\": \"object\", \"patternProperties\": {\"^[ab]$\": {}, \"^c\\n?d$\": {\"type\": \"null\"}}, "
+     "\"additionalProperties\": "
+     "false}",
+     {"{}", "{\"b\":0,\"cd\":null,\"a\":{\"a\":1,\"z\":2},\"c\\nd\":null}"},
+     {"{\"a\":1,\"a\":2}", "{\"b\":0,\"cd\":null,\"a\":0,\"c\\nd\":null,\"", "{\"cd\":null,\"c\\nd\":null,\"cd",
+      "{\"ab\":1}", "{\"cd\":1}"}},
+    {"{\"type\": \"object\", \"propertyNames\": {\"maxLength\": 0}, \"minProperties\": 1, \"additionalProperties\": "
+     "{\"type\": "
+     "\"null\"}}",
+     {"{\"\":null}"},
+     {"{}", "{\"\":null,", "{\"a\":null}"}},
+    {"{\"dependentRequired\": {\"a\": [\"b\", \"c\"], \"b\": []}}",
+     {"{}", "{\"b\":1}", "{\"a\":1,\"c\":2,\"b\":3}", "{\"c\":0,\"b\":0}", "[1]", "\"a\"", "{\"d\":{\"a\":1}}"},
+     {"{\"a\":1}", "{\"a\":1,\"b\":1}", "{\"c\":1,\"a\":1}"}},
+    {"{\"type\": [\"object\", \"null\"], \"properties\": {\"kind\": {\"enum\": [1, 2]}}, \"dependentSchemas\": {\"x\": "
+     "{\"properties\": {\"kind\": {\"const\": 1}, \"x\": {\"type\": \"null\"}}, \"required\": [\"kind\"]}, \"y\": "
+     "false}}",
+     {"null", "{}", "{\"kind\":2}", "{\"x\":null,\"kind\":1}", "{\"kind\":1,\"x\":null}", "{\"z\":{\"y\":1}}"},
+     {"{\"x\":null}", "{\"kind\":2,\"x\":null}", "{\"x\":null,\"kind\":2}", "{\"x\":1,\"kind\":1}", "{\"y\":1}"}},
+    {"{\"anyOf\": [{\"type\": \"array\", \"prefixItems\": [{\"type\": \"null\"}], \"unevaluatedItems\": {\"type\": "
+     "\"integer\"}}, "
+     "{\"type\": \"object\", \"properties\": {\"a\": {}}, \"patternProperties\": {\"^_\": {}}, "
+     "\"unevaluatedProperties\": false}]}",
+     {"[]", "[null]", "[null,1,2]", "{\"a\":1}", "{\"_\":1,\"a\":2}"},
+     {"[1]", "[null,null]", "{\"b\":1}", "1"}},
+    {"{\"type\": \"object\", \"additionalProperties\": true, \"unevaluatedProperties\": false, \"allOf\": "
+     "[{\"unevaluatedItems\": true, "
+     "\"required\": [\"k\"]}]}",
+     {"{\"k\":1}"},
+     {"{}", "{\"l\":1}"}},
     {"{\"type\": \"array\", \"prefixItems\": [{\"type\": \"string\"}], \"items\": {\"type\": \"integer\"}, "
      "\"minItems\": 2, \"maxItems\": 3}",
      {"[\"\",1]", "[\"a\", 1, 2]"},
@@ -122,7 +156,8 @@ static const struct {
      "\"/a/c.json\", \"$defs\": {\"d\": {\"$anchor\": \"here\", \"type\": \"null\"}}}}}",
      {"{\"p\":null}"},
      {"{\"p\":1}"}},
-    {"{\"if\": {\"$id\": \"x:y\", \"const\": 1}, \"anyOf\": [{\"then\": false, \"else\": false, \"type\": \"null\"}, {\"$ref\": "
+    {"{\"if\": {\"$id\": \"x:y\", \"const\": 1}, \"anyOf\": [{\"then\": false, \"else\": false, \"type\": \"null\"}, "
+     "{\"$ref\": "
      "\"x:y\"}], \"minContains\": 3, \"maxContains\": 0}",
      {"1", "null"},
      {"2", "[]", "true"}},
@@ -329,7 +364,8 @@ TEST(refused)
         {"{\"type\": \"string\", \"nope\": 1}", "/nope", DSV3_ERROR_SCHEMA},
         {"{\"properties\": {\"a\": {\"not\": {}}}}", "/properties/a/not", DSV3_ERROR_SCHEMA},
         {"{\"uniqueItems\": true}", "/uniqueItems", DSV3_ERROR_SCHEMA},
-        {"{\"type\": \"string\", \"t\\u0079pe\": \"number\"}", "/type: a key that stands there twice", DSV3_ERROR_SCHEMA},
+        {"{\"type\": \"string\", \"t\\u0079pe\": \"number\"}", "/type: a key that stands there twice",
+         DSV3_ERROR_SCHEMA},
         {"{\"properties\": {\"a\": {}, \"b\": {}, \"a\": {}}}", "/properties/a: a key that", DSV3_ERROR_SCHEMA},
         {"{\"if\": {\"const\": 1}, \"then\": false}", "/if", DSV3_ERROR_SCHEMA},
         {"{\"else\": {}, \"if\": true}", "/if", DSV3_ERROR_SCHEMA},
@@ -342,6 +378,15 @@ TEST(refused)
         {"{\"anyOf\": [1]}", "/anyOf/0", DSV3_ERROR_SCHEMA},
         {"{\"required\": [1]}", "/required/0", DSV3_ERROR_SCHEMA},
         {"{\"items\": [{}]}", "/items", DSV3_ERROR_SCHEMA},
+        {"{\"dependentRequired\": {\"a\": 1}}", "/dependentRequired/a", DSV3_ERROR_SCHEMA},
+        {"{\"dependentRequired\": {\"a\": [\"b\", 1]}}", "/dependentRequired/a/1", DSV3_ERROR_SCHEMA},
+        {"{\"dependentSchemas\": {\"a\": []}}", "/dependentSchemas/a", DSV3_ERROR_SCHEMA},
+        {"{\"dependentRequired\": {\"a\": [\"b\"]}, \"properties\": {\"b\": false}, \"required\": [\"a\"], \"type\": "
+         "\"object\"}",
+         "no value", DSV3_ERROR_SCHEMA},
+        {"{\"unevaluatedProperties\": false, \"allOf\": [{}]}", "/unevaluatedProperties", DSV3_ERROR_SCHEMA},
+        {"{\"dependentSchemas\": {}, \"unevaluatedItems\": {}}", "/unevaluatedItems", DSV3_ERROR_SCHEMA},
+        {"{\"propertyNames\": {\"not\": {}}}", "/propertyNames/not", DSV3_ERROR_SCHEMA},
         {"{\"multipleOf\": 0.1}", "/multipleOf", DSV3_ERROR_SCHEMA},
         {"{\"$ref\": \"other.json\"}", "/$ref", DSV3_ERROR_SCHEMA},
         {"{\"$ref\": \"#/$defs/x\"}", "/$ref", DSV3_ERROR_SCHEMA},
@@ -357,8 +402,14 @@ TEST(refused)
         {"{\"pattern\": \"\\\\p{L}\"}", "escape", DSV3_ERROR_SCHEMA},
         {"{\"pattern\": \"a{2,1}\"}", "{m,n}", DSV3_ERROR_SCHEMA},
         {"{\"pattern\": \"a\\\\\"}", "backslash", DSV3_ERROR_SCHEMA},
-        {"{\"type\": \"object\", \"patternProperties\": {\"^[ab]$\": {}}, \"additionalProperties\": false}",
-         "few names", DSV3_ERROR_SCHEMA},
+        {"{\"type\": \"object\", \"patternProperties\": {\"^[ab]{70}$\": {}, \"^[cd]c{80}$\": {}}, "
+         "\"additionalProperties\": "
+         "false}",
+         "few names, of more than 64 bytes", DSV3_ERROR_SCHEMA},
+        {"{\"type\": \"object\", \"properties\": {\"abc\": {}, \"b\": {}}, \"propertyNames\": {\"maxLength\": 2, "
+         "\"pattern\": "
+         "\"^[ab]?$\"}, \"minProperties\": 4}",
+         "minProperties 4, but there are 3 names", DSV3_ERROR_SCHEMA},
         {"false", "no value", DSV3_ERROR_SCHEMA},
         {"{\"type\": \"integer\", \"minimum\": 2, \"maximum\": 1}", "no value", DSV3_ERROR_SCHEMA},
         {"{\"type\": \"string\", \"minLength\": 2, \"pattern\": \"^a?$\"}", "no value", DSV3_ERROR_SCHEMA},
