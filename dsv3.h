@@ -1284,6 +1284,7 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 #define DSV3__RESTRICT    __restrict__
 #define DSV3__TARGET(isa) __attribute__((target(isa)))
 #define DSV3__FETCH(p)    __builtin_prefetch((p), 0, 2) /* the line of p, near but not into L1 */
+#define DSV3__FETCH_L1(p) __builtin_prefetch((p), 0, 3)
 #define DSV3__LIKELY(c)   __builtin_expect(!!(c), 1)
 #define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
 #else
@@ -1292,6 +1293,7 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 #define DSV3__RESTRICT
 #define DSV3__TARGET(isa)
 #define DSV3__FETCH(p)    ((void)(p))
+#define DSV3__FETCH_L1(p) ((void)(p))
 #define DSV3__LIKELY(c)   (c)
 #define DSV3__UNLIKELY(c) (c)
 #endif
@@ -2748,11 +2750,10 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
     }
     base = row / t->block_rows * t->scale_stride;
     last = dsv3__ceil_div(dsv3__ten_n_cols(t), t->block_cols) - 1;
-    for (size_t i = 0; i < n;) { /* a scale at a time */
-        uint64_t column = (uint64_t)(first + i) * 64 / t->block_cols;
-        column = column < last ? column : last; /* padding has the last one's */
-        const uint64_t next = column < last ? dsv3__ceil_div((column + 1) * t->block_cols, 64) - first : n;
+    uint64_t column = dsv3__min((uint64_t)first * 64 / t->block_cols, last); /* padding has the last one's */
+    for (size_t i = 0; i < n; column++) {                                    /* a scale at a time */
         const float s = dsv3__num_get(t->scale, t->scale_dtype, base + column);
+        const size_t next = column < last ? (size_t)(((column + 1) * t->block_cols + 63) / 64 - first) : n;
         while (i < n && i < next)
             scale64[i++] = s;
     }
@@ -2825,10 +2826,14 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #define DSV3__PIN512(v) __asm__("" : "+v"(v))
 #endif
 /* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
-   ahead, into the rows that follow too: FP8, BF16 and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was
-   (Emerald Rapids). */
+   ahead, into the rows that follow too: far ahead into L2, which bridges what memory is late, and near into L1. FP8, BF16
+   and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was (Emerald Rapids). */
 #define DSV3__PREFETCH_AT(p, bytes) DSV3__FETCH((const void *)((uintptr_t)(p) + (bytes)))
-#define DSV3__PREFETCH(p)           DSV3__PREFETCH_AT(p, 4096)
+#define DSV3__PREFETCH(p)                                      \
+    do {                                                       \
+        DSV3__PREFETCH_AT(p, 8192);                            \
+        DSV3__FETCH_L1((const void *)((uintptr_t)(p) + 2048)); \
+    } while (0)
 #endif
 
 /* One instruction each, sums += products: of unsigned and signed bytes, four to an int32; of two bf16, the high first.
@@ -2889,6 +2894,8 @@ DSV3__INLINE size_t dsv3__k_half_rows_scratch(size_t n_x)
 }
 
 typedef float (*dsv3__dot_fn)(const void *w, const float *x, const float *scale64, size_t k);
+typedef void (*dsv3__dots_fn)(float *out, size_t out_stride, const void *w, const float *const *x, size_t n_x,
+                              size_t k);
 typedef void (*dsv3__row_fn)(float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k);
 
 /* Rows of w that share loads of x in a tile. */
@@ -2918,12 +2925,13 @@ typedef struct dsv3__half_block {
                  product with the scale (as dot).
                  NaN codes give NaN elements.
    nat_fp8       out [ceil64(k)], the same with position = column, block 64, group ignored.
-   dot_..._pairs, row_..._pairs   the same for pairs: x [ceil128(k)], scale64 is not looked at, row_ writes ceil128(k).
-                 dot_fp8_pairs wants x times `up`, a power of two, and where one of these is infinite gives infinity or NaN.
+   row_..._pairs the same for pairs: scale64 is not looked at, row_ writes ceil128(k).
+   dots_..._pairs   out[j * out_stride] = w [k] times row j < n_x of x, in pairs: x[j] [ceil128(k)]. dots_fp8_pairs wants x
+                 times `up`, a power of two, and where one of these is infinite gives infinity or NaN.
    round_pairs   bf16(x * scale) * up, 0 instead of a bf16 below 2^-126, for n positions in pairs of F8_E4M3, n a multiple
                  of 128, read with strides x_block and x_group, written as row_ writes. scale64 [n / 64], the scales of
                  each 64 columns.
-                 With pair_words, x of dot_..._pairs and what row_..._pairs and round_pairs write are words, a block being
+                 With pair_words, x of dots_..._pairs and what row_..._pairs and round_pairs write are words, a block being
                  128 columns of them; round_pairs reads floats always, and up is 1.
    to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127,
                  NaN if an x is not finite; where it is not above 0 all codes are 0.
@@ -2989,8 +2997,10 @@ typedef struct dsv3__half_block {
       (float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w, const float *x, size_t x_stride, \
        const uint32_t *index, size_t n_x, size_t k))
 #define DSV3__KERN_PAIRS(X)                                                                                          \
-    X(float, dot_bf16_pairs, (const void *w, const float *x, const float *scale64, size_t k))                        \
-    X(float, dot_fp8_pairs, (const void *w, const float *x, const float *scale64, size_t k))                         \
+    X(void, dots_bf16_pairs,                                                                                         \
+      (float *out, size_t out_stride, const void *w, const float *const *x, size_t n_x, size_t k))                   \
+    X(void, dots_fp8_pairs,                                                                                          \
+      (float *out, size_t out_stride, const void *w, const float *const *x, size_t n_x, size_t k))                   \
     X(void, row_bf16_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)) \
     X(void, row_fp8_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))  \
     X(void, round_pairs,                                                                                             \
@@ -3027,7 +3037,7 @@ typedef struct dsv3__kern {
     uint32_t tile_x;     /* rows of x in a tile: 3 or 6 */
     uint32_t bytes_rows; /* rows of either side that `bytes` is best given at a time */
     bool pair_words;     /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
-    float up;            /* a power of two: of x in dot_fp8_pairs, where codes are decoded as their value / up */
+    float up;            /* a power of two: of x in dots_fp8_pairs, where codes are decoded as their value / up */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;
 #undef DSV3__KERN_FIELD
@@ -3216,17 +3226,26 @@ DSV3__INLINE float dsv3__k_dot_pairs_scalar(const void *w, const float *x, size_
     return dsv3__k_tree64_scalar(a);
 }
 
-#define DSV3__K_PAIRS_SCALAR(name, dtype)                                                                         \
-    static float dsv3__k_dot_##name##_pairs_scalar(const void *w, const float *x, const float *scale64, size_t k) \
-    {                                                                                                             \
-        (void)scale64;                                                                                            \
-        return dsv3__k_dot_pairs_scalar(w, x, k, dtype);                                                          \
-    }                                                                                                             \
-    static void dsv3__k_row_##name##_pairs_scalar(float *out, size_t block, size_t group, const void *w,          \
-                                                  const float *scale64, size_t k)                                 \
-    {                                                                                                             \
-        (void)scale64;                                                                                            \
-        dsv3__k_row_pairs_scalar(out, block, group, 8, w, k, dtype);                                              \
+/* Row by row, where a variant has no better way. */
+#define DSV3__K_DOTS(target, name, isa)                                                          \
+    target static void dsv3__k_dots_##name##_##isa(float *out, size_t out_stride, const void *w, \
+                                                   const float *const *x, size_t n_x, size_t k)  \
+    {                                                                                            \
+        for (size_t j = 0; j < n_x; j++)                                                         \
+            out[j * out_stride] = dsv3__k_dot_##name##_##isa(w, x[j], k);                        \
+    }
+
+#define DSV3__K_PAIRS_SCALAR(name, dtype)                                                                \
+    static float dsv3__k_dot_##name##_pairs_scalar(const void *w, const float *x, size_t k)              \
+    {                                                                                                    \
+        return dsv3__k_dot_pairs_scalar(w, x, k, dtype);                                                 \
+    }                                                                                                    \
+    DSV3__K_DOTS(, name##_pairs, scalar)                                                                 \
+    static void dsv3__k_row_##name##_pairs_scalar(float *out, size_t block, size_t group, const void *w, \
+                                                  const float *scale64, size_t k)                        \
+    {                                                                                                    \
+        (void)scale64;                                                                                   \
+        dsv3__k_row_pairs_scalar(out, block, group, 8, w, k, dtype);                                     \
     }
 DSV3__K_PAIRS_SCALAR(bf16, DSV3_DTYPE_BF16)
 DSV3__K_PAIRS_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
@@ -3876,14 +3895,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_pairs_32_avx2(__m256 *a0,
     return dsv3__k_fp8_worst_avx2(worst, v);
 }
 
-DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_pairs_avx2(const void *weights, const float *x, const float *scale64,
-                                                          size_t k)
+DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_pairs_avx2(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[128];
     __m256i worst = _mm256_setzero_si256();
     __m256 a[8];
-    (void)scale64;
     a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
     for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, x += 128) {
         if (DSV3__UNLIKELY(left < 128)) {
@@ -3903,6 +3920,7 @@ DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_pairs_avx2(const void *weights, c
         return dsv3__bits_float(DSV3__NAN_BITS);
     return dsv3__k_tree64_avx2(a);
 }
+DSV3__K_DOTS(DSV3__TARGET_AVX2, fp8_pairs, avx2)
 
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_fp8_pairs_lanes_avx2(float *out, size_t block, size_t group,
                                                                      const void *weights, size_t k, const size_t lanes)
@@ -3951,14 +3969,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_first_avx2(__m256i v)
     return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
 }
 
-DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, const float *x, const float *scale64,
-                                                           size_t k)
+DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[256];
     __m256 a[8];
     __m256i v;
-    (void)scale64;
     a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
     for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, x += 128) {
         if (DSV3__UNLIKELY(left < 128)) {
@@ -3984,6 +4000,7 @@ DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, 
     }
     return dsv3__k_tree64_avx2(a);
 }
+DSV3__K_DOTS(DSV3__TARGET_AVX2, bf16_pairs, avx2)
 
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_bf16_pairs_lanes_avx2(float *out, size_t block, size_t group,
                                                                       const void *weights, size_t k, const size_t lanes)
@@ -5505,67 +5522,115 @@ DSV3__TARGET_AVX512 static void dsv3__k_swiglu_avx512(float *out, const float *g
 
 // ---- AVX-512: pairs --------------------------------------------------------------------------------------------
 
-/* 64 columns in pairs: bytes 1, 0 of 16 words are one chain register's, bytes 3, 2 the next one's. x: where the first
-   register's begin. */
-DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_dot_fp8_pairs_64_avx512(__m512 *a, __m512i v, const float *x,
-                                                                         __m512i worst)
+/* As dsv3__k_fp8x64_avx512, but * 2^-8, and without an operand that is denormal. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_fp8x64_half_avx512(__m512 *o, __m512i v)
 {
-    __m512 o[4];
-    dsv3__k_fp8x64_avx512(o, v);
-    a[0] = _mm512_fmadd_ps(o[1], _mm512_loadu_ps(x), a[0]);
-    a[1] = _mm512_fmadd_ps(o[3], _mm512_loadu_ps(x + 16), a[1]);
-    a[0] = _mm512_fmadd_ps(o[0], _mm512_loadu_ps(x + 64), a[0]);
-    a[1] = _mm512_fmadd_ps(o[2], _mm512_loadu_ps(x + 80), a[1]);
-    return dsv3__k_fp8_worst_avx512(worst, v);
+    const __m512i keep = _mm512_set1_epi16((short)0xBF80);
+    __m512i even = _mm512_and_si512(_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 1), keep); /* f16 of bytes 0, 2 */
+    __m512i odd = _mm512_and_si512(_mm512_srai_epi16(v, 1), keep);                        /* of bytes 1, 3 */
+    o[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(even));
+    o[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(odd));
+    o[2] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(even, 16)));
+    o[3] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(odd, 16)));
 }
 
-/* 8 lines of weights at once, as in dsv3__k_dot_fp8_avx512. */
-DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_pairs_avx512(const void *weights, const float *x, const float *scale64,
-                                                              size_t k)
+/* 64 columns in pairs by T rows of x, from x[j] + at on: bytes 1, 0 of 16 words are one chain register's, a[j][g], bytes
+   3, 2 the next one's. T and `denormal` are constants. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4], size_t g, __m512i v,
+                                                                 const float *const *x, size_t at, const size_t T,
+                                                                 const bool denormal)
 {
-    const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
-    __m512i worst = _mm512_setzero_si512(), v0, v1, v2, v3, v4, v5, v6, v7;
-    __m512 a[4];
-    (void)scale64;
-    a[0] = a[1] = a[2] = a[3] = _mm512_setzero_ps();
-#define DSV3__LOAD(i)                      \
-    v##i = _mm512_loadu_si512(w + i * 64); \
-    DSV3__PREFETCH(w + i * 64);            \
-    DSV3__PIN512(v##i)
-#define DSV3__STEP(i, j)                                                 \
-    worst = dsv3__k_dot_fp8_pairs_64_avx512(a, v##i, x + i * 64, worst); \
-    worst = dsv3__k_dot_fp8_pairs_64_avx512(a + 2, v##j, x + i * 64 + 32, worst)
-    for (; k >= 512; k -= 512, w += 512, x += 512) {
-        DSV3__LOAD(0);
-        DSV3__LOAD(1);
-        DSV3__LOAD(2);
-        DSV3__LOAD(3);
-        DSV3__LOAD(4);
-        DSV3__LOAD(5);
-        DSV3__LOAD(6);
-        DSV3__LOAD(7);
-        DSV3__STEP(0, 1);
-        DSV3__STEP(2, 3);
-        DSV3__STEP(4, 5);
-        DSV3__STEP(6, 7);
+    const __m512 down = _mm512_set1_ps(256 / DSV3__TWO_120);
+    __m512 o[4];
+    if (denormal)
+        dsv3__k_fp8x64_half_avx512(o, v);
+    else
+        dsv3__k_fp8x64_avx512(o, v);
+#define DSV3__X(i) denormal ? _mm512_mul_ps(_mm512_loadu_ps(x[j] + at + i), down) : _mm512_loadu_ps(x[j] + at + i)
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++) {
+        a[j][g] = _mm512_fmadd_ps(o[1], DSV3__X(0), a[j][g]);
+        a[j][g + 1] = _mm512_fmadd_ps(o[3], DSV3__X(16), a[j][g + 1]);
+        a[j][g] = _mm512_fmadd_ps(o[0], DSV3__X(64), a[j][g]);
+        a[j][g + 1] = _mm512_fmadd_ps(o[2], DSV3__X(80), a[j][g + 1]);
     }
-    for (; k; k -= dsv3__min(k, 128), w += 128, x += 128) {
-        if (DSV3__UNLIKELY(k < 128)) {
-            memset(tail, 0, sizeof tail);
-            memcpy(tail, w, k);
-            w = tail;
-        }
-        DSV3__LOAD(0);
-        DSV3__LOAD(1);
-        DSV3__STEP(0, 1);
-    }
-#undef DSV3__LOAD
-#undef DSV3__STEP
-    if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst)))
-        return dsv3__bits_float(DSV3__NAN_BITS);
-    return dsv3__k_tree64_avx512(a[0], a[1], a[2], a[3]);
+#undef DSV3__X
 }
+
+/* L lines of w, from column c on, by T rows of x: all lines are loaded before the first is decoded, as in
+   dsv3__k_dot_fp8_avx512. PERF: a denormal operand takes 150 cycles on Intel's cores; where a code of these lines is one
+   (one weight in 10,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN, which is
+   found there, do too. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[4], const uint8_t *w,
+                                                                    const float *const *x, size_t c, __m512i *worst,
+                                                                    const size_t T, const size_t L)
+{
+    const __m512i magnitude = _mm512_set1_epi8(0x7F), normal = _mm512_set1_epi8(0x08), nan = _mm512_set1_epi8(0x77);
+    __m512i v[4], s = _mm512_setzero_si512();
+    DSV3__UNROLL
+    for (size_t i = 0; i < L; i++) {
+        v[i] = _mm512_loadu_si512(w + 64 * i);
+        DSV3__PREFETCH(w + 64 * i);
+        DSV3__PIN512(v[i]);
+        s = _mm512_max_epu8(s, _mm512_sub_epi8(_mm512_and_si512(v[i], magnitude), normal));
+    }
+    if (DSV3__UNLIKELY(_mm512_cmpeq_epi8_mask(s, _mm512_max_epu8(s, nan)))) {
+        DSV3__UNROLL
+        for (size_t i = 0; i < L; i++) {
+            *worst = dsv3__k_fp8_worst_avx512(*worst, v[i]);
+            dsv3__k_dots_fp8_64_avx512(a, i % 2 * 2, v[i], x, c + i / 2 * 128 + i % 2 * 32, T, true);
+        }
+    } else {
+        DSV3__UNROLL
+        for (size_t i = 0; i < L; i++)
+            dsv3__k_dots_fp8_64_avx512(a, i % 2 * 2, v[i], x, c + i / 2 * 128 + i % 2 * 32, T, false);
+    }
+}
+
+/* T rows of x, a constant. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w,
+                                                                      const float *const *x, size_t k, const size_t T)
+{
+    uint8_t tail[128];
+    size_t c = 0;
+    __m512i worst = _mm512_setzero_si512();
+    __m512 a[4][4];
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
+    for (; c + 256 <= k; c += 256)
+        dsv3__k_dots_fp8_lines_avx512(a, w + c, x, c, &worst, T, 4);
+    for (; c < k; c += 128) {
+        const uint8_t *p = w + c;
+        if (DSV3__UNLIKELY(k - c < 128)) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, p, k - c);
+            p = tail;
+        }
+        dsv3__k_dots_fp8_lines_avx512(a, p, x, c, &worst, T, 2);
+    }
+    const bool nan = dsv3__k_fp8_nan_avx512(worst);
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        out[j * out_stride] =
+            nan ? dsv3__bits_float(DSV3__NAN_BITS) : dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
+}
+
+/* name(out, out_stride, w, x, n_x, k) of `of`, which takes up to four rows of x. */
+#define DSV3__K_DOTS_AVX512(name, of)                                                                         \
+    DSV3__TARGET_AVX512 static void name(float *out, size_t out_stride, const void *w, const float *const *x, \
+                                         size_t n_x, size_t k)                                                \
+    {                                                                                                         \
+        for (; n_x >= 4; n_x -= 4, x += 4, out += 4 * out_stride)                                             \
+            of(out, out_stride, (const uint8_t *)w, x, k, 4);                                                 \
+        switch (n_x) {                                                                                        \
+        case 3: of(out, out_stride, (const uint8_t *)w, x, k, 3); break;                                      \
+        case 2: of(out, out_stride, (const uint8_t *)w, x, k, 2); break;                                      \
+        case 1: of(out, out_stride, (const uint8_t *)w, x, k, 1); break;                                      \
+        default: break;                                                                                       \
+        }                                                                                                     \
+    }
+DSV3__K_DOTS_AVX512(dsv3__k_dots_fp8_pairs_avx512, dsv3__k_dots_fp8_pairs_x_avx512)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group,
                                                              const void *weights, const float *scale64, size_t k)
@@ -5608,33 +5673,38 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_first_avx512(__m512i v)
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-DSV3__TARGET_AVX512 static float dsv3__k_dot_bf16_pairs_avx512(const void *weights, const float *x,
-                                                               const float *scale64, size_t k)
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w,
+                                                                       const float *const *x, size_t k, const size_t T)
 {
-    const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[256];
-    __m512i v;
-    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-    (void)scale64;
-    for (; k; k -= dsv3__min(k, 128), w += 256, x += 128) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    __m512 a[4][4];
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
+    for (size_t c = 0; c < k; c += 128) {
+        const uint8_t *p = w + 2 * c;
+        if (DSV3__UNLIKELY(k - c < 128)) {
             memset(tail, 0, sizeof tail);
-            memcpy(tail, w, 2 * k);
-            w = tail;
+            memcpy(tail, p, 2 * (k - c));
+            p = tail;
         }
-#define DSV3__STEP(g)                                                                    \
-    DSV3__PREFETCH(w + 64 * g);                                                          \
-    v = _mm512_loadu_si512(w + 64 * g);                                                  \
-    a##g = _mm512_fmadd_ps(dsv3__k_second_avx512(v), _mm512_loadu_ps(x + 16 * g), a##g); \
-    a##g = _mm512_fmadd_ps(dsv3__k_first_avx512(v), _mm512_loadu_ps(x + 64 + 16 * g), a##g)
-        DSV3__STEP(0);
-        DSV3__STEP(1);
-        DSV3__STEP(2);
-        DSV3__STEP(3);
-#undef DSV3__STEP
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++) {
+            __m512i v = _mm512_loadu_si512(p + 64 * g);
+            __m512 second = dsv3__k_second_avx512(v), first = dsv3__k_first_avx512(v);
+            DSV3__PREFETCH(p + 64 * g);
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++) {
+                a[j][g] = _mm512_fmadd_ps(second, _mm512_loadu_ps(x[j] + c + 16 * g), a[j][g]);
+                a[j][g] = _mm512_fmadd_ps(first, _mm512_loadu_ps(x[j] + c + 64 + 16 * g), a[j][g]);
+            }
+        }
     }
-    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        out[j * out_stride] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
 }
+DSV3__K_DOTS_AVX512(dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group,
                                                               const void *weights, const float *scale64, size_t k)
@@ -6379,15 +6449,13 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_fp8x64_avx512_bf16(__m512i *p
 }
 
 /* PERF: 4 lines of weights at once, and 2 loads of x for each. */
-DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const void *weights, const float *x,
-                                                                        const float *scale64, size_t k)
+DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const void *weights, const float *x, size_t k)
 {
     const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[128];
     __m512i v0, v1, v2, v3, p0, p1, y;
     __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-    (void)scale64;
 #define DSV3__LOAD(i)                      \
     v##i = _mm512_loadu_si512(w + i * 64); \
     DSV3__PREFETCH(w + i * 64);            \
@@ -6423,6 +6491,7 @@ DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const vo
 #undef DSV3__STEP
     return dsv3__k_tree64_avx512(a0, a1, a2, a3);
 }
+DSV3__K_DOTS(DSV3__TARGET_AVX512_BF16, fp8_pairs, avx512_bf16)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                        const void *weights, const float *scale64,
@@ -6448,14 +6517,12 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *ou
 }
 
 /* Two columns of BF16 are a word as they lie. */
-DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const void *weights, const float *x,
-                                                                         const float *scale64, size_t k)
+DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[256];
     __m512i v, y;
     __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-    (void)scale64;
     for (; k; k -= dsv3__min(k, 128), w += 256, x += 64) {
         if (DSV3__UNLIKELY(k < 128)) {
             memset(tail, 0, sizeof tail);
@@ -6475,6 +6542,7 @@ DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const v
     }
     return dsv3__k_tree64_avx512(a0, a1, a2, a3);
 }
+DSV3__K_DOTS(DSV3__TARGET_AVX512_BF16, bf16_pairs, avx512_bf16)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_bf16_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                         const void *weights, const float *scale64,
@@ -6784,13 +6852,12 @@ static void dsv3__k_nat_fp8_neon(float *out, size_t block, size_t group, const v
 // ---- NEON: pairs -------------------------------------------------------------------------------------------
 
 /* Bytes 1, 0 of words 4q ... 4q + 3 of 64 columns are one chain register's, bytes 3, 2 the next but three's. */
-static float dsv3__k_dot_fp8_pairs_neon(const void *weights, const float *x, const float *scale64, size_t k)
+static float dsv3__k_dot_fp8_pairs_neon(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[128];
     uint8x16_t worst = vdupq_n_u8(0);
     float32x4_t a[16], o[4];
-    (void)scale64;
     DSV3__UNROLL
     for (size_t g = 0; g < 16; g++)
         a[g] = vdupq_n_f32(0);
@@ -6818,6 +6885,7 @@ static float dsv3__k_dot_fp8_pairs_neon(const void *weights, const float *x, con
         return dsv3__bits_float(DSV3__NAN_BITS);
     return dsv3__k_tree64_neon(a);
 }
+DSV3__K_DOTS(, fp8_pairs, neon)
 
 static void dsv3__k_row_fp8_pairs_neon(float *out, size_t block, size_t group, const void *weights,
                                        const float *scale64, size_t k)
@@ -6860,12 +6928,11 @@ DSV3__INLINE float32x4_t dsv3__k_first_neon(uint32x4_t v)
     return vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
 }
 
-static float dsv3__k_dot_bf16_pairs_neon(const void *weights, const float *x, const float *scale64, size_t k)
+static float dsv3__k_dot_bf16_pairs_neon(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[256];
     float32x4_t a[16];
-    (void)scale64;
     DSV3__UNROLL
     for (size_t g = 0; g < 16; g++)
         a[g] = vdupq_n_f32(0);
@@ -6884,6 +6951,7 @@ static float dsv3__k_dot_bf16_pairs_neon(const void *weights, const float *x, co
     }
     return dsv3__k_tree64_neon(a);
 }
+DSV3__K_DOTS(, bf16_pairs, neon)
 
 static void dsv3__k_row_bf16_pairs_neon(float *out, size_t block, size_t group, const void *weights,
                                         const float *scale64, size_t k)
@@ -7413,6 +7481,7 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_to_bytes_avx512_vnni dsv3__k_to_bytes_avx2
 #define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
 
+#undef DSV3__K_DOTS
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
 static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, 32, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
@@ -7520,15 +7589,18 @@ static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
     }
 }
 
-DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype, bool pairs)
+DSV3__INLINE dsv3__dot_fn dsv3__kern_dot(const dsv3__kern *k, dsv3_dtype dtype)
 {
-    if (pairs)
-        return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8_pairs : k->dot_bf16_pairs;
     return dtype == DSV3_DTYPE_F8_E4M3 ? k->dot_fp8
            : dtype == DSV3_DTYPE_BF16  ? k->dot_bf16
            : dtype == DSV3_DTYPE_F16   ? k->dot_f16
            : dtype == DSV3_DTYPE_I8    ? k->dot_i8
                                        : k->dot_f32;
+}
+
+DSV3__INLINE dsv3__dots_fn dsv3__kern_dots(const dsv3__kern *k, dsv3_dtype dtype)
+{
+    return dtype == DSV3_DTYPE_F8_E4M3 ? k->dots_fp8_pairs : k->dots_bf16_pairs;
 }
 
 DSV3__INLINE dsv3__row_fn dsv3__kern_row(const dsv3__kern *k, dsv3_dtype dtype, bool pairs)
@@ -7631,7 +7703,7 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
 /* With more than DSV3__MM_FEW rows of x, a panel of dsv3__mm_rows rows of weights is decoded at a time, DSV3__MM_CHUNK
    columns of it, into registers in the order in which tiles read them: all registers 0 of the panel (16 KB: half of a small
    L1), then its registers 1, and so on. Of every such part, x of at most DSV3__MM_TOKENS rows streams past it from L2. */
-#define DSV3__MM_FEW     4
+#define DSV3__MM_FEW     8
 #define DSV3__MM_BYTES   128    /* the most rows of either side that meet at a time as codes of 8 bits */
 #define DSV3__MM_CODES   524288 /* as many of them at a time */
 #define DSV3__MM_CHUNK   2048
@@ -7925,31 +7997,35 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
     const bool pairs = dsv3__mm_is_pairs(form);
     const bool round = form == DSV3__FORM_PAIRS_FP8 || (pairs && k->pair_words);
     const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = dsv3__mm_blocks(cols, pairs);
-    const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype, pairs);
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
+    const bool again = round || tiled;
     float *scale64 = panel;                                 /* [blocks] */
     float *values = panel + dsv3__mm_pad((cols + 63) / 64); /* [pad(cols)] */
     float *ready = values + pad;                            /* [n, pad(cols)], as floats or as words of two */
-    const float *rows[DSV3__MM_FEW];
+    const float *rows[DSV3__MM_FEW], *y[DSV3__MM_FEW];
     uint64_t have = UINT64_MAX;
-    for (size_t j = 0; j < n; j++)
+    for (size_t j = 0; j < n; j++) {
         rows[j] = x + (index ? index[j] : j) * x_stride;
+        y[j] = again ? ready + j * pad : rows[j];
+    }
     for (uint64_t r = r0; r < r1; r++) {
         const uint64_t before = have;
+        float *result = out + (size_t)(r - r0);
         dsv3__mm_scales(scale64, w, r, blocks, &have);
         const bool make = have != before && (round || (tiled && r == r0));
-        for (size_t j = 0; j < n; j++) {
-            float *y = ready + j * pad, *result = &out[j * out_stride + (size_t)(r - r0)];
-            if (make)
-                dsv3__mm_for_dot(k, y, rows[j], scale64, up, blocks, round, tiled);
-            *result = dot(dsv3__ten_row(w, r), round || tiled ? y : rows[j], scale64, cols);
-            if (up != 1 && DSV3__UNLIKELY(!(fabsf(*result) < INFINITY))) { /* x * up was too large, it may be */
+        for (size_t j = 0; j < n && make; j++)
+            dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, up, blocks, round, tiled);
+        if (pairs)
+            dsv3__kern_dots(k, w->dtype)(result, out_stride, dsv3__ten_row(w, r), y, n, cols);
+        for (size_t j = 0; j < n && !pairs; j++)
+            result[j * out_stride] = dsv3__kern_dot(k, w->dtype)(dsv3__ten_row(w, r), y[j], scale64, cols);
+        for (size_t j = 0; j < n && up != 1; j++)
+            if (DSV3__UNLIKELY(!(fabsf(result[j * out_stride]) < INFINITY))) { /* x * up was too large, it may be */
                 k->row_fp8_pairs(values, 64, k->lanes, dsv3__ten_row(w, r), NULL, cols);
-                dsv3__mm_for_dot(k, y, rows[j], scale64, 1, blocks, true, tiled);
-                *result = k->dot_f32(values, y, NULL, blocks * 64);
+                dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, 1, blocks, true, tiled);
+                result[j * out_stride] = k->dot_f32(values, y[j], NULL, blocks * 64);
                 have = UINT64_MAX; /* y is to be made again */
             }
-        }
     }
 }
 
@@ -10558,7 +10634,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
-#define DSV3__STRIP      128 /* outputs a task computes, of several rows: those that share scales; of few rows half of it */
+#define DSV3__STRIP      128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
 #define DSV3__HEAD_ROWS  8   /* rows, and */
 #define DSV3__HEAD_GROUP 16  /* heads at most, that meet a block of the cache at once */
 #define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
@@ -11855,7 +11931,7 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, cons
 static void dsv3__fwd_begin(dsv3__work *w, const dsv3__row *rows, uint32_t n)
 {
     w->tiled = n > DSV3__MM_FEW;
-    w->strip = w->tiled ? DSV3__STRIP : DSV3__STRIP / 2;
+    w->strip = w->tiled || w->pool->n_threads <= 4 ? DSV3__STRIP : DSV3__STRIP / 2;
     for (uint32_t i = 0; i < n; i++)
         dsv3__nn_rope_table(w->m, w->rope + (size_t)i * w->m->config.qk_rope_head_dim, rows[i].position);
 }

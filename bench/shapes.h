@@ -255,7 +255,8 @@ static void config_text(char *text, size_t size, const shape *p, format f)
         snprintf(quantization, sizeof quantization, INT8, f.head8 ? "" : "\"lm_head\", ");
     snprintf(
         text, size,
-        "{\n  \"_name_or_path\": \"%s, random weights, writer 1\",\n  \"architectures\": [\"DeepseekV3ForCausalLM\"],\n"
+        "{\n  \"_name_or_path\": \"%s, random weights, writer %d\",\n  \"architectures\": "
+        "[\"DeepseekV3ForCausalLM\"],\n"
         "  \"model_type\": \"deepseek_v3\",\n  \"hidden_act\": \"silu\",\n  \"hidden_size\": %u,\n"
         "  \"num_hidden_layers\": %u,\n  \"first_k_dense_replace\": %u,\n  \"moe_layer_freq\": 1,\n"
         "  \"intermediate_size\": %u,\n  \"n_routed_experts\": %u,\n  \"num_experts_per_tok\": %u,\n"
@@ -267,9 +268,9 @@ static void config_text(char *text, size_t size, const shape *p, format f)
         "  \"rope_theta\": 10000,\n  \"rope_scaling\": null,\n  \"max_position_embeddings\": 163840,\n"
         "  \"num_nextn_predict_layers\": %u,\n  \"attention_bias\": false,\n  \"tie_word_embeddings\": false,\n"
         "  \"bos_token_id\": 0,\n  \"eos_token_id\": 1,\n%s  \"torch_dtype\": \"bfloat16\"\n}\n",
-        p->name, p->dim, p->layers, p->dense, p->inter, p->experts, p->top, p->groups, p->top_groups, p->shared,
-        p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope, p->v, p->vocab, p->mtp,
-        quantization);
+        p->name, f.dtype == DSV3_DTYPE_F8_E4M3 ? 2 : 1, p->dim, p->layers, p->dense, p->inter, p->experts, p->top,
+        p->groups, p->top_groups, p->shared, p->moe_inter, p->heads, p->heads, p->q_lora, p->kv_lora, p->nope, p->rope,
+        p->v, p->vocab, p->mtp, quantization);
 }
 
 enum { N_QUANTILES = 4096 }; /* 12 random bits pick one */
@@ -289,6 +290,9 @@ static void quantile_table(uint8_t *out, const spec *t, const double *z)
         } else if (t->dtype == DSV3_DTYPE_I8) {
             double code = floor((double)value + 0.5);
             out[i] = (uint8_t)(int8_t)(code < -128 ? -128 : code > 127 ? 127 : code);
+        } else if (i ==
+                   N_QUANTILES / 2) { /* one in 4,096 is denormal: 1 to 8 in 10,000 are, by how far outliers reach */
+            out[i] = 3;
         } else { /* the nearest of 127 magnitudes; 0x7F, the NaN, is not among them */
             double best = 1e9;
             for (uint32_t code = 0; code < 127; code++) {

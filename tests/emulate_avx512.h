@@ -51,6 +51,7 @@ typedef struct emu_si {
 #undef _mm512_and_si512
 #undef _mm512_xor_si512
 #undef _mm512_max_epu8
+#undef _mm512_sub_epi8
 #undef _mm512_add_epi32
 #undef _mm512_sub_epi32
 #undef _mm512_slli_epi16
@@ -140,6 +141,7 @@ EMU_SI_2(unpackhi_epi64, unpackhi_epi64)
 EMU_SI_2(unpacklo_epi8, unpacklo_epi8)
 EMU_SI_2(unpackhi_epi8, unpackhi_epi8)
 EMU_SI_2(max_epu8, max_epu8)
+EMU_SI_2(sub_epi8, sub_epi8)
 EMU_SI_2(add_epi32, add_epi32)
 EMU_SI_2(sub_epi32, sub_epi32)
 #define _mm512_and_si512 emu_and_si512
@@ -152,6 +154,7 @@ EMU_SI_2(sub_epi32, sub_epi32)
 #define _mm512_unpacklo_epi8 emu_unpacklo_epi8
 #define _mm512_unpackhi_epi8 emu_unpackhi_epi8
 #define _mm512_max_epu8 emu_max_epu8
+#define _mm512_sub_epi8 emu_sub_epi8
 #define _mm512_add_epi32 emu_add_epi32
 #define _mm512_sub_epi32 emu_sub_epi32
 

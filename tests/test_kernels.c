@@ -1,7 +1,7 @@
 /* The floors num and kern: conversions against their definitions, every kernel against a plain reading of the contract
    that stands above it in dsv3.h, and all variants against each other, bit for bit. */
 #ifdef TEST_EMULATE_AVX512
-    #include "emulate_avx512.h"
+#include "emulate_avx512.h"
 #endif
 #define DSV3_IMPLEMENTATION
 #define DSV3_STATIC
@@ -31,8 +31,8 @@ static float random_float(void)
 }
 
 /* All instruction sets there are, on any machine. */
-static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
+static const dsv3_isa isas[] = {DSV3_ISA_SCALAR,      DSV3_ISA_AVX2,        DSV3_ISA_AVX512,     DSV3_ISA_AVX_VNNI,
+                                DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
 #define N_ISAS (sizeof isas / sizeof isas[0])
 
 /* Kernel tables that this machine can run, or emulates, scalar first. */
@@ -49,9 +49,9 @@ static size_t variants(const dsv3__kern *list[N_ISAS])
     return n;
 }
 
-#define FOR_VARIANTS(k)                                                                            \
-    const dsv3__kern *variant_list[N_ISAS], *k;                                                    \
-    size_t n_variants = variants(variant_list), variant_at = 0;                                    \
+#define FOR_VARIANTS(k)                                         \
+    const dsv3__kern *variant_list[N_ISAS], *k;                 \
+    size_t n_variants = variants(variant_list), variant_at = 0; \
     while (variant_at < n_variants && (k = variant_list[variant_at++], true))
 
 static bool same_bits(const float *a, const float *b, size_t n)
@@ -108,9 +108,7 @@ static float value_at(const uint8_t *w, size_t i, size_t k, dsv3_dtype dtype, co
         volatile float product = (i < k ? fp8_by_definition(w[i]) : 0.0f) * scale64[i / 64];
         return product;
     }
-    case DSV3_DTYPE_F32:
-        memcpy(&f, w + 4 * i, 4);
-        return f;
+    case DSV3_DTYPE_F32: memcpy(&f, w + 4 * i, 4); return f;
     case DSV3_DTYPE_BF16: {
         memcpy(&h, w + 2 * i, 2);
         uint32_t bits = (uint32_t)h << 16;
@@ -158,9 +156,7 @@ static void random_weights(uint8_t *w, size_t n, dsv3_dtype dtype)
         float f = random_float();
         uint16_t h;
         switch (dtype) {
-        case DSV3_DTYPE_F32:
-            memcpy(w + 4 * i, &f, 4);
-            break;
+        case DSV3_DTYPE_F32: memcpy(w + 4 * i, &f, 4); break;
         case DSV3_DTYPE_F16:
             h = dsv3__f16_encode(i % 7 ? f : f * 1e-6f); /* some denormal */
             memcpy(w + 2 * i, &h, 2);
@@ -187,8 +183,8 @@ static void pack(float *packed, const float *x, size_t k, dsv3_dtype dtype)
 }
 
 static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8};
-static const size_t widths[] = {1, 2, 3, 4, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 191, 320, 511, 512, 513, 576, 1000,
-                                1024, 1088, 1408, 2048, 2112};
+static const size_t widths[] = {1,   2,   3,   4,   31,  32,  33,  63,   64,   65,   96,   127,  128,
+                                129, 191, 320, 511, 512, 513, 576, 1000, 1024, 1088, 1408, 2048, 2112};
 #define MOST 2112
 
 // ---- Conversions -----------------------------------------------------------------------------------------
@@ -203,7 +199,8 @@ TEST(fp8_decode)
             CHECK(same_bits(&dsv3__fp8_value[c], &v, 1));
         }
     }
-    CHECK(dsv3__fp8_value[0x01] == 0.001953125f && dsv3__fp8_value[0x07] == 0.013671875f && dsv3__fp8_value[0x38] == 1.0f);
+    CHECK(dsv3__fp8_value[0x01] == 0.001953125f && dsv3__fp8_value[0x07] == 0.013671875f &&
+          dsv3__fp8_value[0x38] == 1.0f);
     CHECK(dsv3__fp8_value[0x77] == 240.0f && dsv3__fp8_value[0x7E] == 448.0f && dsv3__fp8_value[0xC8] == -4.0f);
 }
 
@@ -212,7 +209,8 @@ TEST(fp8_encode)
 {
     for (unsigned sign = 0; sign < 2; sign++)
         for (unsigned c = 0; c < 0x7F; c++) {
-            float v = fp8_by_definition(c), next = c == 0x7E ? 480.0f : fp8_by_definition(c + 1), s = sign ? -1.0f : 1.0f;
+            float v = fp8_by_definition(c), next = c == 0x7E ? 480.0f : fp8_by_definition(c + 1),
+                  s = sign ? -1.0f : 1.0f;
             float middle = (v + next) / 2;
             unsigned up = c == 0x7E ? c : c + 1;
             CHECK_EQ_INT(dsv3__fp8_encode(s * v), sign << 7 | c);
@@ -285,13 +283,16 @@ TEST(f16_and_bf16)
         float v = dsv3__f16_decode((uint16_t)h), next = h == 0x7BFF ? 65536.0f : dsv3__f16_decode((uint16_t)(h + 1));
         float middle = (v + next) / 2;
         if (!CHECK(dsv3__f16_encode(nextafterf(middle, 0)) == h && dsv3__f16_encode(middle) == h + (h & 1) &&
-                   dsv3__f16_encode(nextafterf(middle, 1e9f)) == h + 1 && dsv3__f16_encode(-middle) == (0x8000 | (h + (h & 1)))))
+                   dsv3__f16_encode(nextafterf(middle, 1e9f)) == h + 1 &&
+                   dsv3__f16_encode(-middle) == (0x8000 | (h + (h & 1)))))
             return;
     }
     for (unsigned h = 0; h < 0x7F80; h++) {
         uint32_t b = (uint32_t)h << 16;
-        float below = dsv3__bits_float(b + 0x7FFF), middle = dsv3__bits_float(b + 0x8000), above = dsv3__bits_float(b + 0x8001);
-        if (!CHECK(dsv3__bf16_encode(below) == h && dsv3__bf16_encode(middle) == h + (h & 1) && dsv3__bf16_encode(above) == h + 1))
+        float below = dsv3__bits_float(b + 0x7FFF), middle = dsv3__bits_float(b + 0x8000),
+              above = dsv3__bits_float(b + 0x8001);
+        if (!CHECK(dsv3__bf16_encode(below) == h && dsv3__bf16_encode(middle) == h + (h & 1) &&
+                   dsv3__bf16_encode(above) == h + 1))
             return;
     }
     CHECK_EQ_INT(dsv3__f16_encode(1e-30f), 0);
@@ -330,7 +331,8 @@ TEST(fp8_codes_everywhere)
                 }
             }
             for (size_t c = 0; c < 256; c++) { /* one code against one 1 */
-                float x[64] = {0}, packed[64], expected = value_at(w + c * 64, column, 64, DSV3_DTYPE_F8_E4M3, scale64 + c), r;
+                float x[64] = {0}, packed[64],
+                      expected = value_at(w + c * 64, column, 64, DSV3_DTYPE_F8_E4M3, scale64 + c), r;
                 x[column] = 1.0f;
                 pack(packed, x, 64, DSV3_DTYPE_F8_E4M3);
                 r = k->dot_fp8(w + c * 64, packed, scale64 + c, 64);
@@ -367,7 +369,7 @@ TEST(dot_bits)
             FOR_VARIANTS(k)
             {
                 exact e = exact_copy(w, n * size, 1 + i % 5);
-                float r = dsv3__kern_dot(k, dtypes[d], false)(e.p, packed, scale64, n);
+                float r = dsv3__kern_dot(k, dtypes[d])(e.p, packed, scale64, n);
                 if (!CHECK(same_bits(&r, &expected, 1)))
                     printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]), (unsigned)n);
                 free(e.block);
@@ -400,7 +402,8 @@ TEST(rows)
                     ok = ok && same_bits(&out[p], &expected, 1) &&
                          same_bits(&spread[g * steps * 4 * lanes + b * 4 * lanes + lanes + l], &expected, 1);
                 }
-                (dtypes[d] == DSV3_DTYPE_F8_E4M3 ? k->nat_fp8 : dsv3__kern_row(k, dtypes[d], false))(out, 64, lanes, e.p, scale64, n);
+                (dtypes[d] == DSV3_DTYPE_F8_E4M3 ? k->nat_fp8 : dsv3__kern_row(k, dtypes[d], false))(out, 64, lanes,
+                                                                                                     e.p, scale64, n);
                 for (size_t c = 0; c < steps * 64; c++) {
                     float expected = value_at(w, c, n, dtypes[d], scale64);
                     ok = ok && same_bits(&out[c], &expected, 1);
@@ -422,29 +425,30 @@ TEST(nan_codes)
     for (size_t b = 0; b < 18; b++)
         scale64[b] = 0.5f;
     FOR_VARIANTS(k)
-        for (size_t at = 0; at < sizeof w; at++) {
-            uint8_t was = w[at];
-            w[at] = at % 2 ? 0x7F : 0xFF;
-            float r = k->dot_fp8(w, packed, scale64, sizeof w);
-            if (!CHECK(memcmp(&r, &nan, 4) == 0))
+    for (size_t at = 0; at < sizeof w; at++) {
+        uint8_t was = w[at];
+        w[at] = at % 2 ? 0x7F : 0xFF;
+        float r = k->dot_fp8(w, packed, scale64, sizeof w);
+        if (!CHECK(memcmp(&r, &nan, 4) == 0))
+            return;
+        k->row_fp8(out, 64, k->lanes, w, scale64, sizeof w);
+        for (size_t p = 0; p < sizeof w; p++)
+            if (!CHECK((out[p] != out[p]) == (column_of(p, DSV3_DTYPE_F8_E4M3) == at)))
                 return;
-            k->row_fp8(out, 64, k->lanes, w, scale64, sizeof w);
-            for (size_t p = 0; p < sizeof w; p++)
-                if (!CHECK((out[p] != out[p]) == (column_of(p, DSV3_DTYPE_F8_E4M3) == at)))
-                    return;
-            k->nat_fp8(out, 64, k->lanes, w, scale64, sizeof w);
-            for (size_t p = 0; p < sizeof w; p++)
-                if (!CHECK((out[p] != out[p]) == (p == at)))
-                    return;
-            w[at] = was;
-        }
+        k->nat_fp8(out, 64, k->lanes, w, scale64, sizeof w);
+        for (size_t p = 0; p < sizeof w; p++)
+            if (!CHECK((out[p] != out[p]) == (p == at)))
+                return;
+        w[at] = was;
+    }
 }
 
 /* Scales that the folded 2^120 does not carry, and those that are hardly there. */
 TEST(scales)
 {
-    static const float extreme[] = {127.0f, 128.0f, 255.0f, 256.0f, -256.0f, 1e4f, 1e30f, 3.4e38f, INFINITY, -INFINITY, NAN,
-                                    0.0f, -0.0f, 1e-30f, 1.1754944e-38f, 1e-40f, 1.4e-45f, -3.0f};
+    static const float extreme[] = {127.0f, 128.0f,  255.0f,         256.0f,    -256.0f,  1e4f,
+                                    1e30f,  3.4e38f, INFINITY,       -INFINITY, NAN,      0.0f,
+                                    -0.0f,  1e-30f,  1.1754944e-38f, 1e-40f,    1.4e-45f, -3.0f};
     enum { K = 300 };
     static uint8_t w[K];
     static float x[K], packed[320], scale64[5], out[320], expected[320];
@@ -492,7 +496,8 @@ TEST(tile_bits)
     for (size_t d = 0; d < DSV3__COUNT(depths); d++) {
         for (size_t j = 0; j < ROWS; j++)
             for (size_t i = 0; i < ROWS; i++)
-                dots[j * ROWS + i] = dot_by_definition((const uint8_t *)(w + i * STRIDE), x + j * STRIDE, NULL, depths[d], DSV3_DTYPE_F32);
+                dots[j * ROWS + i] = dot_by_definition((const uint8_t *)(w + i * STRIDE), x + j * STRIDE, NULL,
+                                                       depths[d], DSV3_DTYPE_F32);
         for (size_t a = 0; a < DSV3__COUNT(sizes); a++)
             for (size_t b = 0; b < DSV3__COUNT(sizes); b++)
                 for (int indexed = 0; indexed < 2; indexed++) {
@@ -508,7 +513,8 @@ TEST(tile_bits)
                         for (size_t i = 0; i < ROWS * 16; i++) /* nothing else is written */
                             ok = ok && ((i % 16 < n_w && i / 16 < n_x) || dsv3__float_bits(out[i]) == 0x11111111);
                         if (!CHECK(ok))
-                            printf("    %s %u x %u, %u deep\n", dsv3_isa_name(k->isa), (unsigned)n_w, (unsigned)n_x, (unsigned)depths[d]);
+                            printf("    %s %u x %u, %u deep\n", dsv3_isa_name(k->isa), (unsigned)n_w, (unsigned)n_x,
+                                   (unsigned)depths[d]);
                     }
                 }
     }
@@ -560,18 +566,28 @@ static float pair_dot(const uint8_t *w, const float *x, size_t k, dsv3_dtype dty
 
 static const dsv3_dtype pair_dtypes[] = {DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
 
+static float pairs_dot(const dsv3__kern *k, dsv3_dtype dtype, const void *w, const float *x, size_t n)
+{
+    float r;
+    dsv3__kern_dots(k, dtype)(&r, 1, w, &x, 1, n);
+    return r;
+}
+
 /* Dot products, rows and rounding in pairs: every width, dtype and variant. */
 TEST(pairs)
 {
-    enum { PAD = (MOST + 127) / 128 * 128 };
+    enum { PAD = (MOST + 127) / 128 * 128, ROWS = 7 };
     static uint8_t w[MOST * 2];
-    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], by_register[PAD], scale64[PAD / 64],
-        raw[PAD];
+    static float many[ROWS][PAD], doubled[PAD];
+    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], by_register[PAD],
+        scale64[PAD / 64], raw[PAD];
     random_state = 31;
     for (size_t d = 0; d < 2; d++)
         for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
             const size_t n = widths[i], padded = (n + 127) / 128 * 128;
             random_weights(w, n, pair_dtypes[d]);
+            for (size_t p = 0; p < n && d && i % 2; p++)
+                w[p] = (uint8_t)(p == 700 ? 0x83 : (w[p] & 0xBF) | 0x20); /* at most one that is denormal */
             for (size_t p = 0; p < padded; p++) {
                 raw[p] = random_float();
                 x[p] = dsv3__bf16_decode(dsv3__bf16_encode(random_float()));
@@ -581,14 +597,33 @@ TEST(pairs)
             const float dot = pair_dot(w, x, n, pair_dtypes[d]);
             FOR_VARIANTS(k)
             {
-                const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes, steps = floats / 64;
+                const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes,
+                             steps = floats / 64;
                 exact e = exact_copy(w, n * dsv3_dtype_size(pair_dtypes[d]), 1 + i % 5);
                 bool ok = true;
                 for (size_t p = 0; p < padded; p++)
                     at[p] = x[p] * (pair_dtypes[d] == DSV3_DTYPE_F8_E4M3 ? k->up : 1);
                 pair_form(form, at, padded, k->pair_words);
-                float r = dsv3__kern_dot(k, pair_dtypes[d], true)(e.p, form, NULL, n);
+                float r = pairs_dot(k, pair_dtypes[d], e.p, form, n);
                 CHECK(same_bits(&r, &dot, 1));
+                for (size_t n_x = 2; n_x <= ROWS; n_x++) { /* rows of x, each twice the one before */
+                    const float *rows[ROWS];
+                    float dots[2 * ROWS];
+                    memset(dots, 0x55, sizeof dots);
+                    for (size_t j = 0; j < n_x; j++) {
+                        for (size_t p = 0; p < padded; p++)
+                            doubled[p] = at[p] * (float)(1 << j);
+                        pair_form(many[j], doubled, padded, k->pair_words);
+                        rows[j] = many[j];
+                    }
+                    dsv3__kern_dots(k, pair_dtypes[d])(dots, 2, e.p, rows, n_x, n);
+                    for (size_t j = 0; j < ROWS; j++) {
+                        float expect = dot * (float)(1 << j);
+                        ok = ok && (j < n_x ? same_bits(&dots[2 * j], &expect, 1)
+                                            : dsv3__float_bits(dots[2 * j]) == 0x55555555);
+                        ok = ok && dsv3__float_bits(dots[2 * j + 1]) == 0x55555555;
+                    }
+                }
 
                 for (size_t p = 0; p < padded; p++)
                     at[p] = pair_value(w, p / 128 * 128 + pair_column(p % 128, pair_dtypes[d]), n, pair_dtypes[d]);
@@ -597,8 +632,9 @@ TEST(pairs)
                 ok = ok && same_bits(out, expected, floats);
                 dsv3__kern_row(k, pair_dtypes[d], true)(spread + lanes, 4 * lanes, steps * 4 * lanes, e.p, NULL, n);
                 for (size_t p = 0; p < floats; p++)
-                    ok = ok && same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
-                                         &expected[p], 1);
+                    ok = ok &&
+                         same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
+                                   &expected[p], 1);
 
                 for (size_t p = 0; p < padded; p++) {
                     volatile float scaled = raw[p] * scale64[p / 128 * 2 + p % 64 / 32];
@@ -615,8 +651,9 @@ TEST(pairs)
                 ok = ok && same_bits(out, expected, floats);
                 k->round_pairs(spread + lanes, 4 * lanes, steps * 4 * lanes, raw, 64, lanes, scale64, 1, padded);
                 for (size_t p = 0; p < floats; p++)
-                    ok = ok && same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
-                                         &expected[p], 1);
+                    ok = ok &&
+                         same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
+                                   &expected[p], 1);
                 if (!CHECK(ok))
                     printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(pair_dtypes[d]), (unsigned)n);
                 free(e.block);
@@ -650,10 +687,11 @@ TEST(pair_codes_everywhere)
             k->row_fp8_pairs(out, 64, k->lanes, w, NULL, sizeof w);
             for (size_t p = 0; p < floats; p++) { /* a NaN among floats is any NaN; among words it is compared */
                 bool nan = !k->pair_words && expected[p] != expected[p];
-                ok = ok && (nan ? out[p] != out[p] : ((dsv3__float_bits(out[p]) ^ dsv3__float_bits(expected[p])) & 0x7FFF7FFF) == 0);
+                ok = ok && (nan ? out[p] != out[p]
+                                : ((dsv3__float_bits(out[p]) ^ dsv3__float_bits(expected[p])) & 0x7FFF7FFF) == 0);
             }
             for (size_t c = 0; c < 256; c++) {
-                float r = k->dot_fp8_pairs(w + c * 128, form, NULL, 128), v = fp8_by_definition((unsigned)c);
+                float r = pairs_dot(k, DSV3_DTYPE_F8_E4M3, w + c * 128, form, 128), v = fp8_by_definition((unsigned)c);
                 ok = ok && (v != v ? dsv3__float_bits(r) == DSV3__NAN_BITS : r == v);
                 /* the sign of words, where it is more than that of a 0 */
                 size_t word = c * 64 + position % 64;
@@ -695,7 +733,8 @@ TEST(to_bytes_bits)
                 CHECK(fabs((double)x[i] / scale - expected[i]) <= 0.5 + 1e-5);
         }
         CHECK_EQ_INT(expected_sum, count);
-        FOR_VARIANTS(v) {
+        FOR_VARIANTS(v)
+        {
             memset(codes, 99, sizeof codes);
             const float s = v->to_bytes(codes, x, n, &sum);
             CHECK(same_bits(&s, &scale, 1) || (s != s && scale != scale));
@@ -712,7 +751,8 @@ TEST(bytes_bits)
 {
     static const size_t n_ws[] = {1, 2, 3, 4, 5, 9, 16, 31, 32, 37}, n_xs[] = {1, 2, 3, 4, 6, 7, 13, 16, 17, 32, 35};
     static const size_t groups[] = {128, 64, 40, 0};
-    static const size_t wide[] = {1, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 300, 511, 576, 1000, 2112, 33000};
+    static const size_t wide[] = {1,   3,   31,  32,  33,  63,  64,   65,   127,  128,
+                                  129, 200, 256, 300, 511, 576, 1000, 2112, 33000};
     enum { W = 37, X = 35, K = 33024, OUT = 40 };
     int8_t *w = (int8_t *)malloc(W * K), *codes = (int8_t *)malloc(X * K);
     float *w_scale = (float *)malloc(W * K * sizeof(float)), *x_scale = (float *)malloc(X * K * sizeof(float));
@@ -763,28 +803,31 @@ TEST(bytes_bits)
                     volatile float s = w_scale[2 * n_groups + b] * xs[j][b];
                     y = fmaf((float)sum, s, y);
                 }
-                CHECK(y != y ? dsv3__float_bits(expected[j * OUT + 2]) == DSV3__NAN_BITS : same_bits(&y, &expected[j * OUT + 2], 1));
+                CHECK(y != y ? dsv3__float_bits(expected[j * OUT + 2]) == DSV3__NAN_BITS
+                             : same_bits(&y, &expected[j * OUT + 2], 1));
             }
             FOR_VARIANTS(v)
-                for (size_t a = 0; a < DSV3__COUNT(n_ws); a++)
-                    for (size_t b = 0; b < DSV3__COUNT(n_xs); b++) {
-                        size_t n_w = n_ws[a], n_x = n_xs[b];
-                        bool ok = true;
-                        if (v->isa == DSV3_ISA_SCALAR || (k > 3000 && (n_w % 4 != 1 || n_x % 6 != 1 || n_w * n_x > 100) && (n_w != 37 || n_x != 17)))
-                            continue;
-                        memset(out, 0x11, sizeof out);
-                        v->bytes(out, OUT, (const int8_t *)e.p + (W - n_w) * stride, stride, w_scale + (W - n_w) * n_groups, n_w, x, xs,
-                                 n_x, k, group, scratch);
-                        for (size_t p = 0; p < X * OUT; p++) {
-                            float want = p % OUT < n_w && p / OUT < n_x ? expected[p + W - n_w] : dsv3__bits_float(0x11111111);
-                            ok = ok && same_bits(&out[p], &want, 1);
-                        }
-                        if (!CHECK(ok)) {
-                            printf("    %s %u x %u, %u columns, groups of %u\n", dsv3_isa_name(v->isa), (unsigned)n_w, (unsigned)n_x,
-                                   (unsigned)k, (unsigned)group);
-                            return;
-                        }
+            for (size_t a = 0; a < DSV3__COUNT(n_ws); a++)
+                for (size_t b = 0; b < DSV3__COUNT(n_xs); b++) {
+                    size_t n_w = n_ws[a], n_x = n_xs[b];
+                    bool ok = true;
+                    if (v->isa == DSV3_ISA_SCALAR ||
+                        (k > 3000 && (n_w % 4 != 1 || n_x % 6 != 1 || n_w * n_x > 100) && (n_w != 37 || n_x != 17)))
+                        continue;
+                    memset(out, 0x11, sizeof out);
+                    v->bytes(out, OUT, (const int8_t *)e.p + (W - n_w) * stride, stride, w_scale + (W - n_w) * n_groups,
+                             n_w, x, xs, n_x, k, group, scratch);
+                    for (size_t p = 0; p < X * OUT; p++) {
+                        float want =
+                            p % OUT < n_w && p / OUT < n_x ? expected[p + W - n_w] : dsv3__bits_float(0x11111111);
+                        ok = ok && same_bits(&out[p], &want, 1);
                     }
+                    if (!CHECK(ok)) {
+                        printf("    %s %u x %u, %u columns, groups of %u\n", dsv3_isa_name(v->isa), (unsigned)n_w,
+                               (unsigned)n_x, (unsigned)k, (unsigned)group);
+                        return;
+                    }
+                }
             free(e.block);
         }
     free(w), free(codes), free(w_scale), free(x_scale), free(x_scales), free(scratch);
@@ -796,7 +839,8 @@ TEST(order_is_frozen)
     enum { K = 1000, ROWS = 50 };
     static uint8_t w[K * 4];
     static float x[K], packed[1024], scale64[16];
-    static const uint64_t golden[] = {0xCA35AA03C0F20B39, 0x0D8D38D8C087393A, 0x6B90BFF5E556E356, 0x513265F3A065DB15, 0xBCCA59453A69EA36};
+    static const uint64_t golden[] = {0xCA35AA03C0F20B39, 0x0D8D38D8C087393A, 0x6B90BFF5E556E356, 0x513265F3A065DB15,
+                                      0xBCCA59453A69EA36};
     for (size_t d = 0; d < DSV3__COUNT(dtypes); d++) {
         FOR_VARIANTS(k)
         {
@@ -809,12 +853,12 @@ TEST(order_is_frozen)
                 for (size_t b = 0; b < 16; b++)
                     scale64[b] = random_float();
                 pack(packed, x, K, dtypes[d]);
-                results[r] = dsv3__kern_dot(k, dtypes[d], false)(w, packed, scale64, K);
+                results[r] = dsv3__kern_dot(k, dtypes[d])(w, packed, scale64, K);
             }
             uint64_t hash = dsv3__hash(0, results, sizeof results);
             if (!CHECK(hash == golden[d]))
-                printf("    %s %s: 0x%08lX%08lX\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]), (unsigned long)(hash >> 32),
-                       (unsigned long)(hash & 0xFFFFFFFF));
+                printf("    %s %s: 0x%08lX%08lX\n", dsv3_isa_name(k->isa), dsv3_dtype_name(dtypes[d]),
+                       (unsigned long)(hash >> 32), (unsigned long)(hash & 0xFFFFFFFF));
         }
     }
 }
@@ -892,8 +936,12 @@ TEST(halves)
                      n_h = heads[random_bits() % DSV3__COUNT(heads)];
         size_t latent = latents[random_bits() % DSV3__COUNT(latents)];
         const bool wild = n % 7 == 0;
-        dsv3__half_block block = {{(const uint8_t *)codes, (const uint8_t *)&codes[0][width / 64 * 32], NULL, NULL}, {sizeof codes[0], sizeof codes[0], 0, 0},
-                                  {width / 64 * 32, width - width / 64 * 32, 0, 0}, width, count, packed};
+        dsv3__half_block block = {{(const uint8_t *)codes, (const uint8_t *)&codes[0][width / 64 * 32], NULL, NULL},
+                                  {sizeof codes[0], sizeof codes[0], 0, 0},
+                                  {width / 64 * 32, width - width / 64 * 32, 0, 0},
+                                  width,
+                                  count,
+                                  packed};
         if (n % 2)
             block.n[0] = width, block.n[1] = 0; /* in one part */
         latent = latent > block.n[0] ? block.n[0] : latent;
@@ -939,7 +987,8 @@ TEST(halves)
                     expected[h][c] = half_sum(start[h][c], p[h], 1, &keys[0][c], WIDE, count);
             k->half_sums(u[0], WIDE + 3, n_h, p[0], 64, &block, latent);
             if (!CHECK(memcmp(u, expected, sizeof u) == 0))
-                printf("    %s, width %zu, latent %zu, %zu heads, %zu rows\n", dsv3_isa_name(k->isa), width, latent, n_h, count);
+                printf("    %s, width %zu, latent %zu, %zu heads, %zu rows\n", dsv3_isa_name(k->isa), width, latent,
+                       n_h, count);
         }
     }
 }
@@ -960,7 +1009,12 @@ TEST(halves_nan)
             for (size_t count = 39; count < 43; count++) {
                 bool ok = true;
                 memset(u, 0, sizeof u);
-                dsv3__half_block block = {{(const uint8_t *)codes, NULL, NULL, NULL}, {sizeof codes[0], 0, 0, 0}, {64, 0, 0, 0}, 64, count, packed};
+                dsv3__half_block block = {{(const uint8_t *)codes, NULL, NULL, NULL},
+                                          {sizeof codes[0], 0, 0, 0},
+                                          {64, 0, 0, 0},
+                                          64,
+                                          count,
+                                          packed};
                 k->to_halves(codes[0], keys[0], 64 * 64);
                 k->half_keys(&block);
                 k->half_query(query, q[0], 64, 16, 64);
@@ -1043,10 +1097,12 @@ TEST(exp_accuracy)
     CHECK_NEAR(worst_silu, 0, 2.5);
     CHECK(worst > 0.5);
     CHECK(dsv3__exp(0.0f) == 1.0f && dsv3__exp(-0.0f) == 1.0f);
-    CHECK(dsv3__exp(-INFINITY) == 0 && dsv3__exp(-1e30f) == 0 && dsv3__exp(-87.34f) == 0 && dsv3__exp(-87.33f) > 1.17549e-38f);
+    CHECK(dsv3__exp(-INFINITY) == 0 && dsv3__exp(-1e30f) == 0 && dsv3__exp(-87.34f) == 0 &&
+          dsv3__exp(-87.33f) > 1.17549e-38f);
     CHECK(dsv3__exp(INFINITY) == INFINITY && dsv3__exp(88.73f) == INFINITY && dsv3__exp(88.72f) < INFINITY);
     CHECK(dsv3__exp(NAN) != dsv3__exp(NAN));
-    CHECK(dsv3__sigmoid(-INFINITY) == 0 && dsv3__sigmoid(INFINITY) == 1 && dsv3__silu(-100.0f) == 0 && dsv3__silu(100.0f) == 100.0f);
+    CHECK(dsv3__sigmoid(-INFINITY) == 0 && dsv3__sigmoid(INFINITY) == 1 && dsv3__silu(-100.0f) == 0 &&
+          dsv3__silu(100.0f) == 100.0f);
 }
 
 TEST(exp_bits)
@@ -1116,6 +1172,7 @@ TEST(tables)
 #endif
 }
 
-TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere), RUN(dot_bits), RUN(rows),
-          RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere), RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(halves), RUN(halves_nan), RUN(scale_max_bits), RUN(exp_accuracy), RUN(exp_bits),
-          RUN(tables))
+TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere),
+          RUN(dot_bits), RUN(rows), RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere),
+          RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(halves), RUN(halves_nan),
+          RUN(scale_max_bits), RUN(exp_accuracy), RUN(exp_bits), RUN(tables))
