@@ -7877,6 +7877,13 @@ DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t
     *have = want;
 }
 
+/* The first row behind r, at most r1, that has other scales. */
+DSV3__INLINE uint64_t dsv3__mm_same_scales(const dsv3_tensor *w, uint64_t r, uint64_t r1)
+{
+    const uint64_t left = w->scale ? w->block_rows - r % w->block_rows : r1 - r;
+    return left < r1 - r ? r + left : r1;
+}
+
 /* A panel: rows [rows] of w from r0 times n <= DSV3__MM_TOKENS rows of x, as tiles want them.
    panel      [64 / lanes][groups of 4 rows][steps][4][lanes], decoded
    sums       [groups of 4 rows, tiles][64 / lanes][4][tile_x][lanes]: chains, which wait here for the next chunk */
@@ -7949,9 +7956,7 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
     for (size_t j = 0, t; j < n; j += t) {
         t = dsv3__min(n - j, tokens);
         for (uint64_t r = r0, same; r < r1; r = same) { /* to where the scales change */
-            same = round && w->scale && w->block_rows - r % w->block_rows < r1 - r
-                       ? r + (w->block_rows - r % w->block_rows)
-                       : r1;
+            same = round ? dsv3__mm_same_scales(w, r, r1) : r1;
             uint64_t have = UINT64_MAX;
             if (round)
                 dsv3__mm_scales(scale64, w, r, blocks, &have);
@@ -8002,6 +8007,8 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
     const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = dsv3__mm_blocks(cols, pairs);
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
     const bool again = round || tiled;
+    const dsv3__dots_fn dots = dsv3__kern_dots(k, w->dtype);
+    const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype);
     float *scale64 = panel;                                 /* [blocks] */
     float *values = panel + dsv3__mm_pad((cols + 63) / 64); /* [pad(cols)] */
     float *ready = values + pad;                            /* [n, pad(cols)], as floats or as words of two */
@@ -8011,24 +8018,26 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
         rows[j] = x + (index ? index[j] : j) * x_stride;
         y[j] = again ? ready + j * pad : rows[j];
     }
-    for (uint64_t r = r0; r < r1; r++) {
-        const uint64_t before = have;
-        float *result = out + (size_t)(r - r0);
+    for (uint64_t r = r0, same; r < r1; r = same) {
+        same = dsv3__mm_same_scales(w, r, r1);
         dsv3__mm_scales(scale64, w, r, blocks, &have);
-        const bool make = have != before && (round || (tiled && r == r0));
-        for (size_t j = 0; j < n && make; j++)
+        for (size_t j = 0; j < n && (round || (tiled && r == r0)); j++)
             dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, up, blocks, round, tiled);
-        if (pairs)
-            dsv3__kern_dots(k, w->dtype)(result, out_stride, dsv3__ten_row(w, r), y, n, cols);
-        for (size_t j = 0; j < n && !pairs; j++)
-            result[j * out_stride] = dsv3__kern_dot(k, w->dtype)(dsv3__ten_row(w, r), y[j], scale64, cols);
-        for (size_t j = 0; j < n && up != 1; j++)
-            if (DSV3__UNLIKELY(!(fabsf(result[j * out_stride]) < INFINITY))) { /* x * up was too large, it may be */
-                k->row_fp8_pairs(values, 64, k->lanes, dsv3__ten_row(w, r), NULL, cols);
-                dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, 1, blocks, true, tiled);
-                result[j * out_stride] = k->dot_f32(values, y[j], NULL, blocks * 64);
-                have = UINT64_MAX; /* y is to be made again */
-            }
+        for (uint64_t p = r; p < same; p++) {
+            const uint8_t *row = (const uint8_t *)dsv3__ten_row(w, p);
+            float *result = out + (size_t)(p - r0);
+            if (pairs)
+                dots(result, out_stride, row, y, n, cols);
+            for (size_t j = 0; j < n && !pairs; j++)
+                result[j * out_stride] = dot(row, y[j], scale64, cols);
+            for (size_t j = 0; j < n && up != 1; j++)
+                if (DSV3__UNLIKELY(!(fabsf(result[j * out_stride]) < INFINITY))) { /* x * up was too large, it may be */
+                    k->row_fp8_pairs(values, 64, k->lanes, row, NULL, cols);
+                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, 1, blocks, true, tiled);
+                    result[j * out_stride] = k->dot_f32(values, y[j], NULL, blocks * 64);
+                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, up, blocks, true, tiled);
+                }
+        }
     }
 }
 
@@ -8046,11 +8055,11 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
     const float *x_scale[DSV3__MM_BYTES];
     for (uint64_t r = r0; r < r1; r += most) {
         const size_t rows = (size_t)(r1 - r < most ? r1 - r : most);
-        for (size_t i = 0; i < rows; i++) /* [rows, n_groups] */
+        for (size_t i = 0; i < rows; i++) { /* [rows, n_groups] */
+            const uint64_t base = (w->block_rows == 1 ? r + i : (r + i) / w->block_rows) * w->scale_stride;
             for (size_t g = 0; g < n_groups; g++)
-                panel[i * n_groups + g] =
-                    w->scale ? dsv3__num_get(w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride + g)
-                             : 1;
+                panel[i * n_groups + g] = w->scale ? dsv3__num_get(w->scale, w->scale_dtype, base + g) : 1;
+        }
         for (size_t j = 0, t; j < n; j += t) {
             t = dsv3__min(n - j, tokens);
             for (size_t i = 0; i < t; i++) {
@@ -8080,8 +8089,7 @@ static void dsv3__mm_halves(const dsv3__kern *k, float *panel, const dsv3_tensor
             rows[i] = (const uint16_t *)(const void *)(x + (index ? index[j + i] : j + i) * x_stride);
         k->half_x(made, rows, t, cols);
         for (uint64_t r = r0, same; r < r1; r = same) {
-            const uint64_t left = w->scale ? w->block_rows - r % w->block_rows : r1 - r;
-            same = left < r1 - r ? r + left : r1;
+            same = dsv3__mm_same_scales(w, r, r1);
             dsv3__mm_scales(scale64, w, r, blocks, &have);
             k->half_rows(out + (size_t)(r - r0) + j * out_stride, out_stride, dsv3__ten_row(w, r),
                          (size_t)w->row_stride, w->dtype, scale64, (size_t)(same - r), made, t, cols, scratch);

@@ -926,7 +926,7 @@ static void draft_run(const model *b, uint32_t threads, const int32_t *ids, draf
         dsv3_session_opts so;
         memset(&so, 0, sizeof so);
         l->round = &r, l->which = i;
-        so.n_threads = threads, so.max_batch = DRAFT_CONTEXT, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
+        so.n_threads = threads, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
         so.n_draft = i == DRAFT_PLAIN ? 0 : draft_lengths[i];
         must(dsv3_session_open(&l->s, b->m, &so, &error), &error);
         must(dsv3_session_append(l->s, ids, DRAFT_CONTEXT, NULL, &error), &error);
