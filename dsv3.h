@@ -16336,7 +16336,7 @@ typedef struct dsv3__gram_info {
     uint16_t first, last; /* of a key: the named ones that can still be reached, first ... last - 1 */
     uint8_t final;        /* it ends here and cannot go on */
     uint8_t open;         /* of a key: how many unnamed ones can be reached, counted up to OPEN */
-    uint8_t far;          /* of a key: bytes to the end of the longest of those, where they are fewer than OPEN */
+    uint8_t bytes;        /* of a key: bytes to the end of the longest of those, where they are fewer than OPEN */
     uint8_t free;         /* within a string whose going on is free */
 } dsv3__gram_info;
 
@@ -19025,30 +19025,30 @@ static dsv3_result dsv3__gram_finish_keys(dsv3__gram_build *b, dsv3__gram_alt *a
         for (uint32_t s = a->end; s-- > first;) {
             dsv3__gram_info *info = &g->info[s];
             const uint16_t *row = g->next + (size_t)s * 256;
-            uint32_t open = info->label && !g->keys[info->label - 1].named, far = 0;
+            uint32_t open = info->label && !g->keys[info->label - 1].named, bytes = 0;
             for (int c = 0; c < 256; c++) {
                 const dsv3__gram_info *to = &g->info[row[c]];
                 if (!row[c])
                     continue;
                 open += to->open;
-                if (to->open && to->far >= far)
-                    far = to->far < UINT8_MAX ? to->far + 1u : (uint32_t)UINT8_MAX;
+                if (to->open && to->bytes >= bytes)
+                    bytes = to->bytes < UINT8_MAX ? to->bytes + 1u : (uint32_t)UINT8_MAX;
                 if (to->first < info->first)
                     info->first = to->first, again = true;
                 if (to->last > info->last)
                     info->last = to->last, again = true;
             }
             if (open >= DSV3__GRAM_OPEN)
-                open = DSV3__GRAM_OPEN, far = 0;
-            if (open != info->open || far != info->far)
-                info->open = (uint8_t)open, info->far = (uint8_t)far, again = true;
+                open = DSV3__GRAM_OPEN, bytes = 0;
+            if (open != info->open || bytes != info->bytes)
+                info->open = (uint8_t)open, info->bytes = (uint8_t)bytes, again = true;
         }
     }
     uint32_t names = g->info[a->start].open;
     for (uint32_t i = 0; i < a->n; i++)
         names += g->keys[a->first + i].named && g->keys[a->first + i].node;
     for (uint32_t s = first; s < a->end; s++)
-        if (g->info[s].far > DSV3__GRAM_FEW_BYTES)
+        if (g->info[s].bytes > DSV3__GRAM_FEW_BYTES)
             return DSV3__FAIL(
                 b->err, DSV3_ERROR_SCHEMA,
                 "schema: patternProperties or propertyNames that leave few names, of more than %u bytes: name "

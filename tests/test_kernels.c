@@ -941,7 +941,9 @@ TEST(halves)
                                   {width / 64 * 32, width - width / 64 * 32, 0, 0},
                                   width,
                                   count,
-                                  packed};
+                                  packed,
+                                  NULL,
+                                  0};
         if (n % 2)
             block.n[0] = width, block.n[1] = 0; /* in one part */
         latent = latent > block.n[0] ? block.n[0] : latent;
@@ -1014,7 +1016,9 @@ TEST(halves_nan)
                                           {64, 0, 0, 0},
                                           64,
                                           count,
-                                          packed};
+                                          packed,
+                                          NULL,
+                                          0};
                 k->to_halves(codes[0], keys[0], 64 * 64);
                 k->half_keys(&block);
                 k->half_query(query, q[0], 64, 16, 64);
