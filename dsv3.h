@@ -1284,7 +1284,7 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 #define DSV3__RESTRICT    __restrict__
 #define DSV3__TARGET(isa) __attribute__((target(isa)))
 #define DSV3__FETCH(p)    __builtin_prefetch((p), 0, 2) /* the line of p, near but not into L1 */
-#define DSV3__FETCH_L1(p) __builtin_prefetch((p), 0, 3)
+#define DSV3__FETCH_L1(p) __builtin_prefetch((p), 0, 3) /* the line of p, into L1 */
 #define DSV3__LIKELY(c)   __builtin_expect(!!(c), 1)
 #define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
 #else
@@ -2827,7 +2827,7 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #endif
 /* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
    ahead, into the rows that follow too: far ahead into L2, which bridges what memory is late, and near into L1. FP8, BF16
-   and int8 at 0.9 ... 1.0 of a plain read where 0.45 ... 0.75 was (Emerald Rapids). */
+   and int8 at 0.83 ... 1.0 of a plain read where 0.45 ... 0.75 was (Emerald Rapids). */
 #define DSV3__PREFETCH_AT(p, bytes)    DSV3__FETCH((const void *)((uintptr_t)(p) + (bytes)))
 #define DSV3__PREFETCH_L1_AT(p, bytes) DSV3__FETCH_L1((const void *)((uintptr_t)(p) + (bytes)))
 #define DSV3__PREFETCH(p)              (DSV3__PREFETCH_AT(p, 8192), DSV3__PREFETCH_L1_AT(p, 2048))
@@ -5558,7 +5558,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4],
 
 /* L lines of w, from column c on, by T rows of x: all lines are loaded before the first is decoded, as in
    dsv3__k_dot_fp8_avx512. PERF: a denormal operand takes 150 cycles on Intel's cores; where a code of these lines is one
-   (one weight in 10,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN, which is
+   (reckoned: one weight in 9,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN, which is
    found there, do too. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[4], const uint8_t *w,
                                                                     const float *const *x, size_t c, __m512i *worst,

@@ -291,7 +291,8 @@ static void quantile_table(uint8_t *out, const spec *t, const double *z)
             double code = floor((double)value + 0.5);
             out[i] = (uint8_t)(int8_t)(code < -128 ? -128 : code > 127 ? 127 : code);
         } else if (i ==
-                   N_QUANTILES / 2) { /* one in 4,096 is denormal: 1 to 8 in 10,000 are, by how far outliers reach */
+                   N_QUANTILES /
+                       2) { /* one in 4,096 is denormal: reckoned, 1 to 8 in 10,000 are, by how far outliers reach */
             out[i] = 3;
         } else { /* the nearest of 127 magnitudes; 0x7F, the NaN, is not among them */
             double best = 1e9;
