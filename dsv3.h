@@ -5558,8 +5558,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4],
 
 /* L lines of w, from column c on, by T rows of x: all lines are loaded before the first is decoded, as in
    dsv3__k_dot_fp8_avx512. PERF: a denormal operand takes 150 cycles on Intel's cores; where a code of these lines is one
-   (reckoned: one weight in 9,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN, which is
-   found there, do too. */
+   (reckoned: one weight in 9,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN,
+   which is found there, do too. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[4], const uint8_t *w,
                                                                     const float *const *x, size_t c, __m512i *worst,
                                                                     const size_t T, const size_t L)
