@@ -2636,6 +2636,15 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
     }
 }
 
+/* out [n] = elements first ... first + n - 1. */
+static void dsv3__num_get_run(float *out, const void *array, dsv3_dtype dtype, uint64_t first, size_t n)
+{
+    if (dtype == DSV3_DTYPE_F32)
+        memcpy(out, (const uint8_t *)array + 4 * first, n * sizeof(float));
+    for (size_t i = 0; i < n && dtype != DSV3_DTYPE_F32; i++)
+        out[i] = dsv3__num_get(array, dtype, first + i);
+}
+
 // =============================================================================
 // >>ten   The quantized tensor: what must hold before arithmetic touches one; its scales.
 //         Needs num, err. Row blocks of scales count from row 0 of the tensor, so a part of a tensor is named by
@@ -5418,6 +5427,29 @@ DSV3__TARGET_AVX512 static void dsv3__k_half_outer_avx512(float *u, size_t u_str
         dsv3__k_half_outer_avx2(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
 }
 
+/* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_turn_avx512(void *to, size_t to_stride, const void *const *from, size_t n)
+{
+    for (size_t c = 0; c < n; c += 4) {
+        __m512i r[4], lo01, lo23, hi01, hi23, words[4];
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) { /* 4 words of rows q, 4 + q, 8 + q, 12 + q */
+#define DSV3__PART(row) _mm_loadu_si128((const __m128i *)(const void *)((const uint8_t *)from[row] + 4 * c))
+            r[q] = _mm512_castsi128_si512(DSV3__PART(q));
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(4 + q), 1);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(8 + q), 2);
+            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(12 + q), 3);
+#undef DSV3__PART
+        }
+        lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
+        lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
+        words[0] = _mm512_unpacklo_epi64(lo01, lo23), words[1] = _mm512_unpackhi_epi64(lo01, lo23);
+        words[2] = _mm512_unpacklo_epi64(hi01, hi23), words[3] = _mm512_unpackhi_epi64(hi01, hi23);
+        for (size_t q = 0; q < dsv3__min(n - c, 4); q++)
+            _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
+    }
+}
+
 /* The bits of v, rounded to the upper 16: bf16(v) and something below it. As dsv3__k_bf16_avx2. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_bf16_avx512(__m512 v)
 {
@@ -5616,20 +5648,19 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out
 }
 
 /* name(out, out_stride, w, x, n_x, k) of `of`, which takes up to four rows of x. */
-#define DSV3__K_DOTS_AVX512(name, of)                                                                         \
-    DSV3__TARGET_AVX512 static void name(float *out, size_t out_stride, const void *w, const float *const *x, \
-                                         size_t n_x, size_t k)                                                \
-    {                                                                                                         \
-        for (; n_x >= 4; n_x -= 4, x += 4, out += 4 * out_stride)                                             \
-            of(out, out_stride, (const uint8_t *)w, x, k, 4);                                                 \
-        switch (n_x) {                                                                                        \
-        case 3: of(out, out_stride, (const uint8_t *)w, x, k, 3); break;                                      \
-        case 2: of(out, out_stride, (const uint8_t *)w, x, k, 2); break;                                      \
-        case 1: of(out, out_stride, (const uint8_t *)w, x, k, 1); break;                                      \
-        default: break;                                                                                       \
-        }                                                                                                     \
+#define DSV3__K_DOTS_AVX512(target, name, of)                                                                          \
+    target static void name(float *out, size_t out_stride, const void *w, const float *const *x, size_t n_x, size_t k) \
+    {                                                                                                                  \
+        for (; n_x >= 4; n_x -= 4, x += 4, out += 4 * out_stride)                                                      \
+            of(out, out_stride, (const uint8_t *)w, x, k, 4);                                                          \
+        switch (n_x) {                                                                                                 \
+        case 3: of(out, out_stride, (const uint8_t *)w, x, k, 3); break;                                               \
+        case 2: of(out, out_stride, (const uint8_t *)w, x, k, 2); break;                                               \
+        case 1: of(out, out_stride, (const uint8_t *)w, x, k, 1); break;                                               \
+        default: break;                                                                                                \
+        }                                                                                                              \
     }
-DSV3__K_DOTS_AVX512(dsv3__k_dots_fp8_pairs_avx512, dsv3__k_dots_fp8_pairs_x_avx512)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_fp8_pairs_avx512, dsv3__k_dots_fp8_pairs_x_avx512)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group,
                                                              const void *weights, const float *scale64, size_t k)
@@ -5703,7 +5734,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *ou
     for (size_t j = 0; j < T; j++)
         out[j * out_stride] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
 }
-DSV3__K_DOTS_AVX512(dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group,
                                                               const void *weights, const float *scale64, size_t k)
@@ -5757,10 +5788,13 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32
     _mm_storeu_si128((__m128i *)(void *)sum, _mm_add_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
 }
 
-/* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant. */
+/* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant, and so is `ask`: whether weights
+   are asked for shortly before they are read, too. PERF: Intel's cores want that. Zen 4, which is what level AVX512_BF16
+   means (Intel's with BF16 have AMX), is a twelfth slower for it here, and a quarter in a single row, which its prefetcher
+   follows. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                             const int8_t *const *x, size_t c, size_t n,
-                                                                            size_t ahead, const int X)
+                                                                            size_t ahead, const bool ask, const int X)
 {
     const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c, *x0 = x[0] + c,
                  *x1 = x[X > 1 ? 1 : 0] + c;
@@ -5802,15 +5836,15 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
     DSV3__STEP(w2, a20, a21, a22, a23, a24, a25); \
     DSV3__STEP(w3, a30, a31, a32, a33, a34, a35)
 #define DSV3__LOAD(p) _mm512_loadu_si512((p) + i)
+#define DSV3__ASK(p)             \
+    DSV3__PREFETCH_AT(p, ahead); \
+    if (ask)                     \
+    DSV3__PREFETCH_L1_AT(p, 1024)
     for (; i + 64 <= n; i += 64) {
-        DSV3__PREFETCH_AT(w0 + i, ahead);
-        DSV3__PREFETCH_L1_AT(w0 + i, 1024);
-        DSV3__PREFETCH_AT(w1 + i, ahead);
-        DSV3__PREFETCH_L1_AT(w1 + i, 1024);
-        DSV3__PREFETCH_AT(w2 + i, ahead);
-        DSV3__PREFETCH_L1_AT(w2 + i, 1024);
-        DSV3__PREFETCH_AT(w3 + i, ahead);
-        DSV3__PREFETCH_L1_AT(w3 + i, 1024);
+        DSV3__ASK(w0 + i);
+        DSV3__ASK(w1 + i);
+        DSV3__ASK(w2 + i);
+        DSV3__ASK(w3 + i);
         DSV3__STEPS;
     }
 #undef DSV3__LOAD
@@ -5820,6 +5854,7 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
         DSV3__STEPS;
     }
 #undef DSV3__LOAD
+#undef DSV3__ASK
 #undef DSV3__STEPS
 #undef DSV3__STEP
 #undef DSV3__ADD
@@ -5836,22 +5871,8 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
         dsv3__k_bytes_store_avx512_vnni(sum[5], a05, a15, a25, a35);
 }
 
-DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_avx512_vnni(int32_t (*sum)[4],
-                                                                                   const int8_t *const *w,
-                                                                                   const int8_t *const *x, size_t n_x,
-                                                                                   size_t c, size_t n, size_t ahead)
-{
-    switch (n_x) {
-    case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 6); break;
-    case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 5); break;
-    case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 4); break;
-    case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 3); break;
-    default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, 2);
-    }
-}
-
-DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x,
-                                                                   size_t k, size_t group)
+DSV3__TARGET_AVX512_VNNI DSV3__INLINE void
+dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group, const bool ask)
 {
     const __m512i top = _mm512_set1_epi8((char)0x80);
     for (size_t n; k; k -= n, w += n, x += n) {
@@ -5860,7 +5881,8 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum,
         n = dsv3__min(k, group);
         a0 = a1 = a2 = a3 = _mm512_setzero_si512();
 #define DSV3__STEP(a, at)                                      \
-    DSV3__PREFETCH(w + i + at);                                \
+    if (ask)                                                   \
+        DSV3__PREFETCH(w + i + at);                            \
     v = _mm512_xor_si512(_mm512_loadu_si512(w + i + at), top); \
     y = _mm512_loadu_si512(x + i + at);                        \
     DSV3__DPBUSD512(a, v, y)
@@ -5890,15 +5912,35 @@ DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_avx512_vnni(int32_t *sum,
     }
 }
 
-DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_avx512_vnni(float *out, size_t out_stride, const int8_t *w,
-                                                               size_t w_stride, const float *w_scale, size_t n_w,
-                                                               const int8_t *const *x, const float *const *x_scale,
-                                                               size_t n_x, size_t k, size_t group, void *scratch)
-{
-    (void)scratch;
-    dsv3__k_bytes_vnni(dsv3__k_bytes_tile_avx512_vnni, dsv3__k_bytes_row_avx512_vnni, 6, out, out_stride, w, w_stride,
-                       w_scale, n_w, x, x_scale, n_x, k, group);
-}
+#define DSV3__K_BYTES_AVX512(isa, ask)                                                                           \
+    DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_##isa(                                \
+        int32_t(*sum)[4], const int8_t *const *w, const int8_t *const *x, size_t n_x, size_t c, size_t n,        \
+        size_t ahead)                                                                                            \
+    {                                                                                                            \
+        switch (n_x) {                                                                                           \
+        case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 6); break;                         \
+        case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 5); break;                         \
+        case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 4); break;                         \
+        case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 3); break;                         \
+        default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 2);                               \
+        }                                                                                                        \
+    }                                                                                                            \
+    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_##isa(int32_t *sum, const int8_t *w, const int8_t *x, \
+                                                                 size_t k, size_t group)                         \
+    {                                                                                                            \
+        dsv3__k_bytes_row_x_avx512_vnni(sum, w, x, k, group, ask);                                               \
+    }                                                                                                            \
+    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_##isa(                                                    \
+        float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w,       \
+        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch)  \
+    {                                                                                                            \
+        (void)scratch;                                                                                           \
+        dsv3__k_bytes_vnni(dsv3__k_bytes_tile_##isa, dsv3__k_bytes_row_##isa, 6, out, out_stride, w, w_stride,   \
+                           w_scale, n_w, x, x_scale, n_x, k, group);                                             \
+    }
+DSV3__K_BYTES_AVX512(avx512_vnni, true)
+DSV3__K_BYTES_AVX512(avx512_bf16, false)
+#undef DSV3__K_BYTES_AVX512
 
 /* The bf16 of a code without its sign: high bytes, low bytes. Every code is a normal number there, the denormal ones too;
    0x7F is NaN. */
@@ -5944,30 +5986,6 @@ static const uint8_t dsv3__k_tile_shapes[64] = {
     64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,                                 /* bytes of a row */
     0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, /* rows */
     0,  0, 0,  0, 0,  0, 0,  0};
-
-/* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
-DSV3__TARGET_AVX512_AMX DSV3__INLINE void dsv3__k_turn_avx512_amx(void *to, size_t to_stride, const void *const *from,
-                                                                  size_t n)
-{
-    for (size_t c = 0; c < n; c += 4) {
-        __m512i r[4], lo01, lo23, hi01, hi23, words[4];
-        DSV3__UNROLL
-        for (size_t q = 0; q < 4; q++) { /* 4 words of rows q, 4 + q, 8 + q, 12 + q */
-#define DSV3__PART(row) _mm_loadu_si128((const __m128i *)(const void *)((const uint8_t *)from[row] + 4 * c))
-            r[q] = _mm512_castsi128_si512(DSV3__PART(q));
-            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(4 + q), 1);
-            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(8 + q), 2);
-            r[q] = _mm512_inserti32x4(r[q], DSV3__PART(12 + q), 3);
-#undef DSV3__PART
-        }
-        lo01 = _mm512_unpacklo_epi32(r[0], r[1]), hi01 = _mm512_unpackhi_epi32(r[0], r[1]);
-        lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
-        words[0] = _mm512_unpacklo_epi64(lo01, lo23), words[1] = _mm512_unpackhi_epi64(lo01, lo23);
-        words[2] = _mm512_unpacklo_epi64(hi01, hi23), words[3] = _mm512_unpackhi_epi64(hi01, hi23);
-        for (size_t q = 0; q < dsv3__min(n - c, 4); q++)
-            _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
-    }
-}
 
 /* sum [32][32] = 32 rows of w times 16 X of x, n columns. x: turned, x_step bytes from 64 columns to the next. Of w `rows`
    are there, the others count as zeros. For each 64 columns `fetch` lines are asked for, from *next on. X is a constant. */
@@ -6050,7 +6068,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
         for (size_t s = 0; s < steps; s++) {
             for (size_t j = 0; j < 16; j++) /* rows that are not there repeat the last */
                 from[j] = x[dsv3__min(16 * t + j, n_x - 1)] + 64 * s;
-            dsv3__k_turn_avx512_amx(turned + (s * tiles + t) * 1024, 64, from, 16);
+            dsv3__k_turn_avx512(turned + (s * tiles + t) * 1024, 64, from, 16);
         }
         for (size_t g = 0; g < n_groups; g++)
             for (size_t j = 0; j < 16; j++)
@@ -6091,10 +6109,10 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
                     from[r] = row;
                 }
                 if (rows - r0 >= 16) {
-                    dsv3__k_turn_avx512_amx(to, out_stride * sizeof(float), from, dsv3__min(n_x - j0, 16));
+                    dsv3__k_turn_avx512(to, out_stride * sizeof(float), from, dsv3__min(n_x - j0, 16));
                     continue;
                 }
-                dsv3__k_turn_avx512_amx(some, sizeof some[0], from, 16);
+                dsv3__k_turn_avx512(some, sizeof some[0], from, 16);
                 for (size_t j = 0; j < dsv3__min(n_x - j0, 16); j++)
                     memcpy(to + j * out_stride, some[j], (rows - r0) * sizeof(float));
             }
@@ -6146,7 +6164,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_query_avx512_amx(float *query, 
     for (size_t c = 0; c < width; c += 32) {
         for (size_t h = 0; h < n_h; h++)
             dsv3__k_to_halves_avx512(halves[h], q + h * stride + c, 32);
-        dsv3__k_turn_avx512_amx(query + c / 32 * 256, 64, from, 16);
+        dsv3__k_turn_avx512(query + c / 32 * 256, 64, from, 16);
     }
 }
 
@@ -6185,7 +6203,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_scores_avx512_amx(float *out, s
     for (size_t b = 0; b < 4; b++) {
         for (size_t t = 0; t < 16; t++)
             from[t] = y[b][t];
-        dsv3__k_turn_avx512_amx(out + 16 * b, out_stride * sizeof(float), from, n_h);
+        dsv3__k_turn_avx512(out + 16 * b, out_stride * sizeof(float), from, n_h);
     }
 }
 
@@ -6252,7 +6270,7 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_x_avx512_amx(void *made, const 
         for (size_t r = 0; r < runs; r++, to += 1024) {
             for (size_t i = 0; i < 16; i++) /* rows that are not there repeat the last */
                 from[i] = x[dsv3__min(j + i, n_x - 1)] + 32 * r;
-            dsv3__k_turn_avx512_amx(to, 64, from, 16);
+            dsv3__k_turn_avx512(to, 64, from, 16);
         }
 }
 
@@ -6364,9 +6382,9 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_half_out_avx512_amx(float *out, size
         for (size_t r = 0; r < 16; r++)
             from[r] = y + (b * 16 + r) * 16;
         if (r0 + 16 <= rows) {
-            dsv3__k_turn_avx512_amx(out + j0 * out_stride + r0, out_stride * sizeof(float), from, n);
+            dsv3__k_turn_avx512(out + j0 * out_stride + r0, out_stride * sizeof(float), from, n);
         } else if (r0 < rows) {
-            dsv3__k_turn_avx512_amx(some, 64, from, 16);
+            dsv3__k_turn_avx512(some, 64, from, 16);
             for (size_t j = 0; j < n; j++)
                 memcpy(out + (j0 + j) * out_stride + r0, some[j], (rows - r0) * sizeof(float));
         }
@@ -6451,50 +6469,60 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_fp8x64_avx512_bf16(__m512i *p
     *p1 = _mm512_permutex2var_epi8(low, t->words1, high);
 }
 
-/* PERF: 4 lines of weights at once, and 2 loads of x for each. */
-DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_fp8_pairs_avx512_bf16(const void *weights, const float *x, size_t k)
+/* L lines of w, all loaded before the first is decoded, by T rows of x, constants. x[j] + at: their words. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[4], const uint8_t *w,
+                                                                              const float *const *x, size_t at,
+                                                                              const dsv3__k_fp8_bf16 *t, const size_t T,
+                                                                              const size_t L)
+{
+    __m512i v[4], p0, p1, y;
+    DSV3__UNROLL
+    for (size_t i = 0; i < L; i++) {
+        v[i] = _mm512_loadu_si512(w + 64 * i);
+        DSV3__PIN512(v[i]);
+    }
+    DSV3__UNROLL
+    for (size_t i = 0; i < L; i++) {
+        dsv3__k_fp8x64_avx512_bf16(&p0, &p1, t, v[i]);
+        DSV3__UNROLL
+        for (size_t j = 0; j < T; j++) {
+            y = _mm512_loadu_si512(x[j] + at + 32 * i);
+            DSV3__DPBF16(a[j][i % 2 * 2], p0, y);
+            y = _mm512_loadu_si512(x[j] + at + 32 * i + 16);
+            DSV3__DPBF16(a[j][i % 2 * 2 + 1], p1, y);
+        }
+    }
+}
+
+/* T rows of x, a constant. PERF: this level is Zen's (Intel's with BF16 have AMX): its prefetcher follows a row that is
+   walked front to back, and asking for weights ahead of it costs up to a fifth. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride,
+                                                                                const uint8_t *w, const float *const *x,
+                                                                                size_t k, const size_t T)
 {
     const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
-    const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[128];
-    __m512i v0, v1, v2, v3, p0, p1, y;
-    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-#define DSV3__LOAD(i)                      \
-    v##i = _mm512_loadu_si512(w + i * 64); \
-    DSV3__PREFETCH(w + i * 64);            \
-    DSV3__PIN512(v##i)
-#define DSV3__STEP(i, even, odd)                    \
-    dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, v##i); \
-    y = _mm512_loadu_si512(x + i * 32);             \
-    DSV3__DPBF16(even, p0, y);                      \
-    y = _mm512_loadu_si512(x + i * 32 + 16);        \
-    DSV3__DPBF16(odd, p1, y)
-    for (; k >= 256; k -= 256, w += 256, x += 128) {
-        DSV3__LOAD(0);
-        DSV3__LOAD(1);
-        DSV3__LOAD(2);
-        DSV3__LOAD(3);
-        DSV3__STEP(0, a0, a1);
-        DSV3__STEP(1, a2, a3);
-        DSV3__STEP(2, a0, a1);
-        DSV3__STEP(3, a2, a3);
-    }
-    for (; k; k -= dsv3__min(k, 128), w += 128, x += 64) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    size_t c = 0;
+    __m512 a[4][4];
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
+    for (; c + 256 <= k; c += 256)
+        dsv3__k_dots_fp8_lines_avx512_bf16(a, w + c, x, c / 2, &t, T, 4);
+    for (; c < k; c += 128) {
+        const uint8_t *p = w + c;
+        if (DSV3__UNLIKELY(k - c < 128)) {
             memset(tail, 0, sizeof tail);
-            memcpy(tail, w, k);
-            w = tail;
+            memcpy(tail, p, k - c);
+            p = tail;
         }
-        DSV3__LOAD(0);
-        DSV3__LOAD(1);
-        DSV3__STEP(0, a0, a1);
-        DSV3__STEP(1, a2, a3);
+        dsv3__k_dots_fp8_lines_avx512_bf16(a, p, x, c / 2, &t, T, 2);
     }
-#undef DSV3__LOAD
-#undef DSV3__STEP
-    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        out[j * out_stride] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
 }
-DSV3__K_DOTS(DSV3__TARGET_AVX512_BF16, fp8_pairs, avx512_bf16)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_fp8_pairs_avx512_bf16, dsv3__k_dots_fp8_pairs_x_avx512_bf16)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                        const void *weights, const float *scale64,
@@ -6520,32 +6548,40 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *ou
 }
 
 /* Two columns of BF16 are a word as they lie. */
-DSV3__TARGET_AVX512_BF16 static float dsv3__k_dot_bf16_pairs_avx512_bf16(const void *weights, const float *x, size_t k)
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride,
+                                                                                 const uint8_t *w,
+                                                                                 const float *const *x, size_t k,
+                                                                                 const size_t T)
 {
-    const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[256];
     __m512i v, y;
-    __m512 a0 = _mm512_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-    for (; k; k -= dsv3__min(k, 128), w += 256, x += 64) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    __m512 a[4][4];
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
+    for (size_t c = 0; c < k; c += 128) {
+        const uint8_t *p = w + 2 * c;
+        if (DSV3__UNLIKELY(k - c < 128)) {
             memset(tail, 0, sizeof tail);
-            memcpy(tail, w, 2 * k);
-            w = tail;
+            memcpy(tail, p, 2 * (k - c));
+            p = tail;
         }
-#define DSV3__STEP(g)                   \
-    DSV3__PREFETCH(w + 64 * g);         \
-    v = _mm512_loadu_si512(w + 64 * g); \
-    y = _mm512_loadu_si512(x + 16 * g); \
-    DSV3__DPBF16(a##g, v, y)
-        DSV3__STEP(0);
-        DSV3__STEP(1);
-        DSV3__STEP(2);
-        DSV3__STEP(3);
-#undef DSV3__STEP
+        DSV3__UNROLL
+        for (size_t g = 0; g < 4; g++) {
+            v = _mm512_loadu_si512(p + 64 * g);
+            DSV3__UNROLL
+            for (size_t j = 0; j < T; j++) {
+                y = _mm512_loadu_si512(x[j] + c / 2 + 16 * g);
+                DSV3__DPBF16(a[j][g], v, y);
+            }
+        }
     }
-    return dsv3__k_tree64_avx512(a0, a1, a2, a3);
+    DSV3__UNROLL
+    for (size_t j = 0; j < T; j++)
+        out[j * out_stride] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
 }
-DSV3__K_DOTS(DSV3__TARGET_AVX512_BF16, bf16_pairs, avx512_bf16)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_bf16_pairs_avx512_bf16,
+                    dsv3__k_dots_bf16_pairs_x_avx512_bf16)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_bf16_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                         const void *weights, const float *scale64,
@@ -6595,6 +6631,202 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_tile_add_pairs_avx512_bf16(float *s
                                                                         size_t steps, size_t n_x, bool first)
 {
     DSV3__TILE_ADD_AVX512(dsv3__k_mac_avx512_bf16)
+}
+
+// ---- AVX-512 BF16: halves --------------------------------------------------------------------------------------
+
+/* vdpbf16ps adds the products of the high halves of two words to a chain, then those of the low ones. So of four
+   neighbours 0 and 2, high and low, are a word of the even chain, 1 and 3 one of the odd chain, and a run is 8 words of
+   each. Halves make nothing that is denormal, so that the bits are those of two fmaf. PERF: twice the products of the FMAs
+   of dsv3__k_half_outer_avx512, on a Zen 4.
+   made    rows as such words [64][width / 2]; then part 0 as words of four rows: [16][2][n[0]], rows behind `count` 0
+   query   [width / 2][16 heads] */
+
+/* Four halves in order of words: the low half of a word lies first. */
+#define DSV3__4(i) (i) + 4, (i) + 5, (i), (i) + 1, (i) + 6, (i) + 7, (i) + 2, (i) + 3
+#define DSV3__16   DSV3__4(0), DSV3__4(8)
+static const uint8_t dsv3__k_half_words[64] = {DSV3__16, DSV3__16, DSV3__16, DSV3__16};
+#undef DSV3__16
+#undef DSV3__4
+
+/* 32 halves as 16 words. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_half_words_avx512_bf16(void *words, const void *halves)
+{
+    const __m512i v = _mm512_shuffle_epi8(_mm512_loadu_si512(halves), _mm512_loadu_si512(dsv3__k_half_words));
+    _mm512_storeu_ps(words, _mm512_castsi512_ps(v));
+}
+
+/* 16 columns of two rows as words. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_half_pair_avx512_bf16(uint32_t *words, const uint8_t *high,
+                                                                         const uint8_t *low)
+{
+    const __m512i h = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)high));
+    const __m512i l = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)low));
+    _mm512_storeu_ps(words, _mm512_castsi512_ps(_mm512_or_si512(_mm512_slli_epi32(h, 16), l)));
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_keys_avx512_bf16(const dsv3__half_block *keys)
+{
+    static const uint8_t none[32] = {0};
+    const size_t n = keys->n[0];
+    uint32_t *to = (uint32_t *)(void *)keys->made;
+    for (size_t t = 0; t < keys->count; t++) {
+        uint32_t *row = to + t * keys->width / 2;
+        for (size_t part = 0; part < 4; part++)
+            for (size_t c = 0; c < keys->n[part]; c += 32, row += 16)
+                dsv3__k_half_words_avx512_bf16(row, keys->rows[part] + t * keys->row_bytes[part] + 2 * c);
+    }
+    to += 64 * keys->width / 2;
+    for (size_t t = 0; t < keys->count; t += 4, to += 2 * n)
+        for (size_t c = 0; c < n; c += 16) {
+            const uint8_t *row[4];
+            for (size_t i = 0; i < 4; i++)
+                row[i] = t + i < keys->count ? keys->rows[0] + (t + i) * keys->row_bytes[0] + 2 * c : none;
+            dsv3__k_half_pair_avx512_bf16(to + c, row[0], row[2]);
+            dsv3__k_half_pair_avx512_bf16(to + n + c, row[1], row[3]);
+        }
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_query_avx512_bf16(float *query, const float *q, size_t stride,
+                                                                    size_t n_h, size_t width)
+{
+    uint16_t halves[16][32];
+    const void *from[16];
+    for (size_t h = 0; h < 16; h++) /* heads that are not there repeat the last */
+        from[h] = halves[dsv3__min(h, n_h - 1)];
+    for (size_t c = 0; c < width; c += 32) {
+        for (size_t h = 0; h < n_h; h++) {
+            dsv3__k_to_halves_avx512(halves[h], q + h * stride + c, 32);
+            dsv3__k_half_words_avx512_bf16(halves[h], halves[h]);
+        }
+        dsv3__k_turn_avx512(query + c / 2 * 16, 64, from, 16);
+    }
+}
+
+/* y [T][16] = T rows of keys times a query. T is a constant. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
+dsv3__k_half_scores_t_avx512_bf16(float *y, const uint32_t *keys, const float *query, size_t width, const size_t T)
+{
+    __m512 even[8], odd[8], sum[8];
+    __m512i q, w;
+    DSV3__UNROLL
+    for (size_t t = 0; t < T; t++)
+        sum[t] = _mm512_setzero_ps();
+    for (size_t c = 0; c < width / 2; c += 16) {
+        DSV3__UNROLL
+        for (size_t t = 0; t < T; t++)
+            even[t] = odd[t] = _mm512_setzero_ps();
+        for (size_t i = c; i < c + 16; i += 2) {
+            q = _mm512_loadu_si512(query + i * 16);
+            DSV3__UNROLL
+            for (size_t t = 0; t < T; t++) {
+                w = _mm512_set1_epi32((int)keys[t * width / 2 + i]);
+                DSV3__DPBF16(even[t], q, w);
+            }
+            q = _mm512_loadu_si512(query + i * 16 + 16);
+            DSV3__UNROLL
+            for (size_t t = 0; t < T; t++) {
+                w = _mm512_set1_epi32((int)keys[t * width / 2 + i + 1]);
+                DSV3__DPBF16(odd[t], q, w);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t t = 0; t < T; t++)
+            sum[t] = _mm512_add_ps(sum[t], _mm512_add_ps(even[t], odd[t]));
+    }
+    DSV3__UNROLL
+    for (size_t t = 0; t < T; t++)
+        _mm512_storeu_ps(y + 16 * t, sum[t]);
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_scores_avx512_bf16(float *out, size_t out_stride,
+                                                                     const dsv3__half_block *keys, const float *query,
+                                                                     size_t n_h)
+{
+    const uint32_t *rows = (const uint32_t *)(const void *)keys->made;
+    const size_t width = keys->width;
+    float y[64][16];
+    const void *from[16];
+    size_t t = 0;
+    for (; t + 8 <= keys->count; t += 8)
+        dsv3__k_half_scores_t_avx512_bf16(y[t], rows + t * width / 2, query, width, 8);
+    for (; t < keys->count; t++)
+        dsv3__k_half_scores_t_avx512_bf16(y[t], rows + t * width / 2, query, width, 1);
+    for (size_t b = 0; b < keys->count; b += 16) {
+        for (size_t i = 0; i < 16; i++)
+            from[i] = y[dsv3__min(b + i, keys->count - 1)];
+        dsv3__k_turn_avx512(out + b, out_stride * sizeof(float), from, n_h);
+    }
+}
+
+/* H rows of u by C registers of columns, constants; p [H][32] and keys are words, of `count` rows. */
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_half_sums_hc_avx512_bf16(float *u, size_t u_stride,
+                                                                            const uint32_t *p, const uint32_t *keys,
+                                                                            size_t n, size_t count, const size_t H,
+                                                                            const size_t C)
+{
+    __m512 even[8], odd[8];
+    __m512i v[2], w[2], s;
+    for (size_t t = 0; t < count; t += 32) {
+        DSV3__UNROLL
+        for (size_t i = 0; i < H * C; i++)
+            even[i] = odd[i] = _mm512_setzero_ps();
+        for (size_t i = t / 2; i < (dsv3__min(t + 32, count) + 1) / 2; i += 2) {
+            DSV3__UNROLL
+            for (size_t c = 0; c < C; c++) {
+                v[c] = _mm512_loadu_si512(keys + i * n + 16 * c);
+                w[c] = _mm512_loadu_si512(keys + (i + 1) * n + 16 * c);
+            }
+            DSV3__UNROLL
+            for (size_t h = 0; h < H; h++) {
+                s = _mm512_set1_epi32((int)p[h * 32 + i]);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    DSV3__DPBF16(even[h * C + c], s, v[c]);
+                s = _mm512_set1_epi32((int)p[h * 32 + i + 1]);
+                DSV3__UNROLL
+                for (size_t c = 0; c < C; c++)
+                    DSV3__DPBF16(odd[h * C + c], s, w[c]);
+            }
+        }
+        DSV3__UNROLL
+        for (size_t i = 0; i < H * C; i++) {
+            float *to = u + i / C * u_stride + i % C * 16;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_add_ps(even[i], odd[i])));
+        }
+    }
+}
+
+DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_sums_avx512_bf16(float *u, size_t u_stride, size_t n_h,
+                                                                   const float *p, size_t p_stride,
+                                                                   const dsv3__half_block *keys, size_t n_c)
+{
+    const size_t n = keys->n[0], count = keys->count;
+    const uint32_t *rows = (const uint32_t *)(const void *)keys->made + 64 * keys->width / 2;
+    uint32_t words[16][32];
+    uint16_t halves[64];
+    float some[16];
+    memset(halves, 0, sizeof halves);
+    for (size_t h = 0; h < n_h; h++) {
+        dsv3__k_to_halves_avx512(halves, p + h * p_stride, count);
+        dsv3__k_half_words_avx512_bf16(words[h], halves);
+        dsv3__k_half_words_avx512_bf16(words[h] + 16, halves + 32);
+    }
+    size_t c = 0;
+    for (; c + 32 <= n_c; c += 32) {
+        size_t h = 0;
+        for (; h + 4 <= n_h; h += 4)
+            dsv3__k_half_sums_hc_avx512_bf16(u + h * u_stride + c, u_stride, words[h], rows + c, n, count, 4, 2);
+        for (; h < n_h; h++)
+            dsv3__k_half_sums_hc_avx512_bf16(u + h * u_stride + c, u_stride, words[h], rows + c, n, count, 1, 2);
+    }
+    for (; c < n_c; c += 16)
+        for (size_t h = 0; h < n_h; h++) {
+            const size_t bytes = dsv3__min(n_c - c, 16) * sizeof(float);
+            memcpy(some, u + h * u_stride + c, bytes);
+            dsv3__k_half_sums_hc_avx512_bf16(some, 16, words[h], rows + c, n, count, 1, 1);
+            memcpy(u + h * u_stride + c, some, bytes);
+        }
 }
 #endif // DSV3__VNNI
 #if defined(__GNUC__) && !defined(__clang__)
@@ -7480,9 +7712,14 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 #define dsv3__k_half_x_avx512         dsv3__k_half_x_scalar
 #define dsv3__k_half_x_neon           dsv3__k_half_x_scalar
 /* Rounding to codes is memory's business with 8 lanes already. */
-#define dsv3__k_to_bytes_avx_vnni    dsv3__k_to_bytes_avx2
-#define dsv3__k_to_bytes_avx512_vnni dsv3__k_to_bytes_avx2
-#define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
+#define dsv3__k_to_bytes_avx_vnni        dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_avx512_vnni     dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_avx512_bf16     dsv3__k_to_bytes_avx2
+#define dsv3__k_to_halves_avx512_bf16    dsv3__k_to_halves_avx512
+#define dsv3__k_split_halves_avx512_bf16 dsv3__k_split_halves_avx512
+#define dsv3__k_half_x_avx512_bf16       dsv3__k_half_x_scalar
+#define dsv3__k_half_rows_avx512_bf16    dsv3__k_half_rows_avx512
+#define dsv3__k_to_bytes_neon            dsv3__k_to_bytes_scalar
 
 #undef DSV3__K_DOTS
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
@@ -7531,7 +7768,7 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {
     true,
     1,
     DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
-        DSV3__KERN_BYTES(DSV3__KERN_AVX512_VNNI) DSV3__KERN_HALVES(DSV3__KERN_AVX512)};
+        DSV3__KERN_BYTES(DSV3__KERN_AVX512_BF16) DSV3__KERN_HALVES(DSV3__KERN_AVX512_BF16)};
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
 #define dsv3__k_split_halves_avx512_amx      dsv3__k_split_halves_avx512
@@ -8050,16 +8287,15 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
     const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
     const size_t most = k->bytes_rows, fit = DSV3__MM_CODES / padded / 32 * 32;
     const size_t tokens = dsv3__min(fit > 32 ? fit : 32, most);
+    const size_t at_once = w->block_rows == 1 && w->scale_stride == n_groups ? most : 1;
     float *scratch = panel + (most * n_groups + 15) / 16 * 16;
     const int8_t *codes[DSV3__MM_BYTES];
     const float *x_scale[DSV3__MM_BYTES];
     for (uint64_t r = r0; r < r1; r += most) {
         const size_t rows = (size_t)(r1 - r < most ? r1 - r : most);
-        for (size_t i = 0; i < rows; i++) { /* [rows, n_groups] */
-            const uint64_t base = (w->block_rows == 1 ? r + i : (r + i) / w->block_rows) * w->scale_stride;
-            for (size_t g = 0; g < n_groups; g++)
-                panel[i * n_groups + g] = w->scale ? dsv3__num_get(w->scale, w->scale_dtype, base + g) : 1;
-        }
+        for (size_t i = 0; i < rows; i += at_once) /* scales [rows, n_groups] */
+            dsv3__num_get_run(panel + i * n_groups, w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride,
+                              dsv3__min(at_once, rows - i) * n_groups);
         for (size_t j = 0, t; j < n; j += t) {
             t = dsv3__min(n - j, tokens);
             for (size_t i = 0; i < t; i++) {

@@ -98,6 +98,7 @@ typedef struct emu_si {
 #undef _mm512_cvtepi32_ps
 #undef _mm512_maskz_loadu_epi8
 #undef _mm512_permutex2var_epi8
+#undef _mm512_shuffle_epi8
 #undef _mm512_permutexvar_epi64
 #undef _mm512_unpacklo_epi8
 #undef _mm512_unpackhi_epi8
@@ -382,6 +383,13 @@ EMU emu_ps emu_cvtepi32_ps(emu_si a)
 #define _mm512_cvtepi32_ps emu_cvtepi32_ps
 
 /* Bytes whose bit is 0 are zero, and are not read. */
+EMU emu_si emu_shuffle_epi8(emu_si a, emu_si by)
+{
+    emu_si r = {{_mm256_shuffle_epi8(a.v[0], by.v[0]), _mm256_shuffle_epi8(a.v[1], by.v[1])}};
+    return r;
+}
+#define _mm512_shuffle_epi8 emu_shuffle_epi8
+
 EMU emu_si emu_maskz_loadu_epi8(uint64_t mask, const void *p)
 {
     uint8_t bytes[64] = {0};
