@@ -4713,9 +4713,15 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_bytes_vnni(dsv3__bytes_tile_fn tile,
                     }
                 }
                 for (size_t r = 0; r < t; r++) {
+                    float *to = out + (j + r) * out_stride + i;
                     __m128 y = _mm_loadu_ps(some[r]);
-                    _mm_storeu_ps(some[r], _mm_blendv_ps(y, nan, _mm_cmpunord_ps(y, y)));
-                    memcpy(out + (j + r) * out_stride + i, some[r], rows * sizeof(float));
+                    y = _mm_blendv_ps(y, nan, _mm_cmpunord_ps(y, y));
+                    if (rows == 4) {
+                        _mm_storeu_ps(to, y);
+                        continue;
+                    }
+                    _mm_storeu_ps(some[r], y);
+                    memcpy(to, some[r], rows * sizeof(float));
                 }
             }
         }
@@ -10882,7 +10888,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 // =============================================================================
 
 #define DSV3__STRIP      128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
-#define DSV3__HEAD_ROWS  8   /* rows, and */
+#define DSV3__HEAD_ROWS  16  /* rows, and */
 #define DSV3__HEAD_GROUP 16  /* heads at most, that meet a block of the cache at once */
 #define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
 #define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum: a page */
