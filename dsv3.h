@@ -5433,6 +5433,15 @@ DSV3__TARGET_AVX512 static void dsv3__k_half_outer_avx512(float *u, size_t u_str
         dsv3__k_half_outer_avx2(u + c, u_stride, n_h, a, a_stride, b + c, b_stride, n_t, n_c - c);
 }
 
+/* PERF: a third of the next block of the cache is asked for in each of half_keys, half_scores and half_sums, a little at
+   each step, so that memory and arithmetic work side by side: a block from cold memory takes 12.4 us, not 16 (AMX). */
+DSV3__INLINE void dsv3__k_ahead(const dsv3__half_block *keys, size_t third, size_t step, size_t steps)
+{
+    const size_t lines = keys->ahead_bytes / 64 / 3, n = lines / steps + 1;
+    for (size_t i = 0; i < n && keys->ahead; i++)
+        DSV3__PREFETCH_AT(keys->ahead, (third * lines + step * n + i) * 64);
+}
+
 /* to + c * to_stride, c < n: words c of from[0 ... 15]. n at most 16. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_turn_avx512(void *to, size_t to_stride, const void *const *from, size_t n)
 {
@@ -5796,8 +5805,8 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32
 
 /* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant, and so is `ask`: whether weights
    are asked for shortly before they are read, too. PERF: Intel's cores want that. Zen 4, which is what level AVX512_BF16
-   means (Intel's with BF16 have AMX), is a twelfth slower for it here, and a quarter in a single row, which its prefetcher
-   follows. */
+   means (Intel's with BF16 have AMX), is a twelfth slower for it here, and in a single row a quarter slower than when asked
+   for 2 KB ahead, into L2. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                             const int8_t *const *x, size_t c, size_t n,
                                                                             size_t ahead, const bool ask, const int X)
@@ -5889,6 +5898,8 @@ dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, 
 #define DSV3__STEP(a, at)                                      \
     if (ask)                                                   \
         DSV3__PREFETCH(w + i + at);                            \
+    else                                                       \
+        DSV3__PREFETCH_AT(w + i + at, 2048);                   \
     v = _mm512_xor_si512(_mm512_loadu_si512(w + i + at), top); \
     y = _mm512_loadu_si512(x + i + at);                        \
     DSV3__DPBUSD512(a, v, y)
@@ -6133,15 +6144,6 @@ DSV3__TARGET_AVX512_AMX static void dsv3__k_bytes_avx512_amx(float *out, size_t 
    one set of L1. */
 
 #define DSV3__HALF_PAIR 528 /* floats */
-
-/* PERF: a third of the next block is asked for in each of the three, a little at each step, so that memory and tiles work
-   side by side: a block from cold memory takes 12.4 us, not 16. */
-DSV3__INLINE void dsv3__k_ahead(const dsv3__half_block *keys, size_t third, size_t step, size_t steps)
-{
-    const size_t lines = keys->ahead_bytes / 64 / 3, n = lines / steps + 1;
-    for (size_t i = 0; i < n && keys->ahead; i++)
-        DSV3__PREFETCH_AT(keys->ahead, (third * lines + step * n + i) * 64);
-}
 
 DSV3__TARGET_AVX512_AMX static void dsv3__k_half_keys_avx512_amx(const dsv3__half_block *keys)
 {
@@ -6501,7 +6503,7 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512_bf16(__
 }
 
 /* T rows of x, a constant. PERF: this level is Zen's (Intel's with BF16 have AMX): its prefetcher follows a row that is
-   walked front to back, and asking for weights ahead of it costs up to a fifth. */
+   walked front to back, and asking for weights ahead of it, as for Intel, gains nothing here and costs int8 a quarter. */
 DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride,
                                                                                 const uint8_t *w, const float *const *x,
                                                                                 size_t k, const size_t T)
@@ -6575,6 +6577,7 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512_bf16
         DSV3__UNROLL
         for (size_t g = 0; g < 4; g++) {
             v = _mm512_loadu_si512(p + 64 * g);
+            DSV3__PREFETCH_AT(p + 64 * g, 2048);
             DSV3__UNROLL
             for (size_t j = 0; j < T; j++) {
                 y = _mm512_loadu_si512(x[j] + c / 2 + 16 * g);
@@ -6678,6 +6681,7 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_keys_avx512_bf16(const dsv3__h
     uint32_t *to = (uint32_t *)(void *)keys->made;
     for (size_t t = 0; t < keys->count; t++) {
         uint32_t *row = to + t * keys->width / 2;
+        dsv3__k_ahead(keys, 0, t, 64);
         for (size_t part = 0; part < 4; part++)
             for (size_t c = 0; c < keys->n[part]; c += 32, row += 16)
                 dsv3__k_half_words_avx512_bf16(row, keys->rows[part] + t * keys->row_bytes[part] + 2 * c);
@@ -6754,8 +6758,10 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_scores_avx512_bf16(float *out,
     float y[64][16];
     const void *from[16];
     size_t t = 0;
-    for (; t + 8 <= keys->count; t += 8)
+    for (; t + 8 <= keys->count; t += 8) {
+        dsv3__k_ahead(keys, 1, t / 8, 8);
         dsv3__k_half_scores_t_avx512_bf16(y[t], rows + t * width / 2, query, width, 8);
+    }
     for (; t < keys->count; t++)
         dsv3__k_half_scores_t_avx512_bf16(y[t], rows + t * width / 2, query, width, 1);
     for (size_t b = 0; b < keys->count; b += 16) {
@@ -6821,6 +6827,7 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_sums_avx512_bf16(float *u, siz
     size_t c = 0;
     for (; c + 32 <= n_c; c += 32) {
         size_t h = 0;
+        dsv3__k_ahead(keys, 2, c / 32, n_c / 32);
         for (; h + 4 <= n_h; h += 4)
             dsv3__k_half_sums_hc_avx512_bf16(u + h * u_stride + c, u_stride, words[h], rows + c, n, count, 4, 2);
         for (; h < n_h; h++)
