@@ -252,8 +252,8 @@ static double peak_rate(peak p, uint32_t n)
     return p < N_PEAKS ? 12.0 * N_CHAIN_STEPS * PEAKS[p].macs * n / on_threads(n, chains_job, &p) : 0;
 }
 
-/* The fastest instruction for products in f32, in bf16, of halves (attention's) or in 8 bits that kernels of this level may use; bf16 where there is
-   none of its own is two f32 FMAs a pair. */
+/* The fastest instruction for products in f32, in bf16, of halves (attention's) or in 8 bits that kernels of this level may
+   use; bf16 where there is none of its own is two f32 FMAs a pair. */
 static peak peak_of(dsv3_isa isa, const char *products)
 {
     bool bf16 = isa == DSV3_ISA_AVX512_BF16, amx = isa == DSV3_ISA_AVX512_AMX,
@@ -267,7 +267,7 @@ static peak peak_of(dsv3_isa isa, const char *products)
                                                                          : PEAK_MADDUBS;
     if (strcmp(products, "halves") == 0 && amx && peak_there(PEAK_TDPBF16))
         return PEAK_TDPBF16;
-    if (strcmp(products, "bf16") == 0 && bf16 && peak_there(PEAK_DPBF16))
+    if (strcmp(products, "f32") && bf16 && peak_there(PEAK_DPBF16))
         return PEAK_DPBF16;
     return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
 }
