@@ -2636,13 +2636,19 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
     }
 }
 
-/* out [n] = elements first ... first + n - 1. */
+/* out [n] = elements first ... first + n - 1. The two in front are what scales of a row come in, one for each row of
+   weights: they are felt. */
 static void dsv3__num_get_run(float *out, const void *array, dsv3_dtype dtype, uint64_t first, size_t n)
 {
+    const uint8_t *p = (const uint8_t *)array;
     if (dtype == DSV3_DTYPE_F32)
-        memcpy(out, (const uint8_t *)array + 4 * first, n * sizeof(float));
-    for (size_t i = 0; i < n && dtype != DSV3_DTYPE_F32; i++)
-        out[i] = dsv3__num_get(array, dtype, first + i);
+        memcpy(out, p + 4 * first, n * sizeof(float));
+    else if (dtype == DSV3_DTYPE_BF16)
+        for (size_t i = 0; i < n; i++)
+            out[i] = dsv3__bf16_decode(dsv3__load16(p + 2 * (first + i)));
+    else
+        for (size_t i = 0; i < n; i++)
+            out[i] = dsv3__num_get(array, dtype, first + i);
 }
 
 // =============================================================================
@@ -2757,7 +2763,13 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
             scale64[i] = 1;
         return;
     }
-    base = row / t->block_rows * t->scale_stride;
+    base = (t->block_rows == 1 ? row : row / t->block_rows) * t->scale_stride;
+    if (t->block_cols >= dsv3__ten_n_cols(t)) { /* one for all: no divisions, which rows of 512 columns would feel */
+        const float s = dsv3__num_get(t->scale, t->scale_dtype, base);
+        for (size_t i = 0; i < n; i++)
+            scale64[i] = s;
+        return;
+    }
     last = dsv3__ceil_div(dsv3__ten_n_cols(t), t->block_cols) - 1;
     uint64_t column = dsv3__min((uint64_t)first * 64 / t->block_cols, last); /* padding has the last one's */
     for (size_t i = 0; i < n; column++) {                                    /* a scale at a time */
@@ -10897,7 +10909,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 #define DSV3__STRIP      128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
 #define DSV3__HEAD_ROWS  16  /* rows, and */
 #define DSV3__HEAD_GROUP 16  /* heads at most, that meet a block of the cache at once */
-#define DSV3__UK_ROWS    16  /* rows of W_UK decoded at a time */
+#define DSV3__UK_ROWS    8   /* rows of W_UK decoded at a time */
 #define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum: a page */
 #define DSV3__KEY_SPAN   512 /* positions summed up before they are added to the rest */
 
@@ -11426,7 +11438,7 @@ typedef struct dsv3__mla_task {
     const dsv3__layer *l;
     const dsv3__row *rows;
     uint32_t layer, n;
-    uint32_t group;       /* heads a task takes, of many rows */
+    uint32_t group, each; /* heads and rows that a task takes, of many rows */
     dsv3__mla_heads all;  /* few rows: all their heads, */
     uint32_t t0, n_spans; /* the spans they are at, */
     bool last;            /* which are the last; */
@@ -11801,7 +11813,7 @@ static void dsv3__mla_heads_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__mla_heads v;
     uint32_t last = 0;
     v.h0 = task % n_groups * t->group, v.n = (uint32_t)dsv3__min(t->group, heads - v.h0);
-    v.row0 = task / n_groups * DSV3__HEAD_ROWS, v.n_rows = (uint32_t)dsv3__min(DSV3__HEAD_ROWS, t->n - v.row0);
+    v.row0 = task / n_groups * t->each, v.n_rows = (uint32_t)dsv3__min(t->each, t->n - v.row0);
     v.rows = t->rows + v.row0;
     v.q = mine->q, v.q_row = DSV3__HEAD_GROUP * w->query_stride;
     v.sums = mine->sums;
@@ -11881,7 +11893,7 @@ static void dsv3__mla_attend(dsv3__mla_task *t)
 {
     dsv3__work *w = t->w;
     const uint32_t heads = w->m->config.num_attention_heads, threads = w->pool->n_threads;
-    const uint32_t chunks = (uint32_t)dsv3__ceil_div(t->n, DSV3__HEAD_ROWS);
+    uint32_t chunks = (uint32_t)dsv3__ceil_div(t->n, DSV3__HEAD_ROWS);
     const bool few = chunks == 1 || (uint64_t)chunks * w->head_groups < threads;
     uint32_t spans = 0; /* of the longest timeline */
     for (uint32_t i = 0; i < t->n; i++)
@@ -11892,7 +11904,11 @@ static void dsv3__mla_attend(dsv3__mla_task *t)
         return;
     }
     t->group = (uint32_t)dsv3__min(dsv3__ceil_div((uint64_t)heads * chunks, threads), DSV3__HEAD_GROUP);
-    dsv3__pool_run(w->pool, (heads + t->group - 1) / t->group * chunks, dsv3__mla_heads_task, t);
+    const uint32_t n_groups = (heads + t->group - 1) / t->group, most = 2 * chunks;
+    while (chunks < most && n_groups * chunks % threads) /* of equal size, so that no thread is left over */
+        chunks++;
+    t->each = (uint32_t)dsv3__ceil_div(t->n, chunks);
+    dsv3__pool_run(w->pool, n_groups * (uint32_t)dsv3__ceil_div(t->n, t->each), dsv3__mla_heads_task, t);
 }
 
 static void dsv3__mla_pack_task(void *ctx, uint32_t i, uint32_t worker)
