@@ -2636,8 +2636,8 @@ static float dsv3__num_get(const void *array, dsv3_dtype dtype, uint64_t i)
     }
 }
 
-/* out [n] = elements first ... first + n - 1. The two in front are what scales of a row come in, one for each row of
-   weights: they are felt. */
+/* out [n] = elements first ... first + n - 1. PERF: scales of rows, one for each row of weights, are F32 or BF16; a call
+   for each of them is felt. */
 static void dsv3__num_get_run(float *out, const void *array, dsv3_dtype dtype, uint64_t first, size_t n)
 {
     const uint8_t *p = (const uint8_t *)array;
@@ -7729,22 +7729,22 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 // ---- The tables ------------------------------------------------------------------------------------------
 
 /* Where x in pairs is floats, a block of 128 is two blocks like all others. */
-#define dsv3__k_tile_add_pairs_scalar dsv3__k_tile_add_scalar
-#define dsv3__k_tile_add_pairs_avx2   dsv3__k_tile_add_avx2
-#define dsv3__k_tile_add_pairs_avx512 dsv3__k_tile_add_avx512
-#define dsv3__k_tile_add_pairs_neon   dsv3__k_tile_add_neon
-#define dsv3__k_half_x_avx2           dsv3__k_half_x_scalar
-#define dsv3__k_half_x_avx512         dsv3__k_half_x_scalar
-#define dsv3__k_half_x_neon           dsv3__k_half_x_scalar
-/* Rounding to codes is memory's business with 8 lanes already. */
-#define dsv3__k_to_bytes_avx_vnni        dsv3__k_to_bytes_avx2
-#define dsv3__k_to_bytes_avx512_vnni     dsv3__k_to_bytes_avx2
-#define dsv3__k_to_bytes_avx512_bf16     dsv3__k_to_bytes_avx2
+#define dsv3__k_tile_add_pairs_scalar    dsv3__k_tile_add_scalar
+#define dsv3__k_tile_add_pairs_avx2      dsv3__k_tile_add_avx2
+#define dsv3__k_tile_add_pairs_avx512    dsv3__k_tile_add_avx512
+#define dsv3__k_tile_add_pairs_neon      dsv3__k_tile_add_neon
+#define dsv3__k_half_x_avx2              dsv3__k_half_x_scalar
+#define dsv3__k_half_x_avx512            dsv3__k_half_x_scalar
 #define dsv3__k_to_halves_avx512_bf16    dsv3__k_to_halves_avx512
 #define dsv3__k_split_halves_avx512_bf16 dsv3__k_split_halves_avx512
 #define dsv3__k_half_x_avx512_bf16       dsv3__k_half_x_scalar
 #define dsv3__k_half_rows_avx512_bf16    dsv3__k_half_rows_avx512
-#define dsv3__k_to_bytes_neon            dsv3__k_to_bytes_scalar
+#define dsv3__k_half_x_neon              dsv3__k_half_x_scalar
+/* Rounding to codes is memory's business with 8 lanes already. */
+#define dsv3__k_to_bytes_avx_vnni    dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_avx512_vnni dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_avx512_bf16 dsv3__k_to_bytes_avx2
+#define dsv3__k_to_bytes_neon        dsv3__k_to_bytes_scalar
 
 #undef DSV3__K_DOTS
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
