@@ -21080,7 +21080,8 @@ static void dsv3__ws_copy_rows(dsv3_workspace *ws, uint32_t to, uint32_t page, u
 /* What drafting has cost and brought, for DSV3_DRAFT_AUTO. Seconds decide whether to guess, never what is written. */
 typedef struct dsv3__ses_pace {
     double pass[DSV3__DRAFT_MAX + 2]; /* seconds of a pass over so many rows, moving means; 0: not seen yet */
-    double draft;                     /* seconds of guessing a token; negative: not seen yet */
+    uint32_t plain;                   /* passes over one row so far */
+    double draft;                     /* seconds of guessing a token, not of catching up; negative: not seen yet */
     double holds[DSV3__DRAFT_MAX];    /* the i-th guess is right, when those before were: moving means */
     uint32_t seen[DSV3__DRAFT_MAX];   /* how often that was looked at */
     double saved;                     /* seconds that drafting has won, and a share of all others: what may be risked */
@@ -22020,7 +22021,10 @@ static double dsv3__ses_pace_pass(const dsv3__ses_pace *p, uint32_t n)
 }
 
 #define DSV3__PACE_SHARE 0.01 /* of the time without drafts may go into trying them again */
-#define DSV3__PACE_PLAIN 48u  /* after so many passes with drafts one without: what they are measured by */
+#define DSV3__PACE_FREE  2.5  /* passes' time that may go into it at first */
+#define DSV3__PACE_WORTH 1.05 /* less is not told from chance: the clock, and plain passes slower just behind others */
+#define DSV3__PACE_FIRST 8u   /* so many passes without drafts come first: what they are measured by, */
+#define DSV3__PACE_PLAIN 16u  /* and one after so many with */
 
 /* The last pass has brought what it has brought. n_tokens: now. */
 static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
@@ -22040,20 +22044,31 @@ static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
             dsv3__ses_pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
         }
     }
-    if (p->saved > 8 * p->pass[1]) /* riches of long ago are no reason to lose now */
-        p->saved = 8 * p->pass[1];
+    if (p->saved > 4 * p->pass[1]) /* riches of long ago are no reason to lose now */
+        p->saved = 4 * p->pass[1];
+}
+
+/* Seconds before the first guess, in which the prediction layers catch up with the text: its rows as those of a prompt, of
+   which eight take a plain token's time in all layers, and half a token's time to read all of their experts. */
+static double dsv3__ses_pace_behind(const dsv3_session *s)
+{
+    const dsv3__mtp_queue *q = &s->mtp.q[0];
+    if (s->drafter != DSV3_DRAFTER_MTP || q->end - q->done <= DSV3__DRAFT_MAX + 1)
+        return 0;
+    return s->pace.pass[1] * (0.5 + (q->end - q->done) * s->mtp.n / (8.0 * s->m->config.num_hidden_layers));
 }
 
 /* How many guesses are worth it, at most `cap`: the most tokens a second, by what was seen so far; none while it is not
-   known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved. */
-static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap)
+   well known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved.
+   behind: seconds that go before the first guess. */
+static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap, double behind)
 {
-    const double plain = p->pass[1], draft = p->draft < 0 ? 0.1 * plain : p->draft;
+    const double plain = p->pass[1], draft = p->draft < 0 ? 0.3 * plain : p->draft;
     double best = 0, tokens = 1, all = 1, holds = 0.6;
     uint32_t k = 0;
-    if (!(plain > 0) || p->since_plain >= DSV3__PACE_PLAIN)
+    if (p->plain < DSV3__PACE_FIRST || p->since_plain >= DSV3__PACE_PLAIN)
         return 0;
-    best = 1 / plain;
+    best = DSV3__PACE_WORTH / plain;
     for (uint32_t i = 0; i < cap; i++) {
         holds = p->seen[i] ? p->holds[i] : holds;
         all *= holds, tokens += all;
@@ -22061,10 +22076,10 @@ static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap)
         if (rate > best)
             best = rate, k = i + 1;
     }
-    if (k && p->seen[0] >= 8 && p->saved > 0)
+    if (k && p->seen[0] >= 8 && p->saved > behind)
         return k;
     k = k ? k : 1;
-    return cap && p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain ? k : 0;
+    return cap && p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain + behind ? k : 0;
 }
 
 /* Runs the last token, and guesses behind it. */
@@ -22073,12 +22088,13 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     dsv3_session *s = g->s;
     dsv3__ses_pace *p = &s->pace;
     uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
+    const double behind = dsv3__ses_pace_behind(s);
     const bool alone = s->n_cached + 1 >= s->n_tokens; /* no other rows have to be run again */
     if (g->o->max_tokens)
         k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
     if (s->n_draft == DSV3_DRAFT_AUTO) {
         dsv3__ses_pace_judge(p, s->n_tokens);
-        k = dsv3__ses_pace_choose(p, cap);
+        k = dsv3__ses_pace_choose(p, cap, behind);
     }
     double start = dsv3__os_seconds();
     s->lent = false;
@@ -22096,10 +22112,13 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     p->seconds = end - start;
     p->since_plain = n ? p->since_plain + 1 : 0;
     double *pass = &p->pass[n + 1];
-    if (!(p->pass[1] > 0) && !n)
-        p->saved = end - drafted; /* the first try is free */
-    *pass = *pass > 0 ? *pass + (end - drafted - *pass) / 8 : end - drafted;
-    if (n)
+    if (!n && p->plain < 2) { /* the first pass behind a prompt is no measure */
+        *pass = end - drafted;
+        p->saved = DSV3__PACE_FREE * *pass;
+    }
+    *pass = *pass > 0 ? *pass + (end - drafted - *pass) / (n ? 8 : 4) : end - drafted;
+    p->plain += !n;
+    if (n && behind <= 0)
         p->draft = p->draft < 0 ? (drafted - start) / n : p->draft + ((drafted - start) / n - p->draft) / 8;
     return DSV3_OK;
 }
