@@ -219,9 +219,10 @@
    that repeat their prompt; or from the host. A grammar steers them; a mask_fn is asked for tokens alone, which serves the
    first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
    was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
-   they bring: with DSV3_DRAFT_AUTO the session measures both, stops guessing where it does not pay, and tries again with a
-   hundredth of the time. The clock decides how many are guessed, never what is written. dsv3_stats says how many were made
-   and right.
+   they bring: with DSV3_DRAFT_AUTO the session measures both, guesses where that gains a twentieth or more, and tries
+   again with a hundredth of the time where it does not (the first tries may take 2.5 tokens' time more). The layer catches up
+   with the text when guesses are wanted; where AUTO finds that too dear, it begins anew near the end. The clock decides how
+   many are guessed, never what is written. dsv3_stats says how many were made and right.
    Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
    too. dsv3_batch advances sessions that draft beside others; it takes tokens, so that it guesses none. A snapshot holds
    nothing of drafts: any session may go on from it, whoever guesses there; the prediction layer begins anew behind it, and
@@ -11418,6 +11419,7 @@ typedef struct dsv3__row {
     int32_t *experts;       /* [n_moe_layers, top_k] out; NULL */
     const uint32_t *cancel; /* atomic: not 0 stops the pass */
     uint32_t shift;         /* of a prediction layer: its cache row is that of the token it takes in, so far ahead */
+    uint32_t first;         /* of a prediction layer: the first place in the cache that it sees */
     const float *below;     /* [hidden_size] the state a prediction layer starts from; >>mtp alone */
     float *state;           /* [hidden_size] out, the state behind the last norm; NULL. May be `below` */
     bool draft;             /* nobody has asked for this token yet: logits that are not finite are no failure yet */
@@ -11700,14 +11702,15 @@ static void dsv3__mla_rescale(const dsv3_model *m, const dsv3__mla_sum *s, float
 }
 
 /* Row i, heads of group g: adds the cache rows t0 ... t0 + count - 1 of its timeline, count <= DSV3__KEY_BLOCK, to `sums`;
-   of the first `shift` there are none. */
+   those before row->first are not seen. */
 static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t i,
                             uint32_t g, uint32_t t0, uint32_t count, float *sums)
 {
     const dsv3__work *w = t->w;
     const dsv3__kern *k = w->m->k;
     const dsv3__row *row = &v->rows[i];
-    const uint32_t latent = w->m->config.kv_lora_rank, none = t0 ? 0 : row->shift, h = g * DSV3__HEAD_GROUP;
+    const uint32_t latent = w->m->config.kv_lora_rank, none = row->first > t0 ? row->first - t0 : 0;
+    const uint32_t h = g * DSV3__HEAD_GROUP;
     const uint32_t n = (uint32_t)dsv3__min(DSV3__HEAD_GROUP, v->n - h);
     const float *q = v->q + i * v->q_row + h * w->query_stride;
     const uint8_t *page = dsv3__mla_page(w, row, t->layer, t0), *next = NULL;
@@ -11753,7 +11756,8 @@ static void dsv3__mla_span(const dsv3__mla_task *t, dsv3__worker *mine, const ds
     }
     for (uint32_t b = t0; b - t0 < DSV3__KEY_SPAN; b += DSV3__KEY_BLOCK)
         for (uint32_t i = 0; i < v->n_rows; i++)
-            for (uint32_t g = g0, last = dsv3__mla_last(&v->rows[i]); g < g1 && b <= last; g++)
+            for (uint32_t g = g0, last = dsv3__mla_last(&v->rows[i]);
+                 g < g1 && b <= last && v->rows[i].first < b + DSV3__KEY_BLOCK; g++)
                 dsv3__mla_block(t, mine, v, i, g, b, (uint32_t)dsv3__min(last - b + 1, DSV3__KEY_BLOCK), sums);
 }
 
@@ -11768,7 +11772,7 @@ static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint3
             *all.max = -INFINITY, *all.sum = 0;
             memset(all.u, 0, latent * sizeof(float));
         }
-        if (t0 > dsv3__mla_last(&v->rows[i]))
+        if (t0 > dsv3__mla_last(&v->rows[i]) || v->rows[i].first >= t0 + DSV3__KEY_SPAN)
             continue;
         if (*more.max > *all.max)
             dsv3__mla_rescale(m, &all, *more.max, 0);
@@ -12315,9 +12319,9 @@ static dsv3_result dsv3__mtp_rows(dsv3__work *w, uint32_t k, const dsv3__row *ro
 
 /* The states below one prediction layer that a timeline still holds. */
 typedef struct dsv3__mtp_queue {
-    float *states;       /* [cap + k, stride]: positions first ... end - 1 */
-    uint32_t first, end; /* first <= done <= end */
-    uint32_t done;       /* rows 0 ... done - 1 of the layer are in the cache */
+    float *states;        /* [cap + k, stride]: positions first ... end - 1 */
+    uint32_t first, end;  /* first <= done <= end */
+    uint32_t since, done; /* rows since ... done - 1 of the layer are in the cache; it sees none before */
 } dsv3__mtp_queue;
 
 /* Where the ids of a timeline are: those from number n_old on stand by themselves, as long as they are not part of it. */
@@ -12343,11 +12347,28 @@ static float *dsv3__mtp_place(dsv3__mtp *p, uint32_t k, uint32_t position)
     return position < q->first ? NULL : q->states + (size_t)(position - q->first) * p->stride;
 }
 
-/* Holds no state: layers go on behind the first `done` rows, which all of them have. */
-static void dsv3__mtp_restart(dsv3__mtp *p, uint32_t done)
+/* Holds no state: layers go on behind the rows since ... done - 1, which all of them have. */
+static void dsv3__mtp_restart(dsv3__mtp *p, uint32_t since, uint32_t done)
 {
-    for (uint32_t k = 0; k < p->n; k++)
-        p->q[k].first = p->q[k].end = p->q[k].done = done;
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        q->first = q->end = q->done = done;
+        q->since = (uint32_t)dsv3__min(since, done);
+    }
+}
+
+/* Of the states that wait only the last `keep` are left: layers begin anew there. */
+static void dsv3__mtp_anew(dsv3__mtp *p, uint32_t keep)
+{
+    const uint32_t end = p->q[0].end;
+    if (end - p->q[0].done <= keep)
+        return;
+    for (uint32_t k = 0; k < p->n; k++) {
+        dsv3__mtp_queue *q = &p->q[k];
+        q->since = q->done = end - keep;
+        if (k)
+            q->first = q->end = q->done;
+    }
 }
 
 /* Room for states up to position end - 1: those that the layer has used go. */
@@ -12370,10 +12391,11 @@ static void dsv3__mtp_cut(dsv3__mtp *p, uint32_t n)
         dsv3__mtp_queue *q = &p->q[k];
         q->end = (uint32_t)dsv3__min(q->end, n > k ? n - k : 0);
         q->done = (uint32_t)dsv3__min(q->done, n > k + 1 ? n - k - 1 : 0);
+        q->since = (uint32_t)dsv3__min(q->since, q->done);
         broken |= q->first > q->done || q->end < q->done;
     }
     if (broken)
-        dsv3__mtp_restart(p, p->q[p->n - 1].done);
+        dsv3__mtp_restart(p, p->q[p->n - 1].since, p->q[p->n - 1].done);
 }
 
 /* Runs all rows that tokens 0 ... n_tokens - 1 and the states held allow. like: the timeline, of a row. Pages that it
@@ -12394,7 +12416,7 @@ static dsv3_result dsv3__mtp_follow(dsv3__work *w, dsv3__mtp *p, const dsv3__row
             for (uint32_t i = 0; i < n; i++) {
                 const uint32_t position = q->done + i, token = position + k + 1;
                 rows[i] = *like;
-                rows[i].position = position, rows[i].shift = k + 1;
+                rows[i].position = position, rows[i].shift = k + 1, rows[i].first = q->since + k + 1;
                 rows[i].token = token < ids->n_old ? ids->old[token] : ids->more[token - ids->n_old];
                 rows[i].below = dsv3__mtp_place(p, k, position);
                 rows[i].state = k + 1 < p->n ? dsv3__mtp_place(p, k + 1, position)
@@ -12440,7 +12462,7 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
     const uint32_t first = j < p->n ? j : p->n - 1;
     for (uint32_t k = p->n; k-- > first;) {
         rows[0] = *like;
-        rows[0].position = n_tokens - 1 - k + (j - 1), rows[0].shift = k + 1;
+        rows[0].position = n_tokens - 1 - k + (j - 1), rows[0].shift = k + 1, rows[0].first = p->q[k].since + k + 1;
         rows[0].token = tokens[n_tokens - 1 + j];
         rows[0].below = p->ahead + (j < p->n ? k : p->n) * stride;
         rows[0].state = p->ahead + (k + 1) * stride;
@@ -21080,14 +21102,16 @@ static void dsv3__ws_copy_rows(dsv3_workspace *ws, uint32_t to, uint32_t page, u
 /* What drafting has cost and brought, for DSV3_DRAFT_AUTO. Seconds decide whether to guess, never what is written. */
 typedef struct dsv3__ses_pace {
     double pass[DSV3__DRAFT_MAX + 2]; /* seconds of a pass over so many rows, moving means; 0: not seen yet */
-    uint32_t plain;                   /* passes over one row so far */
-    double draft;                     /* seconds of guessing a token, not of catching up; negative: not seen yet */
-    double holds[DSV3__DRAFT_MAX];    /* the i-th guess is right, when those before were: moving means */
-    uint32_t seen[DSV3__DRAFT_MAX];   /* how often that was looked at */
-    double saved;                     /* seconds that drafting has won, and a share of all others: what may be risked */
-    uint32_t since_plain;             /* passes since the last over one row */
-    uint32_t n_tokens, n_rows;        /* the last pass: its start, and its rows; 0: none to judge */
-    double seconds;                   /* what it took, guesses included */
+    uint32_t plain;                /* passes over one row so far that counted: behind another such, whatever came before
+                                         is out of the way */
+    bool settled;                  /* the last pass was over one row */
+    double draft;                  /* seconds of guessing a token, not of catching up; negative: not seen yet */
+    double holds[DSV3__DRAFT_MAX]; /* the i-th guess is right, when those before were: moving means */
+    uint32_t seen[DSV3__DRAFT_MAX]; /* how often that was looked at */
+    double saved;                   /* seconds that drafting has won, and a share of all others: what may be risked */
+    uint32_t since_plain;           /* passes with guesses since the last that counted */
+    uint32_t n_tokens, n_rows;      /* the last pass: its start, and its rows; 0: none to judge */
+    double seconds;                 /* what it took, guesses included */
 } dsv3__ses_pace;
 
 struct dsv3_session {
@@ -21478,7 +21502,7 @@ static dsv3_result dsv3__ses_fork(dsv3_session **child, dsv3_session *s, uint32_
         s->ws->refs[s->pages[i]]++;
     f->n_pages = s->n_pages, f->n_tokens = s->n_tokens, f->n_cached = s->n_cached;
     if (s->mtp.n)
-        dsv3__mtp_restart(&f->mtp, s->mtp.q[s->mtp.n - 1].done);
+        dsv3__mtp_restart(&f->mtp, s->mtp.q[s->mtp.n - 1].since, s->mtp.q[s->mtp.n - 1].done);
     f->logits_valid = s->logits_valid;
     if (s->logits_valid) {
         dsv3__ses_drop_logits(f);
@@ -21582,7 +21606,10 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
             s->take = (uint32_t)dsv3__min(ws->work.max_batch - rows, s->end - s->at);
             rows += s->take;
             if (s->mtp.n && s->take && s->at + s->take > s->mtp.q[0].first + s->mtp.cap) { /* the line moves up */
-                r = dsv3__ses_run_follow(s, &items[last], s->at + 1, err);
+                if (s->n_draft == DSV3_DRAFT_AUTO && !(items[last].outputs && items[last].outputs->draft_logits))
+                    dsv3__mtp_anew(&s->mtp, 0); /* what it would cost, guesses may never bring */
+                else
+                    r = dsv3__ses_run_follow(s, &items[last], s->at + 1, err);
                 dsv3__mtp_room(&s->mtp, 0, s->at + s->take);
             }
         }
@@ -22007,7 +22034,7 @@ static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_e
 /* A moving mean that believes its first values quickly. */
 static void dsv3__ses_pace_mean(double *mean, double value, uint32_t n_before)
 {
-    *mean += (value - *mean) / (n_before < 15 ? n_before + 2 : 16);
+    *mean += (value - *mean) / (n_before < 42 ? n_before + 6 : 48);
 }
 
 /* Seconds of a pass over n rows: seen, or guessed from the longest one seen that is shorter. */
@@ -22023,8 +22050,31 @@ static double dsv3__ses_pace_pass(const dsv3__ses_pace *p, uint32_t n)
 #define DSV3__PACE_SHARE 0.01 /* of the time without drafts may go into trying them again */
 #define DSV3__PACE_FREE  2.5  /* passes' time that may go into it at first */
 #define DSV3__PACE_WORTH 1.05 /* less is not told from chance: the clock, and plain passes slower just behind others */
+#define DSV3__PACE_ROWS  32u  /* of more, the prediction layers may do without */
 #define DSV3__PACE_FIRST 8u   /* so many passes without drafts come first: what they are measured by, */
 #define DSV3__PACE_PLAIN 16u  /* and one after so many with */
+
+/* n tokens were guessed and run behind the last one. caught_up: there was more to do than to guess. */
+static void dsv3__ses_pace_learn(dsv3__ses_pace *p, uint32_t n, double drafting, double running, bool caught_up)
+{
+    double *pass = &p->pass[n + 1];
+    if (n) {
+        *pass = *pass > 0 ? *pass + (running - *pass) / 8 : running;
+        if (!caught_up)
+            p->draft = p->draft < 0 ? drafting / n : p->draft + (drafting / n - p->draft) / 8;
+        p->since_plain++;
+    } else if (p->settled) {
+        if (!p->plain++) {
+            *pass = running;
+            p->saved = DSV3__PACE_FREE * running;
+        }
+        *pass += (running - *pass) / 4;
+        p->since_plain = 0;
+    }
+    p->settled = !n;
+    p->n_rows = n + 1;
+    p->seconds = drafting + running;
+}
 
 /* The last pass has brought what it has brought. n_tokens: now. */
 static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
@@ -22044,22 +22094,19 @@ static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
             dsv3__ses_pace_mean(&p->holds[i], i + 1 < got, p->seen[i]++);
         }
     }
-    if (p->saved > 4 * p->pass[1]) /* riches of long ago are no reason to lose now */
-        p->saved = 4 * p->pass[1];
+    if (p->saved > 8 * p->pass[1]) /* riches of long ago are no reason to lose now */
+        p->saved = 8 * p->pass[1];
 }
 
-/* Seconds before the first guess, in which the prediction layers catch up with the text: its rows as those of a prompt, of
-   which eight take a plain token's time in all layers, and half a token's time to read all of their experts. */
-static double dsv3__ses_pace_behind(const dsv3_session *s)
+/* Seconds before the first guess, in which the prediction layers catch up with `waiting` rows of the text. a_row: of one, in
+   plain passes; and half a pass to read all of their experts. */
+static double dsv3__ses_pace_behind(const dsv3__ses_pace *p, uint32_t waiting, double a_row)
 {
-    const dsv3__mtp_queue *q = &s->mtp.q[0];
-    if (s->drafter != DSV3_DRAFTER_MTP || q->end - q->done <= DSV3__DRAFT_MAX + 1)
-        return 0;
-    return s->pace.pass[1] * (0.5 + (q->end - q->done) * s->mtp.n / (8.0 * s->m->config.num_hidden_layers));
+    return waiting > DSV3__DRAFT_MAX + 1 ? p->pass[1] * (0.5 + waiting * a_row) : 0;
 }
 
 /* How many guesses are worth it, at most `cap`: the most tokens a second, by what was seen so far; none while it is not
-   well known what a plain pass takes. What is not seen to pay is tried when as much as it may lose has been saved.
+   well known what a plain pass takes. What is not seen to pay is tried as far as what it may lose has been saved.
    behind: seconds that go before the first guess. */
 static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap, double behind)
 {
@@ -22078,8 +22125,21 @@ static uint32_t dsv3__ses_pace_choose(const dsv3__ses_pace *p, uint32_t cap, dou
     }
     if (k && p->seen[0] >= 8 && p->saved > behind)
         return k;
-    k = k ? k : 1;
-    return cap && p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain + behind ? k : 0;
+    for (k = k ? k : (uint32_t)dsv3__min(cap, 1); k; k--)
+        if (p->saved > dsv3__ses_pace_pass(p, k + 1) + k * draft - plain + behind)
+            break;
+    return k;
+}
+
+/* How many guesses, and of how many waiting rows there is to be caught up with: all, or the last few of them. */
+static uint32_t dsv3__ses_pace_plan(const dsv3__ses_pace *p, uint32_t cap, uint32_t *waiting, double a_row)
+{
+    uint32_t k = dsv3__ses_pace_choose(p, cap, dsv3__ses_pace_behind(p, *waiting, a_row));
+    if (!k && *waiting > DSV3__PACE_ROWS) {
+        k = dsv3__ses_pace_choose(p, cap, dsv3__ses_pace_behind(p, DSV3__PACE_ROWS, a_row));
+        *waiting = k ? DSV3__PACE_ROWS : *waiting;
+    }
+    return k;
 }
 
 /* Runs the last token, and guesses behind it. */
@@ -22088,13 +22148,17 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     dsv3_session *s = g->s;
     dsv3__ses_pace *p = &s->pace;
     uint32_t cap = (uint32_t)dsv3__min(s->max_draft, s->max_tokens - s->n_tokens), k = cap, n = 0;
-    const double behind = dsv3__ses_pace_behind(s);
-    const bool alone = s->n_cached + 1 >= s->n_tokens; /* no other rows have to be run again */
+    const double a_row =
+        s->mtp.n / (8.0 * s->m->config.num_hidden_layers); /* eight rows of a prompt are as long as a pass */
+    const bool alone = s->n_cached + 1 >= s->n_tokens;     /* no other rows have to be run again */
+    uint32_t waiting = s->drafter == DSV3_DRAFTER_MTP ? s->mtp.q[0].end - s->mtp.q[0].done : 0;
     if (g->o->max_tokens)
         k = cap = (uint32_t)dsv3__min(cap, g->o->max_tokens - stats->n_generated - 1);
     if (s->n_draft == DSV3_DRAFT_AUTO) {
         dsv3__ses_pace_judge(p, s->n_tokens);
-        k = dsv3__ses_pace_choose(p, cap, behind);
+        k = dsv3__ses_pace_plan(p, cap, &waiting, a_row);
+        if (k && s->drafter == DSV3_DRAFTER_MTP)
+            dsv3__mtp_anew(&s->mtp, waiting);
     }
     double start = dsv3__os_seconds();
     s->lent = false;
@@ -22108,18 +22172,7 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     stats->draft_seconds += drafted - start;
     if (!alone)
         return DSV3_OK;
-    p->n_rows = n + 1;
-    p->seconds = end - start;
-    p->since_plain = n ? p->since_plain + 1 : 0;
-    double *pass = &p->pass[n + 1];
-    if (!n && p->plain < 2) { /* the first pass behind a prompt is no measure */
-        *pass = end - drafted;
-        p->saved = DSV3__PACE_FREE * *pass;
-    }
-    *pass = *pass > 0 ? *pass + (end - drafted - *pass) / (n ? 8 : 4) : end - drafted;
-    p->plain += !n;
-    if (n && behind <= 0)
-        p->draft = p->draft < 0 ? (drafted - start) / n : p->draft + ((drafted - start) / n - p->draft) / 8;
+    dsv3__ses_pace_learn(p, n, drafted - start, end - drafted, waiting > DSV3__DRAFT_MAX + 1);
     return DSV3_OK;
 }
 
@@ -22788,7 +22841,6 @@ static dsv3_result dsv3__snap_read_pages(dsv3__snap_in *in, dsv3_session *const 
     while (*taken < in->h.n_pages) {
         const uint32_t number = (*taken)++, page = dsv3__ses_take_page(sessions[t->owner[number]]);
         uint8_t *layer = w->cache + page * w->page_bytes, *end = layer + dsv3__snap_layers(w);
-        memset(end, 0, (size_t)(w->page_bytes - dsv3__snap_layers(w))); /* what prediction layers look back at */
         t->pages[number] = page;
         for (; layer < end; layer += w->layer_bytes)
             for (uint32_t i = 0; i < 4; i++) {
@@ -22813,7 +22865,7 @@ static void dsv3__snap_install(dsv3_session *const *sessions, size_t n, const ds
         dsv3__ses_trim(s, 0);
         s->n_tokens = s->keep, s->n_cached = s->valid;
         s->n_ahead = 0;
-        dsv3__mtp_restart(&s->mtp, s->valid > s->mtp.n ? s->valid - s->mtp.n : 0);
+        dsv3__mtp_restart(&s->mtp, UINT32_MAX, s->valid > s->mtp.n ? s->valid - s->mtp.n : 0);
         s->n_pages = dsv3__ses_pages_of(s->n_cached);
         s->logits_valid = false;
         if (s->n_tokens)

@@ -388,32 +388,31 @@ static void out_begin(const char *what, const char *heading, const model *b, uin
 
 static void run_bandwidth(model *b)
 {
-    enum { N_ROOFS = 2 + N_PEAKS };
+    enum { N_READS = 4, N_ROOFS = N_READS + N_PEAKS };
+    static const char *const reads[N_READS] = {"read, the mapped weights", "read, huge pages",
+                                               "plain read, the mapped weights", "plain read, huge pages"};
     for (uint32_t k = 0; k < opt.threads.n; k++) {
         static double v[N_ROOFS][MAX_REPS];
         uint32_t n = opt.threads.v[k], reps = opt.reps.v[0];
-        read_rate(&b->mapped, n); /* page faults */
+        read_rate(&b->mapped, n, &v[2][0]); /* page faults */
         for (uint32_t r = 0; r < reps; r++) {
             progress("bandwidth, %u threads: %u of %u", n, r + 1, reps);
-            v[0][r] = 1e-9 * read_rate(&b->mapped, n);
-            v[1][r] = 1e-9 * read_rate(huge_pages(), n);
+            v[0][r] = read_rate(&b->mapped, n, &v[2][r]);
+            v[1][r] = read_rate(huge_pages(), n, &v[3][r]);
             for (uint32_t i = 0; i < N_PEAKS; i++)
-                v[2 + i][r] = peak_there((peak)i) ? 1e-9 * peak_rate((peak)i, n) : 0;
+                v[N_READS + i][r] = peak_there((peak)i) ? peak_rate((peak)i, n) : 0;
         }
         for (uint32_t i = 0; i < N_ROOFS; i++) {
             stats s = stats_of(v[i], reps);
-            bool is_read = i < 2;
+            bool is_read = i < N_READS;
             if (s.high <= 0)
                 continue;
             out_text("what", NULL, is_read ? "read" : "multiply_add");
-            out_text("of", "roof",
-                     i == 0   ? "read, the mapped weights"
-                     : i == 1 ? "read, huge pages"
-                              : PEAKS[i - 2].name);
+            out_text("of", "roof", is_read ? reads[i] : PEAKS[i - N_READS].name);
             out_text("shape", NULL, b->name);
             out_number("threads", "threads", 0, n);
-            out_number(is_read ? "gb_s_best" : "gmac_s_best", "best", 1, s.high);
-            out_number(is_read ? "gb_s" : "gmac_s", "median", 1, s.mid);
+            out_number(is_read ? "gb_s_best" : "gmac_s_best", "best", 1, 1e-9 * s.high);
+            out_number(is_read ? "gb_s" : "gmac_s", "median", 1, 1e-9 * s.mid);
             out_text(NULL, "unit", is_read ? "GB/s" : "GMAC/s");
             out_number("reps", NULL, 0, reps);
             out_end();
@@ -438,22 +437,24 @@ typedef struct scene {
     work w;
     double touched, spent; /* seconds */
     double rate[MAX_REPS], bound[MAX_REPS], ratio[MAX_REPS],
-        cpu[MAX_REPS];                     /* tokens a second, the bound's, their ratio */
-    double read[MAX_REPS], peak[MAX_REPS]; /* bytes, multiply-adds a second */
-    double peers[MAX_SETTINGS][MAX_REPS];  /* tokens a second */
-    dsv3_session **group;                  /* [rows] one for each row; NULL: one session takes all rows */
+        cpu[MAX_REPS];                             /* tokens a second, the bound's, their ratio */
+    double read[MAX_REPS], peak[MAX_REPS];         /* bytes, multiply-adds a second */
+    double plain[MAX_REPS], ratio_plain[MAX_REPS]; /* the same with the best read by loads alone, see read_rate */
+    double peers[MAX_SETTINGS][MAX_REPS];          /* tokens a second */
+    dsv3_session **group;                          /* [rows] one for each row; NULL: one session takes all rows */
 } scene;
 
 /* The roofs at one moment. */
 typedef struct roofs {
-    double read, main, rest, attention;
+    double read, plain, main, rest, attention;
 } roofs;
 
 static roofs roofs_now(model *b, uint32_t threads)
 {
     roofs r;
-    double mapped = read_rate(&b->mapped, threads), huge = read_rate(huge_pages(), threads);
+    double plain, mapped = read_rate(&b->mapped, threads, &r.plain), huge = read_rate(huge_pages(), threads, &plain);
     r.read = mapped > huge ? mapped : huge;
+    r.plain = r.plain > plain ? r.plain : plain;
     r.main = peak_rate(b->main, threads);
     r.rest = b->rest == b->main ? r.main : peak_rate(b->rest, threads);
     r.attention = b->attention == b->rest ? r.rest : peak_rate(b->attention, threads);
@@ -541,16 +542,19 @@ static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_
     c->rate[r] = n / took;
     c->spent += took;
     roofs after = roofs_now(b, threads), mean;
-    mean.read = (before->read + after.read) / 2, mean.main = (before->main + after.main) / 2;
+    mean.read = (before->read + after.read) / 2, mean.plain = (before->plain + after.plain) / 2;
+    mean.main = (before->main + after.main) / 2;
     mean.rest = (before->rest + after.rest) / 2, mean.attention = (before->attention + after.attention) / 2;
     *before = after;
     double by_bytes = c->w.bytes / mean.read, macs = c->w.main + c->w.rest + c->w.attention;
     double by_macs =
         mean.main > 0 ? c->w.main / mean.main + c->w.rest / mean.rest + c->w.attention / mean.attention : 0;
-    c->read[r] = mean.read;
+    c->read[r] = mean.read, c->plain[r] = mean.plain;
     c->peak[r] = by_macs > 0 ? macs / by_macs : 0;
     c->bound[r] = c->rows / (by_bytes > by_macs ? by_bytes : by_macs);
     c->ratio[r] = c->rate[r] / c->bound[r];
+    by_bytes = c->w.bytes / mean.plain;
+    c->ratio_plain[r] = c->rate[r] / c->rows * (by_bytes > by_macs ? by_bytes : by_macs);
     c->reps++;
 }
 
@@ -603,6 +607,8 @@ static void scene_fields(const model *b, uint32_t threads, const scene *c)
     out_number("ms_call", "ms a call", 2, 1e3 * c->rows / tok_s.mid);
     out_number("gb_s", "GB/s", 1, 1e-9 * c->w.bytes * tok_s.mid / c->rows);
     out_number("read_gb_s", "of", 1, gb_s);
+    out_number("plain_gb_s", "plain", 1, 1e-9 * stats_of(c->plain, c->reps).mid);
+    out_number("ratio_plain", "ratio by plain", 2, stats_of(c->ratio_plain, c->reps).mid);
     out_number("gmac_s", "GMAC/s", 1, 1e-9 * macs * tok_s.mid / c->rows);
     out_number("peak_gmac_s", "of", 1, gmac_s);
     out_number("cpu", "cpu", 2, stats_of(c->cpu, c->reps).mid);
@@ -1195,10 +1201,10 @@ static void run_shape(const char *dir, dsv3_isa isa, uint32_t compute, bool firs
         dsv3_session *s;
         scene *scenes = all + k * n_scenes;
         uint32_t n = options.n_threads = opt.threads.v[k];
-        double before = anonymous_bytes();
+        double plain, before = anonymous_bytes();
         must(dsv3_session_memory(b.m, &options, &memory[k], &error), &error);
         must(dsv3_session_open(&s, b.m, &options, &error), &error);
-        read_rate(&b.mapped, n); /* page faults */
+        read_rate(&b.mapped, n, &plain); /* page faults */
         /* prompts rising, contexts falling: most of what a context needs is then there already */
         for (uint32_t i = 0; i < n_prompts; i++) {
             scene_start(&b, s, ids, &scenes[i], "prompt", 0, opt.prompts.v[i], 1);

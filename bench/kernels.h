@@ -99,14 +99,14 @@ static void kernel_case(spans *read_of, const uint8_t *buffer, const float *scal
     kernel_run(&j, 0, 1);
     double one = now() - start;
     j.calls = one > 0.06 ? 1 : (uint32_t)(0.06 / one) + 1;
-    double before = read_rate(read_of, threads), peak_before = peak_rate(p, threads);
+    double plain, before = read_rate(read_of, threads, &plain), peak_before = peak_rate(p, threads);
     for (uint32_t r = 0; r < reps; r++) {
         progress("kernels, %s %s, %u threads, %u x %u, %u rows: %u of %u", dtype_name, compute, threads, n, k, rows,
                  r + 1, reps);
         double cpu_start = seconds(CLOCK_PROCESS_CPUTIME_ID), took = on_threads(threads, kernel_run, &j);
         cpu[r] = (seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu_start) / (took * threads);
         rate[r] = macs * j.calls * threads / took;
-        double after = read_rate(read_of, threads), peak_after = peak_rate(p, threads);
+        double after = read_rate(read_of, threads, &plain), peak_after = peak_rate(p, threads);
         read[r] = (before + after) / 2, peak_gmac[r] = (peak_before + peak_after) / 2;
         double seconds_bytes = ((double)bytes + scales) / read[r],
                seconds_macs = peak_gmac[r] > 0 ? macs / peak_gmac[r] : 0;

@@ -856,10 +856,13 @@ static bool hear_call(void *user, const dsv3_reply_event *event)
 TEST(required_calls)
 {
     static const char tools[] =
-        "[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"parameters\":{\"type\":\"object\",\"properties\":{\"a\":{"
+        "[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"parameters\":{\"type\":\"object\",\"properties\":{"
+        "\"a\":{"
         "\"type\":\"integer\",\"maximum\":99,\"minimum\":-99},\"bb\":{\"enum\":[1,20,30]}},\"required\":[\"a\",\"bb\"],"
-        "\"additionalProperties\":false}}},{\"type\":\"function\",\"function\":{\"name\":\"tags\",\"parameters\":{\"type\":"
-        "\"object\",\"properties\":{\"of\":{\"type\":\"array\",\"items\":{\"type\":\"string\",\"maxLength\":3},\"minItems\":2,"
+        "\"additionalProperties\":false}}},{\"type\":\"function\",\"function\":{\"name\":\"tags\",\"parameters\":{"
+        "\"type\":"
+        "\"object\",\"properties\":{\"of\":{\"type\":\"array\",\"items\":{\"type\":\"string\",\"maxLength\":3},"
+        "\"minItems\":2,"
         "\"maxItems\":4}},\"required\":[\"of\"],\"additionalProperties\":false}}}]";
     static const dsv3_markup markups[] = {DSV3_MARKUP_V3, DSV3_MARKUP_V3_1, DSV3_MARKUP_KIMI_K2_THINKING};
     tiny_opts to = small(1);
@@ -1139,6 +1142,120 @@ TEST(options)
     close_model();
 }
 
+/* A machine of which all is known, in place of the clock: a pass over n rows takes 1 + row (n - 1), a guess `guess`, rows that
+   the prediction layer has not seen a 64th each and a half, all give or take `noise`. */
+typedef struct pace_machine {
+    double row, guess, right, noise;
+} pace_machine;
+
+static double pace_noise(const pace_machine *m, uint64_t *random)
+{
+    return 1 + m->noise * (2 * tiny_uniform(random) - 1);
+}
+
+/* Seconds for n tokens with `fixed` guesses a pass, or as AUTO has it (0). Without drafts it would be n. */
+static double pace_run(const pace_machine *m, uint32_t n, uint32_t fixed, uint64_t *random)
+{
+    dsv3__ses_pace p;
+    double total = 0;
+    uint32_t written = 0, behind = 64;
+    memset(&p, 0, sizeof p);
+    p.draft = -1;
+    while (written < n) {
+        dsv3__ses_pace_judge(&p, written);
+        const uint32_t k = fixed ? fixed : dsv3__ses_pace_plan(&p, DSV3__DRAFT_MAX, &behind, 1 / 64.0);
+        const bool far_behind = behind > DSV3__DRAFT_MAX + 1;
+        const double guessing = k ? ((far_behind ? 0.5 + behind / 64.0 : 0) + k * m->guess) * pace_noise(m, random) : 0;
+        const double running = (1 + m->row * k) * pace_noise(m, random);
+        uint32_t got = 1;
+        p.n_tokens = written;
+        dsv3__ses_pace_learn(&p, k, guessing, running, far_behind);
+        while (got <= k && tiny_uniform(random) < m->right)
+            got++;
+        total += guessing + running, written += got;
+        behind = k ? got : behind + 1;
+    }
+    return total * n / written;
+}
+
+/* AUTO costs next to nothing where guesses do not pay, and takes most of what they bring where they do. */
+TEST(pace)
+{
+    static const double rows[] = {0.05, 0.3, 0.6}, guesses[] = {0, 0.1, 0.3}, rights[] = {0, 0.5, 0.7, 0.85, 0.95};
+    static const double noises[] = {0, 0.1};
+    uint64_t random = 1;
+    for (uint32_t i = 0; i < 3 * 3 * 5 * 2; i++) {
+        const pace_machine m = {rows[i % 3], guesses[i / 3 % 3], rights[i / 9 % 5], noises[i / 45]};
+        double best = 1000;
+        for (uint32_t k = 1; k <= 4; k++) {
+            const double fixed = pace_run(&m, 20000, k, &random) / 20;
+            best = fixed < best ? fixed : best;
+        }
+        const double shortly = pace_run(&m, 256, 0, &random), took = pace_run(&m, 20000, 0, &random) / 20;
+        CHECK(shortly < 256 * 1.02 + 4);
+        CHECK(took < 1000 * 1.015);
+        CHECK(took < best * 1.15);
+    }
+}
+
+enum { ANEW = 640, ANEW_MORE = 4 };
+
+/* What the prediction layers say behind ANEW tokens of which they have seen `keep` (0: all), where every page held
+   `garbage` at first. *finite becomes false where that shows. */
+static uint64_t said_anew(uint32_t keep, int garbage, uint32_t threads, dsv3_cache cache, bool *finite)
+{
+    const uint32_t vocab = dsv3_model_config(model)->vocab_size, n_mtp = dsv3_model_mtp(model);
+    const size_t n = (size_t)ANEW_MORE * n_mtp * vocab;
+    int32_t ids[ANEW + ANEW_MORE];
+    float *logits = (float *)calloc(n, sizeof *logits);
+    dsv3_outputs outputs;
+    dsv3_session_opts so;
+    dsv3_session *s = NULL;
+    uint64_t hash = 0;
+    memset(&so, 0, sizeof so), memset(&outputs, 0, sizeof outputs);
+    tiny_ids(ids, ANEW + ANEW_MORE, vocab, 5);
+    so.max_tokens = ANEW + 64, so.n_threads = threads, so.max_batch = 48, so.drafter = DSV3_DRAFTER_MTP;
+    so.cache_latent = so.cache_rope = cache;
+    so.n_draft = keep ? DSV3_DRAFT_AUTO : 2; /* which leaves waiting states behind where others follow */
+    outputs.draft_logits = logits;
+    if (logits && CHECK_OK(dsv3_session_open(&s, model, &so, &e), e)) {
+        const dsv3__work *w = &s->ws->work;
+        for (uint32_t i = 0; i < (ANEW + 64) / DSV3_PAGE_TOKENS; i++)
+            memset(w->cache + i * w->page_bytes + dsv3__snap_layers(w), garbage,
+                   (size_t)(w->page_bytes - dsv3__snap_layers(w)));
+        CHECK_OK(dsv3_session_append(s, ids, ANEW, NULL, &e), e);
+        if (keep)
+            dsv3__mtp_anew(&s->mtp, keep);
+        CHECK_OK(dsv3_session_append(s, ids + ANEW, ANEW_MORE, &outputs, &e), e);
+        for (size_t i = 0; i < n; i++)
+            *finite &= fabsf(logits[i]) < INFINITY;
+        hash = dsv3__hash(0, logits, n * sizeof *logits);
+    }
+    dsv3_session_close(s);
+    free(logits);
+    return hash;
+}
+
+/* Layers that begin anew see nothing before: neither in the block where they do, nor in the spans that lie before. */
+TEST(begins_anew)
+{
+    static const dsv3_cache caches[] = {DSV3_CACHE_F32, DSV3_CACHE_BF16, DSV3_CACHE_I8};
+    for (uint32_t n_mtp = 1; n_mtp <= 2; n_mtp++) {
+        tiny_opts o = small(n_mtp);
+        o.max_pos = 1024;
+        REQUIRE(open_model(o));
+        for (uint32_t c = 0; c < 3; c++) {
+            bool finite = true;
+            const uint64_t all = said_anew(0, 0, 1, caches[c], &finite), few = said_anew(10, 0, 1, caches[c], &finite);
+            CHECK(few && few == said_anew(10, 0xFF, 1, caches[c], &finite));
+            CHECK(few == said_anew(10, 0x3F, 3, caches[c], &finite));
+            CHECK(few != all && few != said_anew(11, 0, 1, caches[c], &finite));
+            CHECK(finite);
+        }
+        close_model();
+    }
+}
+
 TEST(lookup)
 {
     int32_t tokens[40] = {1, 2, 3, 4, 9, 2, 3, 5, 7, 1, 2, 3};
@@ -1163,4 +1280,4 @@ TEST(lookup)
 
 TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside),
           RUN(beside_others), RUN(saved_in_the_middle), RUN(no_room), RUN(nonsense), RUN(broken_guess), RUN(memory),
-          RUN(options), RUN(lookup) TOKENIZED)
+          RUN(options), RUN(lookup), RUN(pace), RUN(begins_anew) TOKENIZED)
