@@ -220,7 +220,7 @@
    first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
    was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
    they bring: with DSV3_DRAFT_AUTO the session measures both, guesses where that gains a twentieth or more, and tries
-   again with a hundredth of the time where it does not (the first tries may take 2.5 tokens' time more). The layer catches up
+   again with a hundredth of the time where it does not (first tries may take 2.5 tokens' time more). The layer catches up
    with the text when guesses are wanted; where AUTO finds that too dear, it begins anew near the end. The clock decides how
    many are guessed, never what is written. dsv3_stats says how many were made and right.
    Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
@@ -22098,8 +22098,8 @@ static void dsv3__ses_pace_judge(dsv3__ses_pace *p, uint32_t n_tokens)
         p->saved = 8 * p->pass[1];
 }
 
-/* Seconds before the first guess, in which the prediction layers catch up with `waiting` rows of the text. a_row: of one, in
-   plain passes; and half a pass to read all of their experts. */
+/* Seconds before the first guess, in which the prediction layers catch up with `waiting` rows of the text. a_row: of one,
+   in plain passes; and half a pass to read all of their experts. */
 static double dsv3__ses_pace_behind(const dsv3__ses_pace *p, uint32_t waiting, double a_row)
 {
     return waiting > DSV3__DRAFT_MAX + 1 ? p->pass[1] * (0.5 + waiting * a_row) : 0;
