@@ -11794,14 +11794,15 @@ static void dsv3__mla_values(const dsv3__mla_task *t, uint32_t worker, const dsv
     const dsv3_config *c = &w->m->config;
     dsv3__worker *mine = &w->workers[worker];
     const uint64_t w_uv = (uint64_t)(v->h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim;
+    const dsv3__mm_mode *mode = w->m->mode.compute == DSV3_COMPUTE_FP8 ? &w->m->exact : &w->m->mode;
     for (uint32_t i = 0; i < v->n_rows; i++) {
         const dsv3__mla_sum s = dsv3__mla_sum_of(w->m, v, v->sums, i, j);
         float scale = 1.0f / *s.sum, *u = mine->u + i * w->query_stride;
         for (uint32_t x = 0; x < c->kv_lora_rank; x++)
             u[x] = s.u[x] * scale;
-        dsv3__nn_pack(w, worker, u, &w->m->exact, &t->l->kv_b, v->n_rows > DSV3__MM_FEW);
+        dsv3__nn_pack(w, worker, u, mode, &t->l->kv_b, v->n_rows > DSV3__MM_FEW);
     }
-    dsv3__mm_strip(&w->m->exact, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, mine->u, w->query_stride, NULL,
+    dsv3__mm_strip(mode, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, mine->u, w->query_stride, NULL,
                    v->n_rows, v->n_rows > DSV3__MM_FEW,
                    w->o + v->row0 * w->o_stride + (size_t)(v->h0 + j) * c->v_head_dim, w->o_stride);
 }

@@ -277,7 +277,8 @@ def widths(work, program, report):
 
 class InMode(transcription.Official):
     """DeepSeek's model with f32 between its linears and every linear in one mode. As in the library, and in DeepSeek's
-    absorbed attention, kv_b is no product of activations with codes: its dequantised values are used. The router is f32.
+    absorbed attention, W_UK is no product of activations with codes: its dequantised values are used; nor is W_UV in fp8,
+    while in the other modes it meets sums of latents as any weight meets its activations. The router is f32.
     Attention rounds its factors to bf16 where the library does: published it is bf16 throughout."""
 
     def __init__(self, config, stored, mode, ue8m0):
@@ -298,6 +299,11 @@ class InMode(transcription.Official):
         w, scale, block = self.parts(name)
         return matmul_modes.linear(x, w, scale, block, self.mode, self.ue8m0 == "all" or self.ue8m0 == "plain" and plain)
 
+    def values(self, u, w_uv, name):
+        if self.mode == "fp8":
+            return super().values(u, w_uv, name)
+        heads = [self.linear(u[:, h].contiguous(), name, False).view(len(u), u.shape[1], -1)[:, h] for h in range(u.shape[1])]
+        return torch.stack(heads, 1)[..., -w_uv.shape[1]:]
 
     def attend(self, q_latent, q_pe, kv, k_pe, mask):
         """Factors in bf16, k_pe and q_pe in two of them; what is rounded of the softmax are exponentials below the largest score

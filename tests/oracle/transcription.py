@@ -145,6 +145,10 @@ class Official:
         p = (scores + mask.unsqueeze(1)).softmax(-1, dtype=wide).to(kv.dtype)
         return torch.einsum("sht,tc->shc", p, kv)
 
+    def values(self, u, w_uv, name):
+        """[m.495] what the sums of latents [s][h][c] are worth to each head: [s][h][d]."""
+        return torch.einsum("shc,hdc->shd", u, w_uv)
+
     def attention(self, x, at, angle):
         """[m.446-497]"""
         c, n = self.c, x.shape[0]
@@ -172,7 +176,7 @@ class Official:
             w = self.weight(at + "kv_b_proj.weight").view(heads, -1, latent)
             q_latent = torch.einsum("shd,hdc->shc", q_nope, w[:, :nope])
             out = self.attend(q_latent, q_pe, kv, k_pe, mask)
-            out = torch.einsum("shc,hdc->shd", out, w[:, nope:])
+            out = self.values(out, w[:, nope:], at + "kv_b_proj.weight")
         return self.linear(out.flatten(1), at + "o_proj.weight", False)
 
     def mlp(self, x, at, plain=False):
