@@ -2,9 +2,9 @@
    promises, in double; bits of a row against the same row alone, whatever rows, threads, executor and kernels. Nothing
    private of the header is used. */
 #ifdef TEST_EMULATE_AVX512
-    #define DSV3_IMPLEMENTATION
-    #define DSV3_STATIC
-    #include "emulate_avx512.h"
+#define DSV3_IMPLEMENTATION
+#define DSV3_STATIC
+#include "emulate_avx512.h"
 #endif
 #include "dsv3.h"
 
@@ -12,13 +12,13 @@
 #include "tiny.h"
 
 #ifndef DSV3_NO_THREADS
-    #include <pthread.h>
+#include <pthread.h>
 #endif
 #if defined(__x86_64__) && !defined(_WIN32)
-    #define HAVE_CSR 1
-    #include <xmmintrin.h>
+#define HAVE_CSR 1
+#include <xmmintrin.h>
 #else
-    #define HAVE_CSR 0
+#define HAVE_CSR 0
 #endif
 
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
@@ -44,8 +44,8 @@ static dsv3_matmul_opts options(dsv3_isa isa, mode m)
 #ifdef TEST_EMULATE_AVX512 /* slow; of the others scalar is what all are compared with */
 static const dsv3_isa isas[] = {DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX};
 #else
-static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2, DSV3_ISA_AVX512, DSV3_ISA_AVX_VNNI, DSV3_ISA_AVX512_VNNI,
-                                DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
+static const dsv3_isa isas[] = {DSV3_ISA_SCALAR,      DSV3_ISA_AVX2,        DSV3_ISA_AVX512,     DSV3_ISA_AVX_VNNI,
+                                DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_AVX512_AMX, DSV3_ISA_NEON};
 #endif
 
 // ---- Weights ---------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ static void make_i8(weight *w, const float *values, size_t rows, size_t cols)
 
 static weight make_from(kind k, const float *values, size_t rows, size_t cols)
 {
-    static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32, DSV3_DTYPE_F16, DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_F8_E4M3,
-                                        DSV3_DTYPE_F8_E4M3};
+    static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F32,     DSV3_DTYPE_F16,     DSV3_DTYPE_BF16,
+                                        DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_F8_E4M3};
     weight w;
     dsv3_error e;
     memset(&w, 0, sizeof w);
@@ -156,7 +156,8 @@ static weight make_from(kind k, const float *values, size_t rows, size_t cols)
     } else if (k == W_F8_BARE) {
         free(w.scale);
         w.scale = NULL;
-        w.t.scale = NULL, w.t.scale_dtype = DSV3_DTYPE_UNKNOWN, w.t.block_rows = w.t.block_cols = 0, w.t.scale_stride = 0;
+        w.t.scale = NULL, w.t.scale_dtype = DSV3_DTYPE_UNKNOWN, w.t.block_rows = w.t.block_cols = 0,
+        w.t.scale_stride = 0;
     }
     return w;
 }
@@ -165,7 +166,8 @@ static weight make(kind k, size_t rows, size_t cols)
 {
     float *values = floats(rows * cols);
     for (size_t i = 0; i < rows * cols; i++) /* rows, and blocks, of different size */
-        values[i] = (float)tiny_normal(&seed) * (0.02f + 0.01f * (float)(i / cols % 7)) * (1.0f + (float)(i % cols / 128));
+        values[i] =
+            (float)tiny_normal(&seed) * (0.02f + 0.01f * (float)(i / cols % 7)) * (1.0f + (float)(i % cols / 128));
     weight w = make_from(k, values, rows, cols);
     free(values);
     return w;
@@ -335,7 +337,8 @@ static bool flushes(dsv3_isa isa)
 static double allowed(size_t cols, double size, dsv3_isa isa, mode m)
 {
     const bool some = flushes(isa) || m != F32;
-    return ((double)cols / (m == TILES ? 24 : 32) + 16) * ldexp(1, -24) * size + (double)cols * ldexp(1, some ? -116 : -125);
+    return ((double)cols / (m == TILES ? 24 : 32) + 16) * ldexp(1, -24) * size +
+           (double)cols * ldexp(1, some ? -116 : -125);
 }
 
 /* n rows of `in`, each against what is promised; says where it first parts. */
@@ -349,9 +352,9 @@ static void check_values(const weight *w, const float *in, size_t n, dsv3_isa is
         promised(expected, size, in + j * cols, w, m);
         for (size_t r = 0; r < rows; r++)
             if (!(fabs((double)out[j * rows + r] - expected[r]) <= allowed(cols, size[r], isa, m)) && wrong++ == 0)
-                printf("    %s, %s, %s [%u, %u], x %u, row %u: expected %.9g, found %.9g, allowed %.1e\n", mode_names[m], kind_names[w->k],
-                       dsv3_isa_name(isa), (unsigned)rows, (unsigned)cols, (unsigned)j, (unsigned)r, expected[r],
-                       (double)out[j * rows + r], allowed(cols, size[r], isa, m));
+                printf("    %s, %s, %s [%u, %u], x %u, row %u: expected %.9g, found %.9g, allowed %.1e\n",
+                       mode_names[m], kind_names[w->k], dsv3_isa_name(isa), (unsigned)rows, (unsigned)cols, (unsigned)j,
+                       (unsigned)r, expected[r], (double)out[j * rows + r], allowed(cols, size[r], isa, m));
     }
     CHECK_EQ_UINT(wrong, 0);
     free(out), free(expected), free(size);
@@ -399,11 +402,12 @@ static bool same_bits(const float *a, const float *b, size_t n)
 /* Every mode, kind and kernel, widths and heights on both sides of vectors, tiles and blocks, against the promise. */
 TEST(values)
 {
-    static const size_t shapes[][2] = {{1, 1},    {3, 17},   {4, 64},    {5, 65},   {33, 130},
+    static const size_t shapes[][2] = {{1, 1},    {3, 17},    {4, 64},    {5, 65},   {33, 130},
                                        {70, 200}, {131, 576}, {37, 1408}, {20, 2048}};
     seed = 41;
     for (kind k = (kind)0; k < N_KINDS; k = (kind)(k + 1)) {
-        if (!offered(k) || k == W_F8_POWER) /* whether powers of two bind the activations too is the checkpoint's to say */
+        if (!offered(k) ||
+            k == W_F8_POWER) /* whether powers of two bind the activations too is the checkpoint's to say */
             continue;
         for (size_t i = 0; i < COUNT(shapes); i++) {
             weight w = make(k, shapes[i][0], shapes[i][1]);
@@ -454,19 +458,22 @@ TEST(borders_between_codes)
     for (size_t c = 0; c < COLS; c++) {
         in[c] = c ? ((float)c - 64) + 0.5f : 127.0f; /* int8, s = 1 */
         unsigned code = (unsigned)(c % 125 + 1);
-        in[COLS + c] = c ? (e4m3_value(code) + e4m3_value(code + 1)) / 2 : 448.0f;             /* fp8, s = 1 */
-        in[2 * COLS + c] = tiny_float(0x3F808000u + ((uint32_t)(tiny_next(&seed) % 200) << 16)); /* bf16, where scales are powers of two */
+        in[COLS + c] = c ? (e4m3_value(code) + e4m3_value(code + 1)) / 2 : 448.0f; /* fp8, s = 1 */
+        in[2 * COLS + c] = tiny_float(
+            0x3F808000u + ((uint32_t)(tiny_next(&seed) % 200) << 16)); /* bf16, where scales are powers of two */
     }
     float *x = in + 3 * COLS, top = 1.7f, s = 0;
     unsigned found = 0;
-    for (unsigned tries = 0; tries < 100000 && found < 20; tries++) { /* a scale whose quotient and product differ often */
+    for (unsigned tries = 0; tries < 100000 && found < 20;
+         tries++) { /* a scale whose quotient and product differ often */
         top = 1 + (float)(tiny_next(&seed) % 1000000) / 1e6f;
         s = top / 448.0f;
         found = 0;
         for (unsigned code = 1; code < 120; code++) {
             float border = (e4m3_value(code) + e4m3_value(code + 1)) / 2 * s;
             for (int step = -1; step <= 1; step++) {
-                volatile float at = tiny_float((uint32_t)((int)tiny_bits(border) + step)), quotient = at / s, inverse = 1 / s, product = at * inverse;
+                volatile float at = tiny_float((uint32_t)((int)tiny_bits(border) + step)), quotient = at / s,
+                               inverse = 1 / s, product = at * inverse;
                 if (e4m3_nearest(quotient) != e4m3_nearest(product) && found < COLS - 1)
                     x[++found] = at;
             }
@@ -517,7 +524,7 @@ static void *run_job(void *arg)
 }
 
 typedef struct crew {
-    uint32_t state;   /* MXCSR of the threads; 0: as they come */
+    uint32_t state; /* MXCSR of the threads; 0: as they come */
     uint32_t runs, changed;
 } crew;
 
@@ -570,7 +577,8 @@ TEST(rows_alone)
                     multiply(alone + j * rows, in + j * cols, 1, &w, DSV3_ISA_SCALAR, modes[m]);
                 for (size_t s = 0; s < COUNT(isas); s++) {
                     for (size_t j = 0; j < n_alone && flushes(isas[s]) && dsv3_isa_supported(isas[s]); j++)
-                        if (has_denormals(in + j * cols, cols)) /* its own bits, then, but still alone as among others */
+                        if (has_denormals(in + j * cols,
+                                          cols)) /* its own bits, then, but still alone as among others */
                             multiply(alone + j * rows, in + j * cols, 1, &w, isas[s], modes[m]);
                     for (size_t c = 0; c < COUNT(counts) && dsv3_isa_supported(isas[s]); c++) {
                         size_t n = counts[c], first = c % 2 ? n_alone - n : 0; /* from either end */
@@ -579,8 +587,8 @@ TEST(rows_alone)
                         memset(out, 0x55, (n * rows + 1) * sizeof(float));
                         multiply(out, in + first * cols, n, &w, isas[s], modes[m]);
                         if (!CHECK(same_bits(out, alone + first * rows, n * rows)))
-                            printf("    %s, %s, %s [%u, %u], %u rows\n", mode_names[modes[m]], kind_names[k], dsv3_isa_name(isas[s]),
-                                   (unsigned)rows, (unsigned)cols, (unsigned)n);
+                            printf("    %s, %s, %s [%u, %u], %u rows\n", mode_names[modes[m]], kind_names[k],
+                                   dsv3_isa_name(isas[s]), (unsigned)rows, (unsigned)cols, (unsigned)n);
                         CHECK_EQ_UINT(tiny_bits(out[n * rows]), 0x55555555); /* nothing behind */
                     }
                 }
@@ -615,8 +623,8 @@ TEST(threads)
                     memset(out, 0x55, N * ROWS * sizeof(float));
                     CHECK_OK(dsv3_matmul(out, in, few[c], &w.t, &o, &e), e);
                     if (!CHECK(same_bits(out, expected, few[c] * ROWS)))
-                        printf("    %s, %s, %u threads, %u rows\n", mode_names[modes[m]], kind_names[k], (unsigned)n_threads,
-                               (unsigned)few[c]);
+                        printf("    %s, %s, %u threads, %u rows\n", mode_names[modes[m]], kind_names[k],
+                               (unsigned)n_threads, (unsigned)few[c]);
                     CHECK(crew_now.runs > 0);
                 }
         }
@@ -659,9 +667,9 @@ static void check_codes(dsv3_isa isa, mode m, size_t cols, size_t n)
             for (unsigned i = 0; i < CODES; i++) {
                 float expected = e4m3_value(i < 127 ? i : i + 1) * (j % 2 ? -112.0f : 112.0f);
                 if (out[j * CODES + i] != expected && wrong++ == 0)
-                    printf("    %s, %s, %u columns, %u rows, code 0x%02X at %u: expected %g, found %g\n", mode_names[m], dsv3_isa_name(isa),
-                           (unsigned)cols, (unsigned)n, i < 127 ? i : i + 1, (unsigned)place, (double)expected,
-                           (double)out[j * CODES + i]);
+                    printf("    %s, %s, %u columns, %u rows, code 0x%02X at %u: expected %g, found %g\n", mode_names[m],
+                           dsv3_isa_name(isa), (unsigned)cols, (unsigned)n, i < 127 ? i : i + 1, (unsigned)place,
+                           (double)expected, (double)out[j * CODES + i]);
             }
     }
     CHECK_EQ_UINT(wrong, 0);
@@ -695,7 +703,7 @@ TEST(nan_codes)
         for (size_t s = 0; s < COUNT(isas); s++)
             for (size_t m = 0; m < COUNT(modes) && dsv3_isa_supported(isas[s]); m++) {
                 multiply(before, in, N, &w, isas[s], modes[m]);
-                for (size_t place = 0; place < cols; place += cols > 128 ? 3 : 1) {
+                for (size_t place = 0; place<cols; place += cols> 128 ? 3 : 1) {
                     size_t bad = place % ROWS, n = place % 2 ? N : 1, wrong = 0;
                     uint8_t *code = &w.data[bad * cols + place], kept = *code;
                     *code = place % 4 < 2 ? 0xFF : 0x7F;
@@ -703,10 +711,13 @@ TEST(nan_codes)
                     *code = kept;
                     for (size_t j = 0; j < n; j++)
                         for (size_t r = 0; r < ROWS; r++)
-                            wrong += (r == bad ? isnan(out[j * ROWS + r]) != 0 : same_bits(&out[j * ROWS + r], &before[j * ROWS + r], 1)) ? 0 : 1;
+                            wrong += (r == bad ? isnan(out[j * ROWS + r]) != 0
+                                               : same_bits(&out[j * ROWS + r], &before[j * ROWS + r], 1))
+                                         ? 0
+                                         : 1;
                     if (!CHECK_EQ_UINT(wrong, 0))
-                        printf("    %s, %s, %u columns, at %u, %u rows\n", mode_names[modes[m]], dsv3_isa_name(isas[s]), (unsigned)cols,
-                               (unsigned)place, (unsigned)n);
+                        printf("    %s, %s, %u columns, at %u, %u rows\n", mode_names[modes[m]], dsv3_isa_name(isas[s]),
+                               (unsigned)cols, (unsigned)place, (unsigned)n);
                 }
             }
         release(&w);
@@ -791,7 +802,8 @@ TEST(powers_of_two)
                     for (size_t i = 0; i < N * ROWS; i++)
                         out[i] = ldexpf(out[i], -powers[p]);
                     if (!CHECK(same_bits(out, plain, N * ROWS)))
-                        printf("    %s, %s, %s, 2^%d\n", mode_names[modes[m]], kind_names[k], dsv3_isa_name(isas[s]), powers[p]);
+                        printf("    %s, %s, %s, 2^%d\n", mode_names[modes[m]], kind_names[k], dsv3_isa_name(isas[s]),
+                               powers[p]);
                 }
             }
         release(&w);
@@ -876,8 +888,8 @@ TEST(floating_point_state)
                     CHECK_OK(result, e);
                     CHECK_EQ_UINT(left & 0xFFC0, states[i]);
                     if (!CHECK(same_bits(out, expected, n * ROWS)))
-                        printf("    %s, %s, %s, state 0x%X\n", mode_names[modes[m]], kind_names[k], dsv3_isa_name(isas[s]),
-                               (unsigned)states[i]);
+                        printf("    %s, %s, %s, state 0x%X\n", mode_names[modes[m]], kind_names[k],
+                               dsv3_isa_name(isas[s]), (unsigned)states[i]);
 #ifndef DSV3_NO_THREADS
                     crew crew_now = {0, 0, 0}; /* and on threads that the host brings */
                     crew_now.state = states[i];
@@ -903,7 +915,8 @@ TEST(floating_point_state)
 // ---- Models ----------------------------------------------------------------------------------------------
 
 /* Logits [n, vocab] of one run, in appends of `step` tokens; of n runs of one token each, if step is 0. */
-static bool run_model(tiny *t, float *logits, const int32_t *ids, size_t n, size_t step, uint32_t n_threads, dsv3_isa isa, mode m)
+static bool run_model(tiny *t, float *logits, const int32_t *ids, size_t n, size_t step, uint32_t n_threads,
+                      dsv3_isa isa, mode m)
 {
     dsv3_model *model = NULL;
     dsv3_session *session = NULL;
@@ -956,8 +969,9 @@ TEST(logits_of_a_model)
                     uint32_t n_threads = (uint32_t)(1 + (i + 3 * s) % 8);
                     REQUIRE(run_model(&t, out, ids, N, steps[i], n_threads, isas[s], modes[m]));
                     if (!CHECK(same_bits(out, alone, N * o.vocab)))
-                        printf("    %s, %s, %s, %u at a time, %u threads\n", mode_names[modes[m]], dsv3_dtype_name(dtypes[d]),
-                               dsv3_isa_name(isas[s]), (unsigned)steps[i], (unsigned)n_threads);
+                        printf("    %s, %s, %s, %u at a time, %u threads\n", mode_names[modes[m]],
+                               dsv3_dtype_name(dtypes[d]), dsv3_isa_name(isas[s]), (unsigned)steps[i],
+                               (unsigned)n_threads);
                 }
         }
         free(alone), free(out), free(in_f32);
@@ -976,9 +990,10 @@ static void redraw(tiny *t, const char *name, dsv3_dtype dtype)
     tiny_pack(t);
 }
 
-/* What stays f32 in every mode: the router, W_UK and W_UV inside attention, norms, whatever their type. Seen on tokens that
-   stand alone, in a cache of bf16: what attention rounds is then 1 and what the cache has rounded. With all other linears
-   in F16, and the head in F32, no mode changes a bit; a head or a projection in BF16 does. */
+/* What stays f32 in every mode: the router, norms, whatever their type, and in FP8 W_UK and W_UV inside attention. Seen on
+   tokens that stand alone, in a cache of bf16: what attention rounds is then 1 and what the cache has rounded. With all other
+   linears in F16, and the head in F32, no mode changes a bit; a head or a projection in BF16 does, and so, but for FP8, does
+   W_UV where it can be had without rounding its weights. */
 TEST(what_stays_f32)
 {
     enum { N = 30 };
@@ -1004,7 +1019,8 @@ TEST(what_stays_f32)
         REQUIRE(run_model(&t, expected, ids, N, 0, 1, DSV3_ISA_AUTO, F32));
         for (size_t m = 0; m < COUNT(modes); m++) {
             REQUIRE(run_model(&t, out, ids, N, 0, 1, DSV3_ISA_AUTO, modes[m]));
-            if (!CHECK(same_bits(out, expected, N * o.vocab) == (d < COUNT(kv_b) || modes[m] == F32)))
+            const bool same = d == 0 || modes[m] == F32 || (d < COUNT(kv_b) && modes[m] == FP8);
+            if (!CHECK(same_bits(out, expected, N * o.vocab) == same))
                 printf("    case %u, %s\n", (unsigned)d, mode_names[modes[m]]);
         }
         free(expected), free(out);
@@ -1047,7 +1063,8 @@ TEST(floating_point_state_of_a_host)
 TEST(nan_code_in_a_model)
 {
     static const char *const names[] = {"model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight",
-                                        "model.layers.1.self_attn.kv_b_proj.weight", "model.layers.2.mlp.shared_experts.up_proj.weight"};
+                                        "model.layers.1.self_attn.kv_b_proj.weight",
+                                        "model.layers.2.mlp.shared_experts.up_proj.weight"};
     int32_t ids[5] = {5, 6, 7, 8, 9};
     for (size_t i = 0; i < COUNT(names); i++)
         for (size_t m = 0; m < COUNT(modes); m++) {
@@ -1105,6 +1122,7 @@ TEST(names_and_refusals)
     tiny_free(&t);
 }
 
-TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads), RUN(every_code_at_every_place), RUN(nan_codes),
-          RUN(zeros_and_worse), RUN(powers_of_two), RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(what_stays_f32), RUN(floating_point_state_of_a_host),
-          RUN(nan_code_in_a_model), RUN(names_and_refusals))
+TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads),
+          RUN(every_code_at_every_place), RUN(nan_codes), RUN(zeros_and_worse), RUN(powers_of_two),
+          RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(what_stays_f32),
+          RUN(floating_point_state_of_a_host), RUN(nan_code_in_a_model), RUN(names_and_refusals))
