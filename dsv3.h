@@ -220,7 +220,7 @@
    first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
    was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
    they bring: with DSV3_DRAFT_AUTO the session measures both, guesses where that gains a twentieth or more, and tries
-   again with a hundredth of the time where it does not (first tries may take 2.5 tokens' time more). The layer catches up
+   again with half a hundredth of the time where it does not (first tries may take 1.75 tokens' time more). The layer catches up
    with the text when guesses are wanted; where AUTO finds that too dear, it begins anew near the end. The clock decides how
    many are guessed, never what is written. dsv3_stats says how many were made and right.
    Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
@@ -1024,7 +1024,8 @@ typedef struct dsv3_outputs {
     float *logits;              /* [n_logit_rows (or count), vocab_size] out */
     int32_t *experts; /* [count, n_moe_layers, num_experts_per_tok] out, ascending ids in each; MoE layers only */
     /* [count, dsv3_model_mtp, vocab_size] out: what prediction layer k says of the token that comes next too, but from the
-       model's state k + 1 tokens before; zeros where there is none. The session must draft with MTP */
+       model's state k + 1 tokens before; zeros where there is none. The session must draft with MTP; where it does so by
+       DSV3_DRAFT_AUTO, the layers may have begun anew (DRAFTS) */
     float *draft_logits;
 } dsv3_outputs;
 
@@ -22049,12 +22050,12 @@ static double dsv3__ses_pace_pass(const dsv3__ses_pace *p, uint32_t n)
     return p->pass[seen] + (a_row > 0 ? a_row : 0) * (n - seen);
 }
 
-#define DSV3__PACE_SHARE 0.01 /* of the time without drafts may go into trying them again */
-#define DSV3__PACE_FREE  2.5  /* passes' time that may go into it at first */
-#define DSV3__PACE_WORTH 1.05 /* less is not told from chance: the clock, and plain passes slower just behind others */
-#define DSV3__PACE_ROWS  32u  /* of more, the prediction layers may do without */
-#define DSV3__PACE_FIRST 8u   /* so many passes without drafts come first: what they are measured by, */
-#define DSV3__PACE_PLAIN 16u  /* and one after so many with */
+#define DSV3__PACE_SHARE 0.005 /* of the time without drafts may go into trying them again */
+#define DSV3__PACE_FREE  1.75  /* passes' time that may go into it at first */
+#define DSV3__PACE_WORTH 1.05  /* less is not told from chance: the clock, and plain passes slower just behind others */
+#define DSV3__PACE_ROWS  32u   /* of more, the prediction layers may do without */
+#define DSV3__PACE_FIRST 8u    /* so many passes without drafts come first: what they are measured by, */
+#define DSV3__PACE_PLAIN 16u   /* and one after so many with */
 
 /* n tokens were guessed and run behind the last one. caught_up: there was more to do than to guess. */
 static void dsv3__ses_pace_learn(dsv3__ses_pace *p, uint32_t n, double drafting, double running, bool caught_up)

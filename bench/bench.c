@@ -127,7 +127,7 @@ enum {
 
 /* The command line; one of each group between --then. */
 static struct {
-    const char *shape, *dtype, *head, *dir, *commit, *svg, *peer, *peer_model;
+    const char *shape, *dtype, *head, *drafts, *dir, *commit, *svg, *peer, *peer_model;
     list isas, computes, threads, contexts, prompts, rows, sessions, n_decode,
         reps;      /* computes: indices into COMPUTES */
     uint32_t what; /* WHAT_... */
@@ -851,6 +851,12 @@ static void draft_experts(const model *b, dsv3_session *s, const int32_t *ids, d
     free(experts), free(seen);
 }
 
+static bool draft_runs(uint32_t which)
+{
+    return which == DRAFT_PLAIN || draft_lengths[which] == DSV3_DRAFT_AUTO || !opt.drafts ||
+           strcmp(opt.drafts, "auto") != 0;
+}
+
 /* One way of writing the text: a session and a thread of its own, whose clock runs while it is its turn. */
 typedef struct draft_lane {
     struct draft_round *round;
@@ -931,20 +937,26 @@ static void draft_run(const model *b, uint32_t threads, const int32_t *ids, draf
         draft_lane *l = &r.lane[i];
         dsv3_session_opts so;
         memset(&so, 0, sizeof so);
-        l->round = &r, l->which = i;
+        l->round = &r, l->which = i, l->done = !draft_runs(i);
+        if (l->done)
+            continue;
         so.n_threads = threads, so.max_tokens = DRAFT_CONTEXT + c->n + 1;
         so.n_draft = i == DRAFT_PLAIN ? 0 : draft_lengths[i];
         must(dsv3_session_open(&l->s, b->m, &so, &error), &error);
         must(dsv3_session_append(l->s, ids, DRAFT_CONTEXT, NULL, &error), &error);
     }
-    r.turn = c->reps % (DRAFTS + 1);
+    for (r.turn = c->reps % (DRAFTS + 1); !draft_runs(r.turn); r.turn++)
+        continue; /* the last one, plain, always runs */
     for (uint32_t i = 0; i <= DRAFTS; i++)
-        if (pthread_create(&r.lane[i].thread, NULL, draft_main, &r.lane[i]))
+        if (draft_runs(i) && pthread_create(&r.lane[i].thread, NULL, draft_main, &r.lane[i]))
             die("no thread for the drafts");
     for (uint32_t i = 0; i <= DRAFTS; i++)
-        pthread_join(r.lane[i].thread, NULL);
+        if (draft_runs(i))
+            pthread_join(r.lane[i].thread, NULL);
     for (uint32_t i = 0; i <= DRAFTS; i++) {
         const draft_lane *l = &r.lane[i];
+        if (!draft_runs(i))
+            continue;
         if (memcmp(dsv3_session_tokens(l->s), ids, (DRAFT_CONTEXT + c->n) * sizeof *ids))
             die("the text of part %u is not the walk: this checkpoint cannot measure drafts", c->part);
         dsv3_session_close(l->s);
@@ -981,12 +993,17 @@ static void draft_print(const model *b, uint32_t threads, const draft_scene *c)
 {
     double allowed[DRAFTS], best = 1;
     for (uint32_t k = 0; k + 1 < DRAFTS; k++) {
-        allowed[k] = draft_gain(b, c, draft_lengths[k], c->n / c->passes[k]);
+        double expected = 1; /* tokens a pass */
+        for (uint32_t i = draft_lengths[k]; i; i--)
+            expected = 1 + c->right * expected;
+        allowed[k] = draft_gain(b, c, draft_lengths[k], draft_runs(k) ? c->n / c->passes[k] : expected);
         best = allowed[k] > best ? allowed[k] : best;
     }
     allowed[DRAFTS - 1] = best;
     for (uint32_t k = 0; k < DRAFTS; k++) {
         char length[16];
+        if (!draft_runs(k))
+            continue;
         stats gain = stats_of(c->gain[k], c->reps);
         snprintf(length, sizeof length, "%u", draft_lengths[k]);
         out_begin("draft", NULL, b, threads);
@@ -1409,6 +1426,7 @@ static const char HELP[] =
     "  --sessions LIST    sessions advanced together by a token each, behind the first context (1,2,4,8,16)\n"
     "  --rows LIST        rows at once, at most 512 (1-8,12,13,16,17,24,25,32,33,48,49,64)\n"
     "  --tokens N         tokens decoded in a repetition (32)\n"
+    "  --drafts WORD      of --what draft: all (default) or auto, which leaves fixed numbers of guesses out\n"
     "  --reps N           repetitions (5); a case over a minute stops at two, one whose first took 30 s at one\n"
     "  --peer PATH        a llama-bench (of llama.cpp or ik_llama.cpp) to run in turn with decode and prompt\n"
     "  --peer-model FILE  its model, a GGUF of the same shape\n"
@@ -1467,6 +1485,7 @@ static void parse(int argc, char **argv, bool first)
         {"--shape", NULL, &opt.shape, NULL, 0},
         {"--dtype", NULL, &opt.dtype, NULL, 0},
         {"--head", NULL, &opt.head, NULL, 0},
+        {"--drafts", NULL, &opt.drafts, NULL, 0},
         {"--dir", NULL, &opt.dir, NULL, 0},
         {"--commit", NULL, &opt.commit, NULL, 0},
         {"--svg", NULL, &opt.svg, NULL, 0},
