@@ -219,10 +219,10 @@
    that repeat their prompt; or from the host. A grammar steers them; a mask_fn is asked for tokens alone, which serves the
    first guess of a pass. A session with MTP holds max_batch states more; every session caches the layer, where the model
    was not opened with no_mtp. A pass over a few rows reads the experts of all of them, so that guesses can cost more than
-   they bring: with DSV3_DRAFT_AUTO the session measures both, guesses where that gains a twentieth or more, and tries
-   again with half a hundredth of the time where it does not (first tries may take 1.75 tokens' time more). The layer catches up
-   with the text when guesses are wanted; where AUTO finds that too dear, it begins anew near the end. The clock decides how
-   many are guessed, never what is written. dsv3_stats says how many were made and right.
+   they bring: with DSV3_DRAFT_AUTO the session measures both, guesses where that gains a twentieth or more, and elsewhere
+   tries again with half a hundredth of the time (first tries may take 1.75 tokens' time more). The layer catches up with
+   the text when guesses are wanted; where AUTO finds that too dear, it begins anew near the end. The clock decides how many
+   are guessed, never what is written. dsv3_stats says how many were made and right.
    Drafts go with everything else. A fork drafts as its parent does, and shares with it the cache of the prediction layer
    too. dsv3_batch advances sessions that draft beside others; it takes tokens, so that it guesses none. A snapshot holds
    nothing of drafts: any session may go on from it, whoever guesses there; the prediction layer begins anew behind it, and
