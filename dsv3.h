@@ -11057,6 +11057,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     w->half_latent = w->halves ? ((size_t)c->kv_lora_rank + 31) / 32 * 32 : 0;
     w->half_rope = w->halves ? ((size_t)c->qk_rope_head_dim + 31) / 32 * 32 : 0;
     w->half_width = w->half_latent + 3 * w->half_rope;
+    /* also room for a packed row of latents: blocks of 128, which are at most half_latent and 96 */
     w->query_stride = w->half_width > w->cache_stride ? w->half_width : w->cache_stride;
     w->head_groups = (uint32_t)dsv3__ceil_div(c->num_attention_heads, DSV3__HEAD_GROUP);
     w->n_sums = DSV3__HEAD_ROWS * (uint32_t)dsv3__ceil_div(2 * (uint64_t)n_threads, w->head_groups);
@@ -12450,7 +12451,7 @@ static dsv3_result dsv3__mtp_guess(dsv3__work *w, dsv3__mtp *p, const dsv3__row 
         dsv3__mtp_ids ids;
         ids.old = tokens, ids.more = NULL, ids.n_old = UINT32_MAX;
         dsv3__mtp_queue *q = &p->q[0];
-        *ok = n_tokens > p->n && q->end + 1 >= n_tokens && q->first + 1 < n_tokens;
+        *ok = n_tokens > p->n && q->end + 1 >= n_tokens && q->first + 1 < n_tokens && q->since + p->n < n_tokens;
         if (!*ok)
             return DSV3_OK;
         if (q->done + 1 >= n_tokens) /* it has been run already, for nobody: again */
@@ -21609,10 +21610,10 @@ static dsv3_result dsv3__ses_run(const dsv3_batch_item *items, size_t n, dsv3_er
             s->take = (uint32_t)dsv3__min(ws->work.max_batch - rows, s->end - s->at);
             rows += s->take;
             if (s->mtp.n && s->take && s->at + s->take > s->mtp.q[0].first + s->mtp.cap) { /* the line moves up */
-                if (s->n_draft == DSV3_DRAFT_AUTO && !(items[last].outputs && items[last].outputs->draft_logits))
-                    dsv3__mtp_anew(&s->mtp, 0); /* what it would cost, guesses may never bring */
-                else
+                if (s->n_draft != DSV3_DRAFT_AUTO || (items[last].outputs && items[last].outputs->draft_logits))
                     r = dsv3__ses_run_follow(s, &items[last], s->at + 1, err);
+                else if (s->at + s->take > s->mtp.q[0].done + s->mtp.cap)
+                    dsv3__mtp_anew(&s->mtp, 0); /* what it would cost, guesses may never bring */
                 dsv3__mtp_room(&s->mtp, 0, s->at + s->take);
             }
         }
@@ -22002,8 +22003,8 @@ static uint32_t dsv3__gen_room(dsv3_session *s, uint32_t k)
 }
 
 /* Up to k guesses behind the session's tokens; *n: how many. They end before what cannot be, and behind what ends the
-   text. */
-static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_error *err)
+   text. waiting: rows that prediction layers catch up with before, of more the last ones. */
+static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t waiting, uint32_t *n, dsv3_error *err)
 {
     dsv3_session *s = g->s;
     int32_t *draft = s->tokens + s->n_tokens;
@@ -22012,6 +22013,8 @@ static dsv3_result dsv3__gen_draft(dsv3__gen *g, uint32_t k, uint32_t *n, dsv3_e
     k = dsv3__gen_room(s, k);
     if (!k)
         return DSV3_OK;
+    if (s->drafter == DSV3_DRAFTER_MTP)
+        dsv3__mtp_anew(&s->mtp, waiting);
     if (s->drafter == DSV3_DRAFTER_LOOKUP)
         k = dsv3__mtp_lookup(s->tokens, s->n_tokens, k);
     if (s->drafter == DSV3_DRAFTER_HOST) {
@@ -22160,13 +22163,11 @@ static dsv3_result dsv3__gen_ahead(dsv3__gen *g, dsv3_stats *stats, dsv3_error *
     if (s->n_draft == DSV3_DRAFT_AUTO) {
         dsv3__ses_pace_judge(p, s->n_tokens);
         k = dsv3__ses_pace_plan(p, cap, &waiting, a_row);
-        if (k && s->drafter == DSV3_DRAFTER_MTP)
-            dsv3__mtp_anew(&s->mtp, waiting);
     }
     double start = dsv3__os_seconds();
     s->lent = false;
     if (k)
-        DSV3__TRY(dsv3__gen_draft(g, k, &n, err));
+        DSV3__TRY(dsv3__gen_draft(g, k, waiting, &n, err));
     double drafted = dsv3__os_seconds();
     p->n_tokens = s->n_tokens;
     DSV3__TRY(dsv3__ses_ahead(s, n, err));

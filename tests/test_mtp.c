@@ -1256,6 +1256,48 @@ TEST(begins_anew)
     }
 }
 
+/* At any length, and cut back behind that: the text stays, and guesses are made of numbers. */
+TEST(begins_anew_anywhere)
+{
+    uint64_t random = 3;
+    for (uint32_t n_mtp = 1; n_mtp <= 4; n_mtp++) {
+        int32_t ids[60];
+        dsv3_generate_opts g;
+        dsv3_session_opts so;
+        uint64_t drafted = 0;
+        REQUIRE(open_model(small(n_mtp)));
+        tiny_ids(ids, 60, dsv3_model_config(model)->vocab_size, 4);
+        way(&g, GREEDY, NULL, 4);
+        g.max_tokens = 3, g.ignore_eos = true;
+        for (uint32_t round = 0; round < (TEST_SANITIZED ? 60 : 200); round++) {
+            outcome plain, a;
+            const uint32_t n = 2 + (uint32_t)(tiny_next(&random) % 50), cut = 1 + (uint32_t)(tiny_next(&random) % n);
+            memset(&so, 0, sizeof so);
+            so.max_tokens = 80, so.n_threads = 1, so.max_batch = 5 + (uint32_t)(tiny_next(&random) % 30);
+            run(&plain, &so, &g, ids, cut);
+            so.n_draft = DSV3_DRAFT_AUTO, so.drafter = DSV3_DRAFTER_MTP;
+            dsv3_session *s = session(&so, ids, n);
+            const uint32_t waiting = s->mtp.q[0].end - s->mtp.q[0].done;
+            dsv3__mtp_anew(&s->mtp, waiting ? (uint32_t)(tiny_next(&random) % (waiting + 1)) : 0);
+            CHECK_OK(dsv3_session_rewind(s, cut, &e), e);
+            s->n_draft = 1 + round % 4; /* guess, whatever it costs */
+            go(&a, s, &g, UINT32_MAX, UINT32_MAX);
+            CHECK(a.n == plain.n && memcmp(a.ids, plain.ids, a.n * sizeof *a.ids) == 0 && a.logits == plain.logits);
+            drafted += a.stats.drafted;
+            for (uint32_t k = 0; k < n_mtp; k++) {
+                const dsv3__mtp_queue *q = &s->mtp.q[k];
+                CHECK(q->since <= q->done && q->first <= q->done && q->done <= q->end);
+                for (size_t i = 0; q->end > q->first && i < (q->end - q->first) * s->mtp.stride; i++)
+                    if (!CHECK(fabsf(q->states[i]) < INFINITY))
+                        break;
+            }
+            dsv3_session_close(s);
+        }
+        CHECK(drafted > 0);
+        close_model();
+    }
+}
+
 TEST(lookup)
 {
     int32_t tokens[40] = {1, 2, 3, 4, 9, 2, 3, 5, 7, 1, 2, 3};
@@ -1280,4 +1322,4 @@ TEST(lookup)
 
 TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside),
           RUN(beside_others), RUN(saved_in_the_middle), RUN(no_room), RUN(nonsense), RUN(broken_guess), RUN(memory),
-          RUN(options), RUN(lookup), RUN(pace), RUN(begins_anew) TOKENIZED)
+          RUN(options), RUN(lookup), RUN(pace), RUN(begins_anew), RUN(begins_anew_anywhere) TOKENIZED)
