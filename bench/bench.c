@@ -1041,6 +1041,8 @@ static void run_draft(const char *dir, dsv3_isa isa, uint32_t compute)
     if (dsv3_model_mtp(b.m) != 1)
         die("--what draft: '%s' has no layer of multi-token prediction", opt.shape);
     const uint32_t n = opt.n_decode.v[0], part_size = b.c.vocab_size / WALKS;
+    if (opt.drafts && strcmp(opt.drafts, "all") && strcmp(opt.drafts, "auto"))
+        die("--drafts: '%s' is neither all nor auto", opt.drafts);
     if (DRAFT_CONTEXT + n + 1 > part_size)
         die("--what draft: at most %u tokens here", part_size - DRAFT_CONTEXT - 1);
     if (!opt.json)
