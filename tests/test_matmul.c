@@ -598,7 +598,7 @@ TEST(scratch_of_the_widest)
                 uint32_t saved = dsv3__fp_enter();
                 for (size_t j = 0; j < N; j++)
                     dsv3__mm_pack(&mode, x + j * stride, in + j * wide[i], wide[i], dsv3__mm_form(&mode, &w.t), true);
-                dsv3__mm_strip(&mode, panel, &w.t, 0, ROWS, x, stride, NULL, N, true, out, ROWS);
+                dsv3__mm_strip(&mode, panel, &w.t, 0, ROWS, x, stride, NULL, N, true, out, ROWS, NULL);
                 dsv3__fp_leave(saved);
                 for (size_t g = 0; g < GUARD; g++)
                     touched += panel[room + g] != 42;
@@ -640,7 +640,7 @@ TEST(strips)
                     dsv3__mm_pack(&mode, x + j * stride, in + j * COLS, COLS, dsv3__mm_form(&mode, &w.t), tiled);
                 for (size_t i = 0; i + 1 < DSV3__COUNT(cuts); i++)
                     dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed % 2 ? index : NULL, n,
-                                   tiled, out + cuts[i], ROWS);
+                                   tiled, out + cuts[i], ROWS, indexed ? (const uint8_t *)w.t.data : NULL);
                 dsv3__fp_leave(saved);
                 for (size_t j = 0; j < n; j++)
                     CHECK(memcmp(out + j * ROWS, expected + (indexed % 2 ? index[j] : j) * ROWS, ROWS * sizeof(float)) == 0);
