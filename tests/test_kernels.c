@@ -569,7 +569,7 @@ static const dsv3_dtype pair_dtypes[] = {DSV3_DTYPE_BF16, DSV3_DTYPE_F8_E4M3};
 static float pairs_dot(const dsv3__kern *k, dsv3_dtype dtype, const void *w, const float *x, size_t n)
 {
     float r;
-    dsv3__kern_dots(k, dtype)(&r, 1, w, &x, 1, n);
+    dsv3__kern_dots(k, dtype)(&r, 1, w, 0, 1, &x, 1, n, w);
     return r;
 }
 
@@ -616,7 +616,7 @@ TEST(pairs)
                         pair_form(many[j], doubled, padded, k->pair_words);
                         rows[j] = many[j];
                     }
-                    dsv3__kern_dots(k, pair_dtypes[d])(dots, 2, e.p, rows, n_x, n);
+                    dsv3__kern_dots(k, pair_dtypes[d])(dots, 2, e.p, 0, 1, rows, n_x, n, e.p);
                     for (size_t j = 0; j < ROWS; j++) {
                         float expect = dot * (float)(1 << j);
                         ok = ok && (j < n_x ? same_bits(&dots[2 * j], &expect, 1)
@@ -656,6 +656,55 @@ TEST(pairs)
                                    &expected[p], 1);
                 if (!CHECK(ok))
                     printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(pair_dtypes[d]), (unsigned)n);
+                free(e.block);
+            }
+        }
+}
+
+/* Several rows of weights by several of x, also so wide that variants take them in parts. */
+TEST(pairs_of_rows)
+{
+    static const size_t wide[] = {130, 1408, 2320, 4224, 9000};
+    enum { PAD = 9088, W = 8, X = 7 };
+    static uint8_t w[W * (2 * PAD + 3)];
+    static float x[X][PAD], at[PAD], form[X][PAD], expected[X][W];
+    random_state = 77;
+    for (size_t d = 0; d < 2; d++)
+        for (size_t i = 0; i < DSV3__COUNT(wide); i++) {
+            const size_t n = wide[i], padded = (n + 127) / 128 * 128, stride = n * (2 - d) + 3;
+            random_weights(w, W * stride / (2 - d), pair_dtypes[d]);
+            for (size_t r = 0; r < W; r++) /* what lies between two rows is of no interest */
+                memset(w + (r + 1) * stride - 3, 0x7F, 3);
+            for (size_t j = 0; j < X; j++) {
+                for (size_t p = 0; p < padded; p++)
+                    x[j][p] = dsv3__bf16_decode(dsv3__bf16_encode(random_float()));
+                for (size_t r = 0; r < W; r++)
+                    expected[j][r] = pair_dot(w + r * stride, x[j], n, pair_dtypes[d]);
+            }
+            FOR_VARIANTS(k)
+            {
+                const float *rows[X];
+                exact e = exact_copy(w, W * stride - 3, 1 + i);
+                for (size_t j = 0; j < X; j++) {
+                    for (size_t p = 0; p < padded; p++)
+                        at[p] = x[j][p] * (pair_dtypes[d] == DSV3_DTYPE_F8_E4M3 ? k->up : 1);
+                    pair_form(form[j], at, padded, k->pair_words);
+                    rows[j] = form[j];
+                }
+                for (size_t n_w = 1; n_w <= W; n_w += n_w)
+                    for (size_t n_x = 1; n_x <= X; n_x += 1 + n_x / 5) {
+                        float out[X][W + 1];
+                        bool ok = true;
+                        memset(out, 0x55, sizeof out);
+                        dsv3__kern_dots(k, pair_dtypes[d])(out[0], W + 1, e.p, stride, n_w, rows, n_x, n, e.p);
+                        for (size_t j = 0; j < X; j++)
+                            for (size_t r = 0; r <= W; r++)
+                                ok = ok && (j < n_x && r < n_w ? same_bits(&out[j][r], &expected[j][r], 1)
+                                                               : dsv3__float_bits(out[j][r]) == 0x55555555);
+                        if (!CHECK(ok))
+                            printf("    %s %s width %u, %u rows by %u\n", dsv3_isa_name(k->isa),
+                                   dsv3_dtype_name(pair_dtypes[d]), (unsigned)n, (unsigned)n_w, (unsigned)n_x);
+                    }
                 free(e.block);
             }
         }
@@ -1177,6 +1226,6 @@ TEST(tables)
 }
 
 TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere),
-          RUN(dot_bits), RUN(rows), RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pair_codes_everywhere),
+          RUN(dot_bits), RUN(rows), RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs), RUN(pairs_of_rows), RUN(pair_codes_everywhere),
           RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(halves), RUN(halves_nan),
           RUN(scale_max_bits), RUN(exp_accuracy), RUN(exp_bits), RUN(tables))
