@@ -954,6 +954,10 @@ typedef struct dsv3_workspace_opts {
     uint64_t memory_limit;    /* bytes, its sessions included; 0: none */
     dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
+    /* Attention writes out keys and values of each head where 64 rows or more of one session, and nothing else, are run at
+       once: long prompts are faster (README.md has figures; a large max_batch helps). Bits of logits then depend on how a
+       prompt was cut, too. Default: false, absorbed attention always */
+    bool expand;
 } dsv3_workspace_opts;
 
 typedef struct dsv3_workspace_info {
@@ -1004,8 +1008,9 @@ typedef struct dsv3_session_opts {
     dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
     dsv3_cache cache_latent;  /* as in dsv3_workspace_opts */
     dsv3_cache cache_rope;
-    /* Optional: one that is shared, of the same model. It has what max_batch to allocator and the cache types say, which
-       are ignored then. Default: a workspace of the session's own, with pages for max_tokens */
+    bool expand;
+    /* Optional: one that is shared, of the same model. It has what max_batch to allocator, the cache types and `expand`
+       say, which are ignored then. Default: a workspace of the session's own, with pages for max_tokens */
     dsv3_workspace *workspace;
     uint32_t reserve_pages; /* with a workspace: pages set aside for this session (CACHE_FULL if there are fewer) */
     uint32_t n_draft;       /* tokens that dsv3_generate guesses and verifies in one pass, at most 16. Default: none.
@@ -8299,9 +8304,10 @@ static void dsv3__mm_for_dot(const dsv3__kern *k, float *y, const float *x, cons
     }
 }
 
-/* Asks for what this thread reads next, a line of each page, while it reads `bytes` of rows that begin `at` behind the first.
-   PERF: elsewhere in a file the tables of pages are met anew, and the hardware's prefetcher has to learn. A step of decoding
-   takes 0.92 of the time, and with one request a row instead of 32 rows' at once 0.95 (Zen 4, one thread). */
+/* Asks for what this thread reads next, a line of each page, while it reads `bytes` of rows that begin `at` behind the
+   first. PERF: elsewhere in a file the tables of pages are met anew, and the hardware's prefetcher has to learn. Where the
+   system maps pages of 4 KB, a step of decoding takes 0.92 of the time, and with one request a row instead of 32 rows' at
+   once 0.95 (Zen 4, one thread); with pages of 2 MB 0.99. */
 DSV3__INLINE void dsv3__mm_ahead(const uint8_t *next, size_t at, size_t bytes)
 {
     for (size_t i = 0; next && i < bytes; i += 4096)
@@ -10968,12 +10974,14 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
-#define DSV3__STRIP      128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
-#define DSV3__HEAD_ROWS  16  /* rows, and */
-#define DSV3__HEAD_GROUP 16  /* heads at most, that meet a block of the cache at once */
-#define DSV3__UK_ROWS    8   /* rows of W_UK decoded at a time */
-#define DSV3__KEY_BLOCK  64  /* positions between two looks at the running maximum: a page */
-#define DSV3__KEY_SPAN   512 /* positions summed up before they are added to the rest */
+#define DSV3__STRIP       128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
+#define DSV3__HEAD_ROWS   16  /* rows, and */
+#define DSV3__HEAD_GROUP  16  /* heads at most, that meet a block of the cache at once */
+#define DSV3__UK_ROWS     8   /* rows of W_UK decoded at a time */
+#define DSV3__EXPAND_ROWS 64  /* the fewest rows that keys are written out for, */
+#define DSV3__EXPAND_SPAN 256 /* and how many keys at a time */
+#define DSV3__KEY_BLOCK   64  /* positions between two looks at the running maximum: a page */
+#define DSV3__KEY_SPAN    512 /* positions summed up before they are added to the rest */
 
 /* Rows of one MLP: some rows of the batch go through it, with weights. */
 typedef struct dsv3__mlp_group {
@@ -10987,6 +10995,19 @@ typedef struct dsv3__mlp_group {
     float *h;            /* [n, h_stride] silu(gate) * up, then packed for `down` */
     size_t h_stride;
 } dsv3__mlp_group;
+
+/* Keys and values of one head, written out, and what meets them; all NULL without the option. */
+typedef struct dsv3__expanded {
+    float *latents;            /* [DSV3__EXPAND_SPAN, query_stride] rows of the cache packed for kv_b */
+    float *keys;               /* [DSV3__EXPAND_SPAN, key_stride] k_nope, k_pe, zeros */
+    float *values;             /* [DSV3__EXPAND_SPAN, v_head_dim] */
+    uint16_t *key_codes;       /* [DSV3__EXPAND_SPAN, half_nope + 2 half_rope] the same as halves, */
+    uint16_t *value_codes;     /* [DSV3__EXPAND_SPAN, half_v] */
+    float *made, *made_values; /* [DSV3__EXPAND_SPAN, key_width], [.., half_v] and what >>kern makes of them */
+    float *q;                  /* [DSV3__HEAD_GROUP, key_stride or key_width] queries of rows */
+    float *query;              /* [key_width, 16] what half_query makes of them */
+    float *sums; /* [max_batch, 16 + v_head_dim] of each row: largest score, sum of exp, at 16 sum of values */
+} dsv3__expanded;
 
 /* Where a worker writes what only it reads. */
 typedef struct dsv3__worker {
@@ -11007,6 +11028,7 @@ typedef struct dsv3__worker {
     const uint8_t *block_page; /* where it comes from; NULL: no block yet */
     uint8_t *taken;            /* [n_routed_experts] the router's marks */
     float *choice;             /* [2, n_routed_experts] its scores */
+    dsv3__expanded expanded;
 } dsv3__worker;
 
 /* Where one part of a cache row, the latent or k_pe, lies in a layer of a page. Offsets and strides in bytes. */
@@ -11022,9 +11044,12 @@ typedef struct dsv3__work {
     const dsv3_model *m;
     dsv3__pool *pool;
     uint32_t max_batch; /* rows at once */
-    bool tiled;         /* this pass: how rows are packed, see >>mm, and */
-    uint32_t strip;     /* the outputs of a task */
-    bool halves; /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
+    bool expand;        /* attention of many rows of one timeline writes keys and values out */
+    size_t key_stride, half_nope, half_v,
+        key_width;  /* of a head: nope + rope in 64s; in 32s; half_nope + 3 half_rope */
+    bool tiled;     /* this pass: how rows are packed, see >>mm, and */
+    uint32_t strip; /* the outputs of a task */
+    bool halves;    /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
     size_t half_latent, half_rope, half_width; /* latent, k_pe, k_pe, rest of k_pe; each to a multiple of 32; in all */
     size_t query_stride;                       /* floats of a head's query, in either form */
     size_t cache_stride;                       /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
@@ -11100,7 +11125,7 @@ static size_t dsv3__nn_sum_floats(const dsv3_model *m, uint32_t n_heads)
 
 /* Lays the scratch out in `base`; returns the bytes it takes. No overflow in the products written here: max_batch <= 2^16,
    top_k <= 2^12, widths <= 2^24 (>>cfg); dsv3__carve looks after the rest. */
-static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads,
+static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads, bool expand,
                                 uint8_t *base)
 {
     const dsv3_config *c = &m->config;
@@ -11119,6 +11144,11 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     /* also room for a packed row of latents: blocks of 128, which are at most half_latent and 96 */
     w->query_stride = w->half_width > w->cache_stride ? w->half_width : w->cache_stride;
     w->head_groups = (uint32_t)dsv3__ceil_div(c->num_attention_heads, DSV3__HEAD_GROUP);
+    w->expand = expand;
+    w->key_stride = ((size_t)c->qk_nope_head_dim + c->qk_rope_head_dim + 63) / 64 * 64;
+    w->half_nope = w->halves ? ((size_t)c->qk_nope_head_dim + 31) / 32 * 32 : 0;
+    w->half_v = w->halves ? ((size_t)c->v_head_dim + 31) / 32 * 32 : 0;
+    w->key_width = w->half_nope + 3 * w->half_rope;
     w->n_sums = DSV3__HEAD_ROWS * (uint32_t)dsv3__ceil_div(2 * (uint64_t)n_threads, w->head_groups);
     w->x_stride = dsv3__mm_pad(c->hidden_size);
     w->q_a_stride = c->q_lora_rank ? dsv3__mm_pad(c->q_lora_rank) : 0;
@@ -11178,6 +11208,21 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
         t.block_page = NULL;
         t.taken = (uint8_t *)dsv3__carve(base, &used, experts, 1);
         t.choice = (float *)dsv3__carve(base, &used, experts * 2, f);
+        memset(&t.expanded, 0, sizeof t.expanded);
+        if (expand) {
+            const uint64_t span = DSV3__EXPAND_SPAN;
+            dsv3__expanded *e = &t.expanded;
+            e->latents = (float *)dsv3__carve(base, &used, span * w->query_stride, f);
+            e->keys = (float *)dsv3__carve(base, &used, span * w->key_stride, f);
+            e->values = (float *)dsv3__carve(base, &used, span * c->v_head_dim, f);
+            e->key_codes = (uint16_t *)dsv3__carve(base, &used, span * (w->half_nope + 2 * w->half_rope), 2);
+            e->value_codes = (uint16_t *)dsv3__carve(base, &used, span * w->half_v, 2);
+            e->made = (float *)dsv3__carve(base, &used, span * w->key_width, f);
+            e->made_values = (float *)dsv3__carve(base, &used, span * w->half_v, f);
+            e->q = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * (w->halves ? w->key_width : w->key_stride), f);
+            e->query = (float *)dsv3__carve(base, &used, 16 * w->key_width, f);
+            e->sums = (float *)dsv3__carve(base, &used, n * (16 + (uint64_t)c->v_head_dim), f);
+        }
         if (base)
             w->workers[i] = t;
     }
@@ -11385,7 +11430,8 @@ typedef struct dsv3__mlp_task {
     uint32_t n_groups, n;
 } dsv3__mlp_task;
 
-/* The last group whose first_task <= task, and the first row of the strip; that is not in the group behind the last task. */
+/* The last group whose first_task <= task, and the first row of the strip, which lies behind the group's where there is no
+   such task. */
 static const dsv3__mlp_group *dsv3__nn_mlp_strip(const dsv3__mlp_task *t, uint32_t task, uint32_t *r0)
 {
     uint32_t lo = 0, hi = t->n_groups;
@@ -11778,12 +11824,21 @@ static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, const 
 }
 
 /* Brings a head to a new, larger maximum. What falls below `least` becomes 0. */
-static void dsv3__mla_rescale(const dsv3_model *m, const dsv3__mla_sum *s, float max, float least)
+static void dsv3__mla_rescale(const dsv3_model *m, const dsv3__mla_sum *s, size_t n, float max, float least)
 {
     const float by = dsv3__exp(*s->max - max); /* 0 when there was nothing yet */
     *s->max = max;
     *s->sum *= by;
-    m->k->shrink(s->u, m->config.kv_lora_rank, by, least);
+    m->k->shrink(s->u, n, by, least);
+}
+
+/* The products of a block with one query become exp(score - max), and s, whose u is [n], is brought to it. */
+static void dsv3__mla_softmax(const dsv3__work *w, const dsv3__mla_sum *s, size_t n, float *score, uint32_t count)
+{
+    const float max = w->m->k->scale_max(score, count, w->m->softmax_scale);
+    if (max > *s->max)
+        dsv3__mla_rescale(w->m, s, n, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
+    *s->sum += w->m->k->exp_sum(score, count, *s->max);
 }
 
 /* Row i, heads of group g: adds the cache rows t0 ... t0 + count - 1 of its timeline, count <= DSV3__KEY_BLOCK, to `sums`;
@@ -11811,11 +11866,8 @@ static void dsv3__mla_block(const dsv3__mla_task *t, dsv3__worker *mine, const d
         k->tile(mine->score, DSV3__KEY_BLOCK, keys, w->cache_stride, count, q, w->query_stride, NULL, n,
                 w->cache_stride);
     for (uint32_t j = 0; j < n; j++) {
-        float *score = mine->score + j * DSV3__KEY_BLOCK, max = k->scale_max(score, count, w->m->softmax_scale);
         const dsv3__mla_sum head = {s.max + j, s.sum + j, s.u + j * latent};
-        if (max > *head.max)
-            dsv3__mla_rescale(w->m, &head, max, w->halves ? dsv3__bits_float(DSV3__HALF_LEAST) : 0);
-        *head.sum += k->exp_sum(score, count, *head.max);
+        dsv3__mla_softmax(w, &head, latent, mine->score + j * DSV3__KEY_BLOCK, count);
     }
     if (halves)
         k->half_sums(s.u, latent, n, mine->score, DSV3__KEY_BLOCK, halves, latent);
@@ -11860,9 +11912,9 @@ static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint3
         if (t0 > dsv3__mla_last(&v->rows[i]) || v->rows[i].first >= t0 + DSV3__KEY_SPAN)
             continue;
         if (*more.max > *all.max)
-            dsv3__mla_rescale(m, &all, *more.max, 0);
+            dsv3__mla_rescale(m, &all, latent, *more.max, 0);
         else
-            dsv3__mla_rescale(m, &more, *all.max, 0);
+            dsv3__mla_rescale(m, &more, latent, *all.max, 0);
         *all.sum += *more.sum;
         for (; c + 16 <= latent; c += 16)
             for (uint32_t x = 0; x < 16; x++)
@@ -11979,6 +12031,172 @@ static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows
     }
 }
 
+// ---- Attention, expanded ---------------------------------------------------------------------------------
+
+/* Heads with keys and values of their own: k_nope = W_UK c and v = W_UV c of every latent c that is seen, in the mode's own
+   arithmetic. A score is nope + rope products then, not latent + rope, and a sum v, not latent: 3.4 times fewer, where
+   enough rows share what writing out costs. What are heads of one row above are rows of one head here. */
+
+typedef struct dsv3__expanded_span {
+    uint32_t h, t0, count; /* the keys t0 ... t0 + count - 1 of a head */
+    dsv3__half_block keys[DSV3__EXPAND_SPAN / DSV3__KEY_BLOCK], values[DSV3__EXPAND_SPAN / DSV3__KEY_BLOCK];
+} dsv3__expanded_span;
+
+/* Block b of the span as halves. */
+static void dsv3__mla_expand_halves(const dsv3__work *w, const dsv3__expanded *e, dsv3__expanded_span *s, uint32_t b)
+{
+    const dsv3_config *c = &w->m->config;
+    const dsv3__kern *k = w->m->k;
+    const size_t row = w->half_nope + 2 * w->half_rope, first = (size_t)b * DSV3__KEY_BLOCK;
+    uint16_t *codes = e->key_codes + first * row, *value_codes = e->value_codes + first * w->half_v;
+    dsv3__half_block *keys = &s->keys[b], *values = &s->values[b];
+    memset(keys, 0, sizeof *keys);
+    keys->count = dsv3__min(s->count - first, DSV3__KEY_BLOCK);
+    *values = *keys;
+    for (size_t t = 0; t < keys->count; t++) {
+        const float *key = e->keys + (first + t) * w->key_stride;
+        uint16_t *to = codes + t * row;
+        k->to_halves(to, key, c->qk_nope_head_dim);
+        k->split_halves(to + w->half_nope, to + w->half_nope + w->half_rope, key + c->qk_nope_head_dim,
+                        c->qk_rope_head_dim);
+        k->to_halves(value_codes + t * w->half_v, e->values + (first + t) * c->v_head_dim, c->v_head_dim);
+    }
+    keys->width = w->key_width, keys->made = e->made + first * w->key_width;
+    keys->n[0] = w->half_nope, keys->n[1] = keys->n[2] = keys->n[3] = w->half_rope;
+    keys->rows[0] = (const uint8_t *)codes;
+    keys->rows[1] = keys->rows[2] = (const uint8_t *)(codes + w->half_nope);
+    keys->rows[3] = (const uint8_t *)(codes + w->half_nope + w->half_rope);
+    values->width = values->n[0] = w->half_v, values->made = e->made_values + first * w->half_v;
+    for (size_t i = 0; i < 4; i++) {
+        keys->row_bytes[i] = row * sizeof(uint16_t);
+        values->rows[i] = (const uint8_t *)value_codes, values->row_bytes[i] = w->half_v * sizeof(uint16_t);
+    }
+    k->half_keys(keys);
+    k->half_keys(values);
+}
+
+/* Writes the span's keys and values out. */
+static void dsv3__mla_expand(const dsv3__mla_task *t, uint32_t worker, dsv3__expanded_span *s)
+{
+    dsv3__work *w = t->w;
+    const dsv3_config *c = &w->m->config;
+    dsv3__worker *mine = &w->workers[worker];
+    const dsv3__expanded *e = &mine->expanded;
+    const dsv3_tensor *kv_b = &t->l->kv_b;
+    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, v = c->v_head_dim;
+    const dsv3__mm_mode *mode = w->m->mode.compute == DSV3_COMPUTE_FP8 ? &w->m->exact : &w->m->mode;
+    const uint64_t w_uk = (uint64_t)s->h * (nope + v);
+    const bool tiled = s->count > DSV3__MM_FEW;
+    for (uint32_t b = 0; b < s->count; b += DSV3__KEY_BLOCK) {
+        const uint8_t *page = dsv3__mla_page(w, t->rows, t->layer, s->t0 + b);
+        const uint32_t count = (uint32_t)dsv3__min(s->count - b, DSV3__KEY_BLOCK);
+        dsv3__mla_fetch(w->m->k, &w->latent, page, count, e->latents + b * w->query_stride, w->query_stride);
+        dsv3__mla_fetch(w->m->k, &w->rope_key, page, count, mine->keys, w->cache_stride);
+        for (uint32_t i = 0; i < count; i++)
+            memcpy(e->keys + (b + i) * w->key_stride + nope, mine->keys + i * w->cache_stride, rope * sizeof(float));
+    }
+    for (uint32_t i = 0; i < s->count; i++)
+        dsv3__nn_pack(w, worker, e->latents + i * w->query_stride, mode, kv_b, tiled);
+    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk, w_uk + nope, e->latents, w->query_stride, NULL, s->count, tiled,
+                   e->keys, w->key_stride, NULL);
+    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk + nope, w_uk + nope + v, e->latents, w->query_stride, NULL, s->count,
+                   tiled, e->values, v, NULL);
+    for (uint32_t b = 0; b * DSV3__KEY_BLOCK < s->count && w->halves; b++)
+        dsv3__mla_expand_halves(w, e, s, b);
+}
+
+/* The queries of n <= DSV3__HEAD_GROUP rows of head h, from row0 on: into e->q, or as halves into e->query. */
+static void dsv3__mla_expand_query(const dsv3__work *w, const dsv3__expanded *e, uint32_t h, uint32_t row0, uint32_t n)
+{
+    const uint32_t nope = w->m->config.qk_nope_head_dim, rope = w->m->config.qk_rope_head_dim;
+    const size_t stride = w->halves ? w->key_width : w->key_stride;
+    for (uint32_t i = row0; i < row0 + n; i++) {
+        const float *from = w->q + i * w->q_stride + (size_t)h * (nope + rope);
+        float *to = e->q + (i - row0) * stride;
+        memcpy(to, from, nope * sizeof(float));
+        dsv3__nn_rope(w->m, to + (w->halves ? w->half_nope : nope), from + nope, w->rope + (size_t)i * rope);
+        to += w->half_nope;
+        for (uint32_t r = 0; r < rope && w->halves; r++) { /* as in dsv3__mla_half_query */
+            const float first = dsv3__k_half(to[r]);
+            to[r + w->half_rope] = to[r] - first;
+            to[r] = to[r + 2 * w->half_rope] = first;
+        }
+    }
+    if (w->halves)
+        w->m->k->half_query(e->query, e->q, stride, n, stride);
+}
+
+/* n <= DSV3__HEAD_GROUP rows, from row0 on, meet the span; of a block each sees what lies at its place and before. */
+static void dsv3__mla_expand_rows(const dsv3__mla_task *t, const dsv3__worker *mine, const dsv3__expanded_span *s,
+                                  uint32_t row0, uint32_t n)
+{
+    const dsv3__work *w = t->w;
+    const dsv3__kern *k = w->m->k;
+    const dsv3__expanded *e = &mine->expanded;
+    const uint32_t v = w->m->config.v_head_dim, last = t->rows[row0 + n - 1].position;
+    float *sums = e->sums + (size_t)row0 * (16 + v);
+    dsv3__mla_expand_query(w, e, s->h, row0, n);
+    for (uint32_t b = 0; b < s->count && s->t0 + b <= last; b += DSV3__KEY_BLOCK) {
+        const uint32_t count = (uint32_t)dsv3__min(s->count - b, DSV3__KEY_BLOCK);
+        if (w->halves)
+            k->half_scores(mine->score, DSV3__KEY_BLOCK, &s->keys[b / DSV3__KEY_BLOCK], e->query, n);
+        else
+            k->tile(mine->score, DSV3__KEY_BLOCK, e->keys + b * w->key_stride, w->key_stride, count, e->q,
+                    w->key_stride, NULL, n, w->key_stride);
+        for (uint32_t i = 0; i < n; i++) {
+            const uint32_t end = t->rows[row0 + i].position + 1, from = s->t0 + b;
+            const uint32_t seen = end > from ? (uint32_t)dsv3__min(end - from, count) : 0;
+            float *row = sums + i * (16 + v), *score = mine->score + i * DSV3__KEY_BLOCK;
+            const dsv3__mla_sum sum = {row, row + 1, row + 16};
+            if (seen)
+                dsv3__mla_softmax(w, &sum, v, score, seen);
+            for (uint32_t key = seen; key < count; key++)
+                score[key] = 0;
+        }
+        if (w->halves)
+            k->half_sums(sums + 16, 16 + v, n, mine->score, DSV3__KEY_BLOCK, &s->values[b / DSV3__KEY_BLOCK], v);
+        else
+            k->outer(sums + 16, 16 + v, n, mine->score, DSV3__KEY_BLOCK, e->values + b * v, v, count, v);
+    }
+}
+
+/* Head h of all rows. */
+static void dsv3__mla_expand_task(void *ctx, uint32_t h, uint32_t worker)
+{
+    const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
+    const dsv3__work *w = t->w;
+    const uint32_t v = w->m->config.v_head_dim, first = t->rows->position, last = first + t->n - 1;
+    const dsv3__worker *mine = &w->workers[worker];
+    dsv3__expanded_span s;
+    s.h = h;
+    for (uint32_t i = 0; i < t->n; i++) {
+        float *sum = mine->expanded.sums + (size_t)i * (16 + v);
+        memset(sum, 0, (16 + v) * sizeof(float));
+        *sum = -INFINITY;
+    }
+    for (s.t0 = 0; s.t0 <= last; s.t0 += DSV3__EXPAND_SPAN) {
+        s.count = (uint32_t)dsv3__min(last + 1 - s.t0, DSV3__EXPAND_SPAN);
+        dsv3__mla_expand(t, worker, &s);
+        for (uint32_t i = s.t0 > first ? s.t0 - first : 0; i < t->n; i += DSV3__HEAD_GROUP)
+            dsv3__mla_expand_rows(t, mine, &s, i, (uint32_t)dsv3__min(t->n - i, DSV3__HEAD_GROUP));
+    }
+    for (uint32_t i = 0; i < t->n; i++) {
+        const float *sum = mine->expanded.sums + (size_t)i * (16 + v), scale = 1.0f / sum[1];
+        float *o = w->o + i * w->o_stride + (size_t)h * v;
+        for (uint32_t x = 0; x < v; x++)
+            o[x] = sum[16 + x] * scale;
+    }
+}
+
+/* Rows of one timeline, one behind the other, which see all of it. */
+static bool dsv3__mla_one_timeline(const dsv3__row *rows, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (rows[i].pages != rows->pages || rows[i].position != rows->position + i || rows[i].shift || rows[i].first)
+            return false;
+    return true;
+}
+
 /* o = attention's values of all rows and heads. */
 static void dsv3__mla_attend(dsv3__mla_task *t)
 {
@@ -11987,6 +12205,10 @@ static void dsv3__mla_attend(dsv3__mla_task *t)
     uint32_t chunks = (uint32_t)dsv3__ceil_div(t->n, DSV3__HEAD_ROWS);
     const bool few = chunks == 1 || (uint64_t)chunks * w->head_groups < threads;
     uint32_t spans = 0; /* of the longest timeline */
+    if (w->expand && t->n >= DSV3__EXPAND_ROWS && dsv3__mla_one_timeline(t->rows, t->n)) {
+        dsv3__pool_run(w->pool, heads, dsv3__mla_expand_task, t);
+        return;
+    }
     for (uint32_t i = 0; i < t->n; i++)
         spans = (uint32_t)dsv3__max(spans, dsv3__mla_last(&t->rows[i]) / DSV3__KEY_SPAN + 1);
     if (few && (uint64_t)spans * w->head_groups >= threads) {
@@ -21032,14 +21254,14 @@ static uint64_t dsv3__ws_counts(const dsv3_model *m)
 }
 
 /* Lays all of a workspace's memory out; returns its bytes. base NULL only measures. */
-static uint64_t dsv3__ws_plan(dsv3_workspace *ws, uint32_t max_batch, uint8_t *base)
+static uint64_t dsv3__ws_plan(dsv3_workspace *ws, uint32_t max_batch, bool expand, uint8_t *base)
 {
     const dsv3_config *c = &ws->m->config;
     uint64_t used = 0, piece = 3 * ((uint64_t)ws->m->max_token_bytes + 3);
-    uint64_t scratch = dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, NULL);
+    uint64_t scratch = dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, expand, NULL);
     if (base) {
         memset(base, 0, (size_t)scratch); /* rows are padded with zeros that nobody writes again */
-        dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, base);
+        dsv3__work_plan(&ws->work, ws->m, max_batch, ws->pool.n_threads, expand, base);
         base += scratch;
     }
     ws->work.pool = &ws->pool;
@@ -21126,13 +21348,13 @@ static dsv3_result dsv3__ws_open(dsv3_workspace **workspace, const dsv3_model *m
     ws->n_pages = ws->n_free = o->n_pages;
     dsv3_result r = dsv3__pool_open(&ws->pool, &ws->mem, o->n_threads, &o->executor, err);
     if (!r)
-        r = dsv3__mem_alloc(&ws->mem, &ws->block, dsv3__ws_plan(ws, o->max_batch, NULL), "workspace: cache and scratch",
-                            err);
+        r = dsv3__mem_alloc(&ws->mem, &ws->block, dsv3__ws_plan(ws, o->max_batch, o->expand, NULL),
+                            "workspace: cache and scratch", err);
     if (r) {
         dsv3__ws_close(ws);
         return r;
     }
-    dsv3__ws_plan(ws, o->max_batch, (uint8_t *)ws->block);
+    dsv3__ws_plan(ws, o->max_batch, o->expand, (uint8_t *)ws->block);
     memset(ws->work.counts, 0, (size_t)dsv3__ws_counts(m) * sizeof(uint64_t));
     memset(ws->refs, 0, ws->n_pages * sizeof(uint32_t));
     memset(ws->marks, 0, ws->n_pages * sizeof(uint32_t));
@@ -21160,7 +21382,7 @@ static uint64_t dsv3__ws_memory(const dsv3_model *m, const dsv3_workspace_opts *
         threads = ws.pool.n_threads > 1 ? (ws.pool.n_threads - 1) * sizeof(dsv3__thread) + DSV3__MEM_HEADER : 0;
 #endif
     }
-    uint64_t block = dsv3__ws_plan(&ws, o->max_batch, NULL);
+    uint64_t block = dsv3__ws_plan(&ws, o->max_batch, o->expand, NULL);
     *cache_bytes = 0;
     dsv3__carve(NULL, cache_bytes, ws.n_pages, ws.work.page_bytes);
     return block + DSV3__MEM_HEADER + sizeof(dsv3_workspace) + DSV3__MEM_HEADER + threads;
@@ -21315,7 +21537,7 @@ static dsv3_result dsv3__ses_opts(dsv3_session_opts *o, dsv3_workspace_opts *w, 
     memset(&given, 0, sizeof given);
     given.n_pages = dsv3__ses_pages_of(o->max_tokens);
     given.max_batch = o->max_batch, given.n_threads = o->n_threads;
-    given.cache_latent = o->cache_latent, given.cache_rope = o->cache_rope;
+    given.cache_latent = o->cache_latent, given.cache_rope = o->cache_rope, given.expand = o->expand;
     given.memory_limit = o->memory_limit;
     given.executor = o->executor, given.allocator = o->allocator;
     o->reserve_pages = 0;
