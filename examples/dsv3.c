@@ -44,6 +44,7 @@ static dsv3_model *model_open(const char *dir, dsv3_isa isa, dsv3_compute comput
 }
 
 static const char *cache_latent, *cache_rope; /* --cache and --cache-rope; NULL: not given */
+static bool expand;                           /* --expand */
 
 static dsv3_cache cache_type(const char *name, const char *flag)
 {
@@ -68,6 +69,7 @@ static dsv3_session *session_open(const dsv3_model *model, uint32_t max_tokens, 
     opts.n_threads = n_threads;
     opts.cache_latent = cache_type(cache_latent, "--cache");
     opts.cache_rope = cache_type(cache_rope, "--cache-rope");
+    opts.expand = expand;
     opts.n_draft = n_draft;
     opts.drafter = drafter;
     opts.progress = bar("reading the prompt");
@@ -141,7 +143,8 @@ static const char generate_help[] =
     "  --compute MODE           auto, f32, bf16, fp8, int8, tiles: how weights meet activations\n"
     "  --cache TYPE             f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
     "  --cache-rope TYPE        and its rotated keys (default: f32, or bf16 where --cache says less)\n"
-    "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n";
+    "  --read-ahead             ask a slow disk for experts once they are chosen: for a model larger than memory\n"
+    "  --expand                 reads long prompts faster; results then depend on the pieces they are read in, too\n";
 
 /* What token_fn works on. */
 typedef struct writer {
@@ -342,6 +345,7 @@ static int generate(int argc, char **argv)
         {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},
         {"--read-ahead", OPTION_FLAG, &read_ahead, 0, 0},
+        {"--expand", OPTION_FLAG, &expand, 0, 0},
         {"--draft", OPTION_TEXT, &draft, 0, 0},
         {"--drafter", OPTION_TEXT, &drafter, 0, 0},
     };
@@ -588,7 +592,8 @@ static const char logits_help[] =
     "                   avx512-amx, neon (the results are the same)\n"
     "  --compute MODE   auto, f32, bf16, fp8, int8, tiles: how weights meet activations\n"
     "  --cache TYPE     f32, bf16, i8: how the latents of the context are kept (default: bf16; f32 in f32)\n"
-    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache says less)\n";
+    "  --cache-rope TYPE  and its rotated keys (default: f32, or bf16 where --cache says less)\n"
+    "  --expand         attention of 64 rows or more with keys and values written out\n";
 
 static int logits(int argc, char **argv)
 {
@@ -602,6 +607,7 @@ static int logits(int argc, char **argv)
         {"--threads", OPTION_COUNT, &n_threads, 0, 0},    {"--isa", OPTION_ISA, &isa, 0, 0},
         {"--compute", OPTION_COMPUTE, &compute, 0, 0},    {"--cache", OPTION_TEXT, &cache_latent, 0, 0},
         {"--cache-rope", OPTION_TEXT, &cache_rope, 0, 0}, {"--mtp", OPTION_TEXT, &mtp_path, 0, 0},
+        {"--expand", OPTION_FLAG, &expand, 0, 0},
     };
     arguments(argc, argv, logits_help, options, COUNT(options), &dir, 1);
     if (!ids_path || !out_path)

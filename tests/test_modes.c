@@ -979,6 +979,81 @@ TEST(logits_of_a_model)
     }
 }
 
+/* Logits [n, vocab] behind appends of `first`, then `step` tokens, with keys and values written out or not. */
+static bool run_expanded(tiny *t, float *logits, const int32_t *ids, size_t n, size_t first, size_t step, bool expand,
+                         uint32_t n_threads, dsv3_isa isa, mode m, dsv3_cache cache)
+{
+    dsv3_model *model = NULL;
+    dsv3_session *session = NULL;
+    dsv3_model_opts mo;
+    dsv3_session_opts so;
+    dsv3_error e;
+    memset(&mo, 0, sizeof mo);
+    memset(&so, 0, sizeof so);
+    mo.isa = isa;
+    mo.compute = options(isa, m).compute;
+    so.max_tokens = (uint32_t)n, so.n_threads = n_threads, so.expand = expand, so.cache_latent = so.cache_rope = cache;
+    bool ok = CHECK_OK(tiny_open(t, &model, &mo, &e), e) && CHECK_OK(dsv3_session_open(&session, model, &so, &e), e);
+    for (size_t at = 0, some; ok && at < n; at += some) {
+        dsv3_outputs out;
+        some = at ? step : first;
+        some = n - at < some ? n - at : some;
+        memset(&out, 0, sizeof out);
+        out.logits = logits + at * dsv3_model_config(model)->vocab_size;
+        ok = CHECK_OK(dsv3_session_append(session, ids + at, some, &out, &e), e);
+    }
+    dsv3_session_close(session);
+    dsv3_model_close(model);
+    return ok;
+}
+
+/* Attention with keys and values written out: near the absorbed one, in F32 very near, whatever the prompt is cut into and
+   whatever the cache holds; the same bits on any threads and kernels. Passes of few rows go the other way. */
+TEST(expanded)
+{
+    enum { N = 410 };
+    static const size_t cuts[][2] = {{N, 1}, {64, 65}, {300, 64}, {255, 70}, {150, 1}, {257, 153}};
+    static const dsv3_cache caches[] = {DSV3_CACHE_AUTO, DSV3_CACHE_F32, DSV3_CACHE_BF16, DSV3_CACHE_I8};
+    static int32_t ids[N];
+    for (int which = 0; which < (TEST_SANITIZED ? 1 : 3); which++) {
+        tiny t;
+        tiny_opts o = which == 0 ? tiny_blocks() : which == 1 ? tiny_default() : tiny_v2();
+        o.max_pos = 512;
+        tiny_build(&t, &o);
+        tiny_ids(ids, N, o.vocab, 9);
+        const size_t all = N * o.vocab;
+        float *absorbed = floats(all), *out = floats(all), *again = floats(all);
+        for (size_t m = 0; m < COUNT(modes); m++)
+            for (size_t c = 0; c < COUNT(cuts); c++) {
+                const dsv3_cache cache = caches[(c + m) % COUNT(caches)];
+                double worst = 0, largest = 0, square = 0, size = 0;
+                REQUIRE(run_expanded(&t, absorbed, ids, N, N, N, false, 2, DSV3_ISA_AUTO, modes[m], cache));
+                REQUIRE(run_expanded(&t, out, ids, N, cuts[c][0], cuts[c][1], true, 2, DSV3_ISA_AUTO, modes[m], cache));
+                for (size_t i = 0; i < all; i++) {
+                    const double d = fabs((double)out[i] - (double)absorbed[i]);
+                    worst = d > worst ? d : worst, square += d * d;
+                    largest = fabs(absorbed[i]) > largest ? fabs(absorbed[i]) : largest;
+                    size += (double)absorbed[i] * (double)absorbed[i];
+                }
+                CHECK(worst > 0); /* it is another way */
+                /* Where something is rounded, what is near a border goes the other way: a cache, codes of activations. */
+                const bool exact = modes[m] == F32 && (cache == DSV3_CACHE_AUTO || cache == DSV3_CACHE_F32);
+                if (!CHECK(exact ? worst <= 1e-5 * largest : sqrt(square / size) < (modes[m] == FP8 ? 0.2 : 0.05)))
+                    printf("    %d %s, %u then %u: worst %g of %g, %g\n", which, mode_names[modes[m]],
+                           (unsigned)cuts[c][0], (unsigned)cuts[c][1], worst, largest, sqrt(square / size));
+                for (size_t s = 0; s < COUNT(isas) && !c; s++) {
+                    if (!dsv3_isa_supported(isas[s]) || (isas[s] == DSV3_ISA_SCALAR && which))
+                        continue;
+                    REQUIRE(run_expanded(&t, again, ids, N, N, 1, true, (uint32_t)(1 + (s + m) % 8), isas[s], modes[m], cache));
+                    if (!CHECK(same_bits(again, out, all)))
+                        printf("    %s, %s\n", mode_names[modes[m]], dsv3_isa_name(isas[s]));
+                }
+            }
+        free(absorbed), free(out), free(again);
+        tiny_free(&t);
+    }
+}
+
 /* Draws a tensor again, as another type. */
 static void redraw(tiny *t, const char *name, dsv3_dtype dtype)
 {
@@ -1124,5 +1199,5 @@ TEST(names_and_refusals)
 
 TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads),
           RUN(every_code_at_every_place), RUN(nan_codes), RUN(zeros_and_worse), RUN(powers_of_two),
-          RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(what_stays_f32),
+          RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(expanded), RUN(what_stays_f32),
           RUN(floating_point_state_of_a_host), RUN(nan_code_in_a_model), RUN(names_and_refusals))

@@ -191,6 +191,12 @@ def checkpoint_row(found, program, report):
     report.check(f"{name}: logits", row["error"] <= TOLERANCE,
                  f"{row['error']:.2e} > {TOLERANCE:.0e}; {locate(ours, found.logits)}")
 
+    if len(found.ids) >= 64:                            # prompts so long may have keys and values written out
+        expanded, _, _ = program.logits(found.directory, found.ids, spec.config["vocab_size"], expand=True)
+        error = distance(expanded, found.logits)
+        report.check(f"{name}: logits, expanded", error <= TOLERANCE and (expanded != ours).any(),
+                     f"{error:.2e} > {TOLERANCE:.0e}, or the same bits; {locate(expanded, found.logits)}")
+
     if moe_layers:
         compared = found.margins > MARGIN_COMPARED
         same = (np.sort(experts, -1) == found.experts).all(-1)

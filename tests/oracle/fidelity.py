@@ -151,6 +151,10 @@ class Divergence:
                 "perplexity": math.exp(float(torch.cat(self.loss).mean())) if self.loss else None}
 
 
+# Modes with keys and values of long prompts written out, too.
+EXPANDED = {"fp8": ("f32, expanded", "bf16, expanded"), "bf16": (), "int8": ("int8, expanded",)}
+
+
 def modes_for(form):
     """Modes that are not what another mode is for this form."""
     return {"fp8": ("bf16", "fp8", "tiles"), "bf16": ("bf16", "tiles"), "int8": ("int8",)}[form]
@@ -192,7 +196,7 @@ def held_out(directory, corpus, work, program, report, windows=None):
         return stream[at:at + WINDOW], (told, following[told])
 
     for form, where in (("fp8", directory), *forms.items()):
-        gathered = {mode: Divergence() for mode in ("f32", *modes_for(form))}
+        gathered = {mode: Divergence() for mode in ("f32", *modes_for(form), *EXPANDED[form])}
         try:
             for at in places:
                 ids, following = window(at)
@@ -200,7 +204,8 @@ def held_out(directory, corpus, work, program, report, windows=None):
                 exact.setdefault(at, base)
                 for mode, d in gathered.items():
                     # f32 of another form: what the form costs. A mode: what it costs on top.
-                    ours = base if mode == "f32" else program.logits(where, ids, *shape, compute=mode)
+                    compute, _, more = mode.partition(", ")
+                    ours = base if mode == "f32" else program.logits(where, ids, *shape, compute=compute, expand=bool(more))
                     reference_run = exact[at] if mode == "f32" else base
                     d.add(reference_run[0], ours[0], (reference_run[1], ours[1]), following)
         except ProgramError as e:
@@ -210,7 +215,7 @@ def held_out(directory, corpus, work, program, report, windows=None):
             row = d.row(model="examples/tiny", weights=form, mode=mode)
             rows.append(row)
             if mode != "f32":                           # a rounding that cannot be seen was not made
-                fine = mode in ("bf16", "tiles")
+                fine = mode in ("bf16", "tiles", "f32, expanded", "bf16, expanded")
                 limit = BF16_KL if fine else 0.1
                 report.check(f"fidelity: examples/tiny, {form} in {mode}",
                              0 < row["mean"] < limit and (not fine or row["still"] < BF16_STILL),

@@ -67,10 +67,13 @@ class Program:
             f.write("".join(f"{i}\n" if at % 16 == 15 else f"{i} " for at, i in enumerate(ids)))
         return path
 
-    def logits(self, directory, ids, vocab, moe_layers=0, top_k=0, rows=None, threads=None, isa=None, compute="f32"):
+    def logits(self, directory, ids, vocab, moe_layers=0, top_k=0, rows=None, threads=None, isa=None, compute="f32",
+               expand=False):
         """(f32 [n, vocab], experts int32 [n, moe_layers, top_k] or None, the bytes of both files)."""
         out, experts_out = (os.path.join(self.work, name) for name in ("logits.f32", "experts.i32"))
         args = ["logits", directory, "--ids", self._ids_file(ids), "--out", out, *self._compute(compute)]
+        if expand:
+            args.append("--expand")
         if moe_layers:
             args += ["--experts", experts_out]
         for flag, value in (("--rows", rows), ("--threads", threads), ("--isa", isa)):
