@@ -131,6 +131,8 @@ static struct {
     list isas, computes, threads, contexts, prompts, rows, sessions, n_decode,
         reps;      /* computes: indices into COMPUTES */
     uint32_t what; /* WHAT_... */
+    list batch;    /* rows run at once */
+    bool expand;   /* attention of prompts with keys and values written out */
     bool json;
     const char *args[64]; /* for the tokenizer: DIR FILE... */
     uint32_t n_args;
@@ -358,17 +360,19 @@ static double touched_share(const model *b, dsv3_session *s, const int32_t *ids,
     return (double)touched / (double)(n * calls);
 }
 
-/* One call that appends `rows` tokens behind `context` others, logits of the last; attention in the absorbed form. touched:
-   the part of the routed experts that is read, once for each piece of MAX_BATCH rows. */
+/* One call that appends `rows` tokens behind `context` others, logits of the last. touched: the part of the routed experts
+   that is read, once for each piece of --batch rows. */
 static void work_of(const model *b, uint32_t rows, double context, double touched, work *w)
 {
     double pairs = rows * (context + (rows + 1) / 2.0) * b->c.num_hidden_layers * b->c.num_attention_heads;
-    uint32_t pieces = (rows + MAX_BATCH - 1) / MAX_BATCH;
+    uint32_t batch = opt.batch.v[0], pieces = (rows + batch - 1) / batch;
+    double absorbed = 2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim;
+    double expanded = b->c.qk_nope_head_dim + b->c.qk_rope_head_dim + b->c.v_head_dim;
     bool same = strcmp(b->head_dtype, b->dtype) == 0;
     w->bytes = pieces * (b->fixed_bytes + b->routed_bytes * touched + b->cache_bytes * (context + rows));
     w->main = rows * (b->fixed_macs + b->routed_macs * active_share(b)) + (same ? b->head_macs : 0);
     w->rest = rows * b->router_macs + (same ? 0 : b->head_macs);
-    w->attention = pairs * (2.0 * b->c.kv_lora_rank + b->c.qk_rope_head_dim);
+    w->attention = pairs * (opt.expand && rows >= 64 ? expanded : absorbed);
 }
 
 // =============================================================================
@@ -383,6 +387,8 @@ static void out_begin(const char *what, const char *heading, const model *b, uin
     out_text("head", NULL, b->head_dtype);
     out_text("compute", NULL, b->compute);
     out_text("isa", NULL, b->isa_name);
+    out_text("attention", NULL, opt.expand ? "expanded" : "absorbed");
+    out_number("batch", NULL, 0, opt.batch.v[0]);
     out_number("threads", "threads", 0, threads);
 }
 
@@ -1181,10 +1187,13 @@ static void run_shape(const char *dir, dsv3_isa isa, uint32_t compute, bool firs
     model b;
     model_open(&b, dir, isa, compute);
     if (!opt.json)
-        printf("`%s`: %s weights, %s head, %s, %s arithmetic; %.3f GB in all, %.4f GB and %.4f GMAC a token.\n\n",
-               b.name, b.dtype, b.head_dtype, b.isa_name, b.compute, 1e-9 * (double)b.mapped.total,
-               1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
-               1e-9 * (b.fixed_macs + b.router_macs + b.head_macs + b.routed_macs * active_share(&b)));
+        printf(
+            "`%s`: %s weights, %s head, %s, %s arithmetic, %u rows at once%s; %.3f GB in all, %.4f GB and %.4f GMAC a "
+            "token.\n\n",
+            b.name, b.dtype, b.head_dtype, b.isa_name, b.compute, opt.batch.v[0],
+            opt.expand ? ", attention of prompts expanded" : "", 1e-9 * (double)b.mapped.total,
+            1e-9 * (b.fixed_bytes + b.routed_bytes * active_share(&b)),
+            1e-9 * (b.fixed_macs + b.router_macs + b.head_macs + b.routed_macs * active_share(&b)));
     fflush(stdout);
     if (opt.what & WHAT_OPEN && first) {
         model_close(&b);
@@ -1208,7 +1217,8 @@ static void run_shape(const char *dir, dsv3_isa isa, uint32_t compute, bool firs
              n_contexts = opt.what & WHAT_DECODE ? opt.contexts.n : 0;
     uint32_t n_scenes = n_prompts + n_contexts;
     memset(&options, 0, sizeof options);
-    options.max_batch = MAX_BATCH;
+    options.max_batch = opt.batch.v[0];
+    options.expand = opt.expand;
     options.max_tokens = longest(opt.what & WHAT_DECODE, &opt.contexts, 1, opt.n_decode.v[0], 1);
     options.max_tokens = longest(opt.what & WHAT_PROMPT, &opt.prompts, 1, 0, options.max_tokens);
     options.max_tokens = longest(opt.what & WHAT_ROWS, &opt.rows, ROWS_CALLS, opt.contexts.v[0], options.max_tokens);
@@ -1427,6 +1437,8 @@ static const char HELP[] =
     "  --prompt LIST      lengths of prompts (128,512,4096)\n"
     "  --sessions LIST    sessions advanced together by a token each, behind the first context (1,2,4,8,16)\n"
     "  --rows LIST        rows at once, at most 512 (1-8,12,13,16,17,24,25,32,33,48,49,64)\n"
+    "  --batch N          rows of a prompt run at once (512)\n"
+    "  --expand           attention of prompts with keys and values of each head written out\n"
     "  --tokens N         tokens decoded in a repetition (32)\n"
     "  --drafts WORD      of --what draft: all (default) or auto, which leaves fixed numbers of guesses out\n"
     "  --reps N           repetitions (5); a case over a minute stops at two, one whose first took 30 s at one\n"
@@ -1497,6 +1509,7 @@ static void parse(int argc, char **argv, bool first)
         {"--context", "8,4096,16384", NULL, &opt.contexts, 1000000},
         {"--prompt", "128,512,4096", NULL, &opt.prompts, 1000000},
         {"--rows", "1-8,12,13,16,17,24,25,32,33,48,49,64", NULL, &opt.rows, MAX_BATCH},
+        {"--batch", "512", NULL, &opt.batch, 65536},
         {"--sessions", "1,2,4,8,16", NULL, &opt.sessions, 64},
         {"--tokens", "32", NULL, &opt.n_decode, 100000},
         {"--reps", "5", NULL, &opt.reps, MAX_REPS},
@@ -1526,6 +1539,10 @@ static void parse(int argc, char **argv, bool first)
         }
         if (strcmp(a, "--json") == 0) {
             opt.json = true;
+            continue;
+        }
+        if (strcmp(a, "--expand") == 0) {
+            opt.expand = true;
             continue;
         }
         if (a[0] != '-') {
