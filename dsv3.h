@@ -8121,8 +8121,9 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
     for (size_t c = 0; c < k; c += 128) {
         float v[128], placed[128];
         const size_t n = dsv3__min(k - c, 128);
-        memcpy(v, values + c, n * sizeof(float));
-        memset(v + n, 0, (128 - n) * sizeof(float));
+        if (n < 128)
+            memset(v, 0, sizeof v);
+        memcpy(v, values + c, n < 128 ? n * sizeof(float) : sizeof v); /* PERF: not 128 is rare, and slow (rep movs) */
         if (form == DSV3__FORM_FP8)
             dsv3__mm_to_fp8(v, n, mode->powers);
         for (size_t i = 0; i < 128 && pairs; i++) /* a NaN of any kind becomes the one that rounding keeps */
@@ -8132,8 +8133,8 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         dsv3__mm_place(placed, v, form);
         for (size_t h = 0; h < 2 && c / 64 + h < blocks; h++) {
             size_t group, at = dsv3__mm_offset(mode->k, c / 64 + h, blocks, tiled, &group), lanes = mode->k->lanes;
-            for (size_t g = 0; g < 64 / lanes; g++)
-                memcpy(row + at + g * group, placed + 64 * h + g * lanes, lanes * sizeof(float));
+            for (size_t i = 0; i < 64; i += 4)
+                memcpy(row + at + i / lanes * group + i % lanes, placed + 64 * h + i, 4 * sizeof(float));
         }
     }
 }
@@ -11004,8 +11005,8 @@ typedef struct dsv3__expanded {
     uint16_t *key_codes;       /* [DSV3__EXPAND_SPAN, half_nope + 2 half_rope] the same as halves, */
     uint16_t *value_codes;     /* [DSV3__EXPAND_SPAN, half_v] */
     float *made, *made_values; /* [DSV3__EXPAND_SPAN, key_width], [.., half_v] and what >>kern makes of them */
-    float *q;                  /* [DSV3__HEAD_GROUP, key_stride or key_width] queries of rows */
-    float *query;              /* [key_width, 16] what half_query makes of them */
+    float *queries;            /* [max_batch, key_stride] of each row, or what half_query makes of 16 rows each, */
+    float *q;                  /* from [DSV3__HEAD_GROUP, key_width] */
     float *sums; /* [max_batch, 16 + v_head_dim] of each row: largest score, sum of exp, at 16 sum of values */
 } dsv3__expanded;
 
@@ -11123,6 +11124,12 @@ static size_t dsv3__nn_sum_floats(const dsv3_model *m, uint32_t n_heads)
     return (2 * (size_t)n_heads + 15) / 16 * 16 + (size_t)n_heads * m->config.kv_lora_rank;
 }
 
+/* Floats of the queries of 16 rows of a head with keys of its own. */
+static size_t dsv3__nn_query_floats(const dsv3__work *w)
+{
+    return 16 * (w->halves ? w->key_width : w->key_stride);
+}
+
 /* Lays the scratch out in `base`; returns the bytes it takes. No overflow in the products written here: max_batch <= 2^16,
    top_k <= 2^12, widths <= 2^24 (>>cfg); dsv3__carve looks after the rest. */
 static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max_batch, uint32_t n_threads, bool expand,
@@ -11219,8 +11226,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
             e->value_codes = (uint16_t *)dsv3__carve(base, &used, span * w->half_v, 2);
             e->made = (float *)dsv3__carve(base, &used, span * w->key_width, f);
             e->made_values = (float *)dsv3__carve(base, &used, span * w->half_v, f);
-            e->q = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * (w->halves ? w->key_width : w->key_stride), f);
-            e->query = (float *)dsv3__carve(base, &used, 16 * w->key_width, f);
+            e->queries = (float *)dsv3__carve(base, &used, (n + 15) / 16 * dsv3__nn_query_floats(w), f);
+            e->q = (float *)dsv3__carve(base, &used, DSV3__HEAD_GROUP * w->key_width, f);
             e->sums = (float *)dsv3__carve(base, &used, n * (16 + (uint64_t)c->v_head_dim), f);
         }
         if (base)
@@ -11230,6 +11237,17 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 }
 
 // ---- Linear maps -----------------------------------------------------------------------------------------
+
+/* to [n] += weight * from. PERF: sixteen at a time are a loop that compilers turn into vectors at -O2. */
+static void dsv3__nn_add(float *to, const float *from, float weight, size_t n)
+{
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (size_t j = 0; j < 16; j++)
+            to[i + j] += weight * from[i + j];
+    for (; i < n; i++)
+        to[i] += weight * from[i];
+}
 
 /* out [n, rows of w] = x times the transposed w, or added to out. */
 typedef struct dsv3__linear {
@@ -11278,8 +11296,7 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, t->w->tiled, mine->a,
                    DSV3__STRIP, next);
     for (uint32_t i = 0; i < t->n; i++)
-        for (uint64_t r = r0; r < r1; r++)
-            map->out[i * map->out_stride + r] += mine->a[i * DSV3__STRIP + (r - r0)];
+        dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * DSV3__STRIP, 1.0f, (size_t)(r1 - r0));
 }
 
 /* Independent maps of the same n rows, one join for all. */
@@ -11503,14 +11520,11 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
         for (uint32_t i = 0; i < g->n; i++) {
             float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP,
                   *from = mine->a + (size_t)i * DSV3__STRIP;
-            float weight = g->weights ? g->weights[i] : 1.0f;
-            for (uint32_t r = 0; r < r1 - r0; r++)
-                to[r] += weight * from[r];
+            dsv3__nn_add(to, from, g->weights ? g->weights[i] : 1.0f, r1 - r0);
         }
     }
     for (uint32_t i = 0; i < t->n; i++)
-        for (uint32_t r = r0; r < r1; r++)
-            w->x[i * w->x_stride + r] += sum[i * DSV3__STRIP + (r - r0)];
+        dsv3__nn_add(w->x + i * w->x_stride + r0, sum + i * DSV3__STRIP, 1.0f, r1 - r0);
 }
 
 /* x += all groups, n rows; xn holds the normalised rows. Three joins, however many experts. */
@@ -11904,7 +11918,6 @@ static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint3
     const uint32_t latent = m->config.kv_lora_rank;
     for (uint32_t i = 0; i < v->n_rows; i++) {
         const dsv3__mla_sum all = dsv3__mla_sum_of(m, v, v->sums, i, j), more = dsv3__mla_sum_of(m, v, sums, i, j);
-        uint32_t c = 0;
         if (!t0) {
             *all.max = -INFINITY, *all.sum = 0;
             memset(all.u, 0, latent * sizeof(float));
@@ -11916,11 +11929,7 @@ static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint3
         else
             dsv3__mla_rescale(m, &more, latent, *all.max, 0);
         *all.sum += *more.sum;
-        for (; c + 16 <= latent; c += 16)
-            for (uint32_t x = 0; x < 16; x++)
-                all.u[c + x] += more.u[c + x];
-        for (; c < latent; c++)
-            all.u[c] += more.u[c];
+        dsv3__nn_add(all.u, more.u, 1.0f, latent);
     }
 }
 
@@ -12083,20 +12092,19 @@ static void dsv3__mla_expand(const dsv3__mla_task *t, uint32_t worker, dsv3__exp
     dsv3__worker *mine = &w->workers[worker];
     const dsv3__expanded *e = &mine->expanded;
     const dsv3_tensor *kv_b = &t->l->kv_b;
-    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, v = c->v_head_dim;
+    const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, v = c->v_head_dim, latent = c->kv_lora_rank;
     const dsv3__mm_mode *mode = w->m->mode.compute == DSV3_COMPUTE_FP8 ? &w->m->exact : &w->m->mode;
+    const dsv3__form form = dsv3__mm_form(mode, kv_b);
     const uint64_t w_uk = (uint64_t)s->h * (nope + v);
     const bool tiled = s->count > DSV3__MM_FEW;
     for (uint32_t b = 0; b < s->count; b += DSV3__KEY_BLOCK) {
-        const uint8_t *page = dsv3__mla_page(w, t->rows, t->layer, s->t0 + b);
         const uint32_t count = (uint32_t)dsv3__min(s->count - b, DSV3__KEY_BLOCK);
-        dsv3__mla_fetch(w->m->k, &w->latent, page, count, e->latents + b * w->query_stride, w->query_stride);
-        dsv3__mla_fetch(w->m->k, &w->rope_key, page, count, mine->keys, w->cache_stride);
-        for (uint32_t i = 0; i < count; i++)
-            memcpy(e->keys + (b + i) * w->key_stride + nope, mine->keys + i * w->cache_stride, rope * sizeof(float));
+        const float *key = dsv3__mla_keys(w, mine, dsv3__mla_page(w, t->rows, t->layer, s->t0 + b), count);
+        for (uint32_t i = b; i < b + count; i++, key += w->cache_stride) {
+            dsv3__mm_pack(mode, e->latents + i * w->query_stride, key, latent, form, tiled);
+            memcpy(e->keys + i * w->key_stride + nope, key + latent, rope * sizeof(float));
+        }
     }
-    for (uint32_t i = 0; i < s->count; i++)
-        dsv3__nn_pack(w, worker, e->latents + i * w->query_stride, mode, kv_b, tiled);
     dsv3__mm_strip(mode, mine->panel, kv_b, w_uk, w_uk + nope, e->latents, w->query_stride, NULL, s->count, tiled,
                    e->keys, w->key_stride, NULL);
     dsv3__mm_strip(mode, mine->panel, kv_b, w_uk + nope, w_uk + nope + v, e->latents, w->query_stride, NULL, s->count,
@@ -12105,14 +12113,15 @@ static void dsv3__mla_expand(const dsv3__mla_task *t, uint32_t worker, dsv3__exp
         dsv3__mla_expand_halves(w, e, s, b);
 }
 
-/* The queries of n <= DSV3__HEAD_GROUP rows of head h, from row0 on: into e->q, or as halves into e->query. */
+/* The queries of head h of n <= 16 rows, from row0 on, a multiple of 16. */
 static void dsv3__mla_expand_query(const dsv3__work *w, const dsv3__expanded *e, uint32_t h, uint32_t row0, uint32_t n)
 {
     const uint32_t nope = w->m->config.qk_nope_head_dim, rope = w->m->config.qk_rope_head_dim;
     const size_t stride = w->halves ? w->key_width : w->key_stride;
+    float *queries = e->queries + row0 / 16 * dsv3__nn_query_floats(w), *q = w->halves ? e->q : queries;
     for (uint32_t i = row0; i < row0 + n; i++) {
         const float *from = w->q + i * w->q_stride + (size_t)h * (nope + rope);
-        float *to = e->q + (i - row0) * stride;
+        float *to = q + (i - row0) * stride;
         memcpy(to, from, nope * sizeof(float));
         dsv3__nn_rope(w->m, to + (w->halves ? w->half_nope : nope), from + nope, w->rope + (size_t)i * rope);
         to += w->half_nope;
@@ -12123,10 +12132,10 @@ static void dsv3__mla_expand_query(const dsv3__work *w, const dsv3__expanded *e,
         }
     }
     if (w->halves)
-        w->m->k->half_query(e->query, e->q, stride, n, stride);
+        w->m->k->half_query(queries, q, stride, n, stride);
 }
 
-/* n <= DSV3__HEAD_GROUP rows, from row0 on, meet the span; of a block each sees what lies at its place and before. */
+/* n <= 16 rows, from row0 on, a multiple of 16, meet the span; of a block each sees what lies at its place and before. */
 static void dsv3__mla_expand_rows(const dsv3__mla_task *t, const dsv3__worker *mine, const dsv3__expanded_span *s,
                                   uint32_t row0, uint32_t n)
 {
@@ -12134,14 +12143,14 @@ static void dsv3__mla_expand_rows(const dsv3__mla_task *t, const dsv3__worker *m
     const dsv3__kern *k = w->m->k;
     const dsv3__expanded *e = &mine->expanded;
     const uint32_t v = w->m->config.v_head_dim, last = t->rows[row0 + n - 1].position;
+    const float *queries = e->queries + row0 / 16 * dsv3__nn_query_floats(w);
     float *sums = e->sums + (size_t)row0 * (16 + v);
-    dsv3__mla_expand_query(w, e, s->h, row0, n);
     for (uint32_t b = 0; b < s->count && s->t0 + b <= last; b += DSV3__KEY_BLOCK) {
         const uint32_t count = (uint32_t)dsv3__min(s->count - b, DSV3__KEY_BLOCK);
         if (w->halves)
-            k->half_scores(mine->score, DSV3__KEY_BLOCK, &s->keys[b / DSV3__KEY_BLOCK], e->query, n);
+            k->half_scores(mine->score, DSV3__KEY_BLOCK, &s->keys[b / DSV3__KEY_BLOCK], queries, n);
         else
-            k->tile(mine->score, DSV3__KEY_BLOCK, e->keys + b * w->key_stride, w->key_stride, count, e->q,
+            k->tile(mine->score, DSV3__KEY_BLOCK, e->keys + b * w->key_stride, w->key_stride, count, queries,
                     w->key_stride, NULL, n, w->key_stride);
         for (uint32_t i = 0; i < n; i++) {
             const uint32_t end = t->rows[row0 + i].position + 1, from = s->t0 + b;
@@ -12174,17 +12183,18 @@ static void dsv3__mla_expand_task(void *ctx, uint32_t h, uint32_t worker)
         memset(sum, 0, (16 + v) * sizeof(float));
         *sum = -INFINITY;
     }
+    for (uint32_t i = 0; i < t->n; i += 16)
+        dsv3__mla_expand_query(w, &mine->expanded, h, i, (uint32_t)dsv3__min(t->n - i, 16));
     for (s.t0 = 0; s.t0 <= last; s.t0 += DSV3__EXPAND_SPAN) {
         s.count = (uint32_t)dsv3__min(last + 1 - s.t0, DSV3__EXPAND_SPAN);
         dsv3__mla_expand(t, worker, &s);
-        for (uint32_t i = s.t0 > first ? s.t0 - first : 0; i < t->n; i += DSV3__HEAD_GROUP)
-            dsv3__mla_expand_rows(t, mine, &s, i, (uint32_t)dsv3__min(t->n - i, DSV3__HEAD_GROUP));
+        for (uint32_t i = s.t0 > first ? (s.t0 - first) / 16 * 16 : 0; i < t->n; i += 16)
+            dsv3__mla_expand_rows(t, mine, &s, i, (uint32_t)dsv3__min(t->n - i, 16));
     }
     for (uint32_t i = 0; i < t->n; i++) {
-        const float *sum = mine->expanded.sums + (size_t)i * (16 + v), scale = 1.0f / sum[1];
-        float *o = w->o + i * w->o_stride + (size_t)h * v;
-        for (uint32_t x = 0; x < v; x++)
-            o[x] = sum[16 + x] * scale;
+        float *sum = mine->expanded.sums + (size_t)i * (16 + v);
+        w->m->k->shrink(sum + 16, v, 1.0f / sum[1], 0);
+        memcpy(w->o + i * w->o_stride + (size_t)h * v, sum + 16, v * sizeof(float));
     }
 }
 
