@@ -8133,8 +8133,9 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         dsv3__mm_place(placed, v, form);
         for (size_t h = 0; h < 2 && c / 64 + h < blocks; h++) {
             size_t group, at = dsv3__mm_offset(mode->k, c / 64 + h, blocks, tiled, &group), lanes = mode->k->lanes;
-            for (size_t i = 0; i < 64; i += 4)
-                memcpy(row + at + i / lanes * group + i % lanes, placed + 64 * h + i, 4 * sizeof(float));
+            for (size_t g = 0; g < 64 / lanes; g++)
+                for (size_t l = 0; l < lanes; l += 4)
+                    memcpy(row + at + g * group + l, placed + 64 * h + g * lanes + l, 4 * sizeof(float));
         }
     }
 }
@@ -11238,13 +11239,16 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 
 // ---- Linear maps -----------------------------------------------------------------------------------------
 
-/* to [n] += weight * from. PERF: sixteen at a time are a loop that compilers turn into vectors at -O2. */
+/* to [n] += weight * from. PERF: sixteen of a copy, which cannot be the same memory, make vectors at -O2. */
 static void dsv3__nn_add(float *to, const float *from, float weight, size_t n)
 {
     size_t i = 0;
-    for (; i + 16 <= n; i += 16)
+    for (; i + 16 <= n; i += 16) {
+        float v[16];
+        memcpy(v, from + i, sizeof v);
         for (size_t j = 0; j < 16; j++)
-            to[i + j] += weight * from[i + j];
+            to[i + j] += weight * v[j];
+    }
     for (; i < n; i++)
         to[i] += weight * from[i];
 }
