@@ -121,7 +121,8 @@
    8-bit integers (the default for I8 weights); dsv3_compute says each exactly, README.md what each costs. Router, norms,
    softmax and rotation are f32 in all of them; attention multiplies bf16, but in F32. The reference is Hugging Face
    transformers in f32; tests/oracle runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in
-   its absorbed form only. Where DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was
+   its absorbed form, which meets the cache as it is and gives every token the same bits whatever is run beside it; with the
+   option `expand` long prompts go the other way (dsv3_workspace_opts). Where DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was
    chosen and what it costs.
 
    ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
@@ -954,9 +955,10 @@ typedef struct dsv3_workspace_opts {
     uint64_t memory_limit;    /* bytes, its sessions included; 0: none */
     dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
-    /* Attention writes out keys and values of each head where 64 rows or more of one session, and nothing else, are run at
-       once: long prompts are faster (README.md has figures; a large max_batch helps). Bits of logits then depend on how a
-       prompt was cut, too. Default: false, absorbed attention always */
+    /* Attention writes out keys and values of each head, in the mode's arithmetic, where 64 rows or more of one session are
+       run at once, and nothing else: long prompts are faster (README.md has figures). The cache is the same, decoding too.
+       Logits are as near to the reference, but their bits depend on how a prompt is cut into appends and by max_batch. Takes
+       scratch: a third of a megabyte for 64 rows of max_batch and 2 MB, each thread. Default: false */
     bool expand;
 } dsv3_workspace_opts;
 
@@ -1008,7 +1010,7 @@ typedef struct dsv3_session_opts {
     dsv3_progress progress;   /* Default: none. Tokens done of those appended (a prompt's too), after each max_batch */
     dsv3_cache cache_latent;  /* as in dsv3_workspace_opts */
     dsv3_cache cache_rope;
-    bool expand;
+    bool expand; /* as in dsv3_workspace_opts */
     /* Optional: one that is shared, of the same model. It has what max_batch to allocator, the cache types and `expand`
        say, which are ignored then. Default: a workspace of the session's own, with pages for max_tokens */
     dsv3_workspace *workspace;
@@ -11548,12 +11550,12 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
     dsv3__pool_run(w->pool, (w->m->config.hidden_size + w->strip - 1) / w->strip, dsv3__nn_mlp_down_task, &t);
 }
 // =============================================================================
-// >>mla   Multi-head latent attention, absorbed form (DeepSeek-V2 paper, section 2.1). Needs: nn.
+// >>mla   Multi-head latent attention (DeepSeek-V2 paper, section 2.1). Needs: nn.
 //         In: normalised rows. Out: x += attention. Owns the layout of a cache row: the latent after its norm
 //         [kv_lora_rank], k_pe after its rotation [qk_rope_head_dim], zeros to a multiple of 64. One row serves all heads.
 //         Rows lie in pages of DSV3_PAGE_TOKENS positions, all layers of them together; each part in its own number format.
-//         Absorbed is the only form: W_UK goes to the query's side, W_UV behind the sum over positions, so that keys and
-//         values are never expanded and bits depend on tokens and positions alone.
+//         Absorbed: W_UK goes to the query's side, W_UV behind the sum over positions, keys and values are never expanded,
+//         and bits depend on tokens and positions alone. Expanded, where asked for and worth it: see there.
 // =============================================================================
 
 #define DSV3__CACHE_BLOCK 64 /* numbers that share a scale, in 8 bits */
@@ -12048,7 +12050,9 @@ static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows
 
 /* Heads with keys and values of their own: k_nope = W_UK c and v = W_UV c of every latent c that is seen, in the mode's own
    arithmetic. A score is nope + rope products then, not latent + rope, and a sum v, not latent: 3.4 times fewer, where
-   enough rows share what writing out costs. What are heads of one row above are rows of one head here. */
+   enough rows share what writing out costs. What are heads of one row above are rows of one head here; in place of spans
+   that are merged there is one running sum. A head is one task, whatever the threads. PERF: with 256 keys at a time what
+   >>kern makes of them, 460 KB, stays in L2 while all rows meet it. */
 
 typedef struct dsv3__expanded_span {
     uint32_t h, t0, count; /* the keys t0 ... t0 + count - 1 of a head */
