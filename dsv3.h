@@ -122,8 +122,8 @@
    softmax and rotation are f32 in all of them; attention multiplies bf16, but in F32. The reference is Hugging Face
    transformers in f32; tests/oracle runs it live, beside DeepSeek's own quantised arithmetic. Attention is computed in
    its absorbed form, which meets the cache as it is and gives every token the same bits whatever is run beside it; with the
-   option `expand` long prompts go the other way (dsv3_workspace_opts). Where DeepSeek's inference code differs (bf16 router), tests/oracle/README.md tells what was
-   chosen and what it costs.
+   option `expand` long prompts go the other way (dsv3_workspace_opts). Where DeepSeek's inference code differs (bf16
+   router), tests/oracle/README.md tells what was chosen and what it costs.
 
    ERRORS. Every call that can fail returns a dsv3_result and takes a dsv3_error *, last, which may be NULL. The message
    names the file, the tensor or key, what was expected and what was found. Pointers and counts given out are NULL or 0 on
@@ -957,8 +957,8 @@ typedef struct dsv3_workspace_opts {
     dsv3_allocator allocator; /* Default: the model's */
     /* Attention writes out keys and values of each head, in the mode's arithmetic, where 64 rows or more of one session are
        run at once, and nothing else: long prompts are faster (README.md has figures). The cache is the same, decoding too.
-       Logits are as near to the reference, but their bits depend on how a prompt is cut into appends and by max_batch. Takes
-       scratch: a third of a megabyte for 64 rows of max_batch and 2 MB, each thread. Default: false */
+       Logits are as near to the reference, but their bits depend on how a prompt is cut, into appends and by max_batch.
+       Takes more scratch, for each thread 1.7 MB and 2 KB a row of max_batch. Default: false */
     bool expand;
 } dsv3_workspace_opts;
 
