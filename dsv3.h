@@ -109,8 +109,9 @@
 
    DETERMINISM. The same tokens at the same positions give the same bits of logits, whatever else is in the batch, however
    a prompt is cut into pieces, with any number of threads, on every instruction set (with AVX512_BF16, compute mode
-   BF16 and numbers below 2^-126 excepted: see dsv3_compute), with gcc and clang, at every optimisation level. All sums
-   have one documented order (>>kern). The header pins contraction itself and refuses -ffast-math; it sets the
+   BF16 and numbers below 2^-126 excepted: see dsv3_compute), with gcc and clang, at every optimisation level. (The option
+   `expand` of dsv3_workspace_opts gives some of that away for faster prompts.) All sums have one documented order
+   (>>kern). The header pins contraction itself and refuses -ffast-math; it sets the
    floating-point state while it computes and puts the host's back. Rotary tables use the C library's double-precision
    cos, sin, pow and log rounded to float: with another libm a bit of them could move. Sampling is a function of logits,
    options, position and, with penalties, the tokens so far: the random number for a
@@ -955,10 +956,12 @@ typedef struct dsv3_workspace_opts {
     uint64_t memory_limit;    /* bytes, its sessions included; 0: none */
     dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
-    /* Attention writes out keys and values of each head, in the mode's arithmetic, where 64 rows or more of one session are
-       run at once, and nothing else: long prompts are faster (README.md has figures). The cache is the same, decoding too.
-       Logits are as near to the reference, but their bits depend on how a prompt is cut, into appends and by max_batch.
-       Takes more scratch, for each thread 1.7 MB and 2 KB a row of max_batch. Default: false */
+    /* Attention writes out keys and values of each head, in the mode's arithmetic, where 64 new rows or more of one
+       session, and nothing else, are run at once and that takes fewer products: long prompts are faster (README.md has figures). The
+       cache is of the same form, decoding as it was. Logits are as near to the reference, but what this manual promises
+       about bits is promised without it only: they then depend on how a prompt is cut, by appends and max_batch, on other
+       sessions in its passes, on drafts that have rows run again, and a last token that is run again may get others. Takes
+       more scratch, for each thread 1.7 MB and 2 KB a row of max_batch. Default: false */
     bool expand;
 } dsv3_workspace_opts;
 
@@ -10982,7 +10985,7 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 #define DSV3__HEAD_ROWS   16  /* rows, and */
 #define DSV3__HEAD_GROUP  16  /* heads at most, that meet a block of the cache at once */
 #define DSV3__UK_ROWS     8   /* rows of W_UK decoded at a time */
-#define DSV3__EXPAND_ROWS 64  /* the fewest rows that keys are written out for, */
+#define DSV3__EXPAND_ROWS 64  /* the fewest new rows that keys are written out for, */
 #define DSV3__EXPAND_SPAN 256 /* and how many keys at a time */
 #define DSV3__KEY_BLOCK   64  /* positions between two looks at the running maximum: a page */
 #define DSV3__KEY_SPAN    512 /* positions summed up before they are added to the rest */
@@ -11008,7 +11011,7 @@ typedef struct dsv3__expanded {
     uint16_t *key_codes;       /* [DSV3__EXPAND_SPAN, half_nope + 2 half_rope] the same as halves, */
     uint16_t *value_codes;     /* [DSV3__EXPAND_SPAN, half_v] */
     float *made, *made_values; /* [DSV3__EXPAND_SPAN, key_width], [.., half_v] and what >>kern makes of them */
-    float *queries;            /* [max_batch, key_stride] of each row, or what half_query makes of 16 rows each, */
+    float *queries;            /* [max_batch in 16s, key_stride], or what half_query makes of 16 rows each, */
     float *q;                  /* from [DSV3__HEAD_GROUP, key_width] */
     float *sums; /* [max_batch, 16 + v_head_dim] of each row: largest score, sum of exp, at 16 sum of values */
 } dsv3__expanded;
@@ -11154,7 +11157,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     /* also room for a packed row of latents: blocks of 128, which are at most half_latent and 96 */
     w->query_stride = w->half_width > w->cache_stride ? w->half_width : w->cache_stride;
     w->head_groups = (uint32_t)dsv3__ceil_div(c->num_attention_heads, DSV3__HEAD_GROUP);
-    w->expand = expand;
+    w->expand = expand = expand && max_batch >= DSV3__EXPAND_ROWS;
     w->key_stride = ((size_t)c->qk_nope_head_dim + c->qk_rope_head_dim + 63) / 64 * 64;
     w->half_nope = w->halves ? ((size_t)c->qk_nope_head_dim + 31) / 32 * 32 : 0;
     w->half_v = w->halves ? ((size_t)c->v_head_dim + 31) / 32 * 32 : 0;
@@ -11781,7 +11784,7 @@ static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worke
 
 /* The running softmax of one head of a row: `sum` and the latents in u are relative to exp(max). */
 typedef struct dsv3__mla_sum {
-    float *max, *sum, *u; /* [1], [1], [kv_lora_rank]; of the next heads behind them */
+    float *max, *sum, *u; /* [1], [1], [kv_lora_rank], expanded [v_head_dim]; of the next heads behind them */
 } dsv3__mla_sum;
 
 DSV3__INLINE dsv3__mla_sum dsv3__mla_sum_of(const dsv3_model *m, const dsv3__mla_heads *v, float *sums, uint32_t i,
@@ -12049,8 +12052,9 @@ static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows
 // ---- Attention, expanded ---------------------------------------------------------------------------------
 
 /* Heads with keys and values of their own: k_nope = W_UK c and v = W_UV c of every latent c that is seen, in the mode's own
-   arithmetic. A score is nope + rope products then, not latent + rope, and a sum v, not latent: 3.4 times fewer, where
-   enough rows share what writing out costs. What are heads of one row above are rows of one head here; in place of spans
+   arithmetic. A score is nope + rope products then, not latent + rope, and a sum v, not latent: 3.4 times fewer (2.7 as
+   halves, whose rope counts three times), where enough rows share what writing out costs. What are heads of one row above
+   are rows of one head here; in place of spans
    that are merged there is one running sum. A head is one task, whatever the threads. PERF: with 256 keys at a time what
    >>kern makes of them, 460 KB, stays in L2 while all rows meet it. */
 
@@ -12206,13 +12210,23 @@ static void dsv3__mla_expand_task(void *ctx, uint32_t h, uint32_t worker)
     }
 }
 
-/* Rows of one timeline, one behind the other, which see all of it. */
-static bool dsv3__mla_one_timeline(const dsv3__row *rows, uint32_t n)
+/* Are these rows of one timeline, one behind the other, which see all of it, enough of them new, and is it less work? Rows
+   that only run again do not count, so that drafts, which have them run, seldom change the way. */
+static bool dsv3__mla_expands(const dsv3__work *w, const dsv3__row *rows, uint32_t n)
 {
-    for (uint32_t i = 0; i < n; i++)
+    const dsv3_config *c = &w->m->config;
+    const double writing =
+        ((double)c->qk_nope_head_dim + c->v_head_dim) * c->kv_lora_rank; /* of a key, or a row's own */
+    const double end = (double)rows->position + n, scores = n * (end - (n - 1) / 2.0);
+    uint32_t fresh = 0;
+    for (uint32_t i = 0; i < n; i++) {
         if (rows[i].pages != rows->pages || rows[i].position != rows->position + i || rows[i].shift || rows[i].first)
             return false;
-    return true;
+        fresh += !rows[i].cached;
+    }
+    return fresh >= DSV3__EXPAND_ROWS &&
+           end * writing + scores * ((double)c->qk_nope_head_dim + c->qk_rope_head_dim + c->v_head_dim) <
+               n * writing + scores * (2.0 * c->kv_lora_rank + c->qk_rope_head_dim);
 }
 
 /* o = attention's values of all rows and heads. */
@@ -12223,7 +12237,7 @@ static void dsv3__mla_attend(dsv3__mla_task *t)
     uint32_t chunks = (uint32_t)dsv3__ceil_div(t->n, DSV3__HEAD_ROWS);
     const bool few = chunks == 1 || (uint64_t)chunks * w->head_groups < threads;
     uint32_t spans = 0; /* of the longest timeline */
-    if (w->expand && t->n >= DSV3__EXPAND_ROWS && dsv3__mla_one_timeline(t->rows, t->n)) {
+    if (w->expand && dsv3__mla_expands(w, t->rows, t->n)) {
         dsv3__pool_run(w->pool, heads, dsv3__mla_expand_task, t);
         return;
     }
