@@ -957,11 +957,11 @@ typedef struct dsv3_workspace_opts {
     dsv3_executor executor;   /* Default: the workspace's own threads, asleep between calls */
     dsv3_allocator allocator; /* Default: the model's */
     /* Attention writes out keys and values of each head, in the mode's arithmetic, where 64 new rows or more of one
-       session, and nothing else, are run at once and that takes fewer products: long prompts are faster (README.md has figures). The
-       cache is of the same form, decoding as it was. Logits are as near to the reference, but what this manual promises
-       about bits is promised without it only: they then depend on how a prompt is cut, by appends and max_batch, on other
-       sessions in its passes, on drafts that have rows run again, and a last token that is run again may get others. Takes
-       more scratch, for each thread 1.7 MB and 2 KB a row of max_batch. Default: false */
+       session, and nothing else, are run at once and that takes fewer products: long prompts are faster (README.md has
+       figures). The cache is of the same form, decoding as it was. Logits are as near to the reference, but what this
+       manual promises about bits is promised without it only: they then depend on how a prompt is cut, by appends and
+       max_batch, on other sessions in its passes, on drafts that have rows run again, and a last token that is run again
+       may get others. Takes more scratch, for each thread 1.7 MB and 2 KB a row of max_batch. Default: false */
     bool expand;
 } dsv3_workspace_opts;
 
