@@ -12054,9 +12054,8 @@ static void dsv3__mla_few_rows(dsv3__mla_task *t, uint32_t row0, uint32_t n_rows
 /* Heads with keys and values of their own: k_nope = W_UK c and v = W_UV c of every latent c that is seen, in the mode's own
    arithmetic. A score is nope + rope products then, not latent + rope, and a sum v, not latent: 3.4 times fewer (2.7 as
    halves, whose rope counts three times), where enough rows share what writing out costs. What are heads of one row above
-   are rows of one head here; in place of spans
-   that are merged there is one running sum. A head is one task, whatever the threads. PERF: with 256 keys at a time what
-   >>kern makes of them, 460 KB, stays in L2 while all rows meet it. */
+   are rows of one head here; in place of spans that are merged there is one running sum. A head is one task, whatever the
+   threads. PERF: with 256 keys at a time what >>kern makes of them, 460 KB, stays in L2 while all rows meet it. */
 
 typedef struct dsv3__expanded_span {
     uint32_t h, t0, count; /* the keys t0 ... t0 + count - 1 of a head */
@@ -12215,8 +12214,8 @@ static void dsv3__mla_expand_task(void *ctx, uint32_t h, uint32_t worker)
 static bool dsv3__mla_expands(const dsv3__work *w, const dsv3__row *rows, uint32_t n)
 {
     const dsv3_config *c = &w->m->config;
-    const double writing =
-        ((double)c->qk_nope_head_dim + c->v_head_dim) * c->kv_lora_rank; /* of a key, or a row's own */
+    /* products: of a key written out, or of a row's own way through W_UK and W_UV; pairs of a row and a key */
+    const double writing = ((double)c->qk_nope_head_dim + c->v_head_dim) * c->kv_lora_rank;
     const double end = (double)rows->position + n, scores = n * (end - (n - 1) / 2.0);
     uint32_t fresh = 0;
     for (uint32_t i = 0; i < n; i++) {
