@@ -1298,6 +1298,43 @@ TEST(begins_anew_anywhere)
     }
 }
 
+/* With keys and values written out for 64 rows or more: a token that is run again because someone drafts is none of them. */
+TEST(expanded_alike)
+{
+    enum { BEFORE = 3, MOST = 65 };
+    tiny_opts o = small(1);
+    int32_t ids[BEFORE + MOST];
+    o.max_pos = 1024;
+    REQUIRE(open_model(o));
+    tiny_ids(ids, BEFORE + MOST, o.vocab, 4);
+    for (size_t n = 62; n <= MOST; n++) {
+        float *logits[3];
+        for (int who = 0; who < 3; who++) { /* plain, drafting; absorbed */
+            dsv3_session *s, *fork;
+            dsv3_session_opts so;
+            const float *at;
+            dsv3_error e;
+            memset(&so, 0, sizeof so);
+            so.max_tokens = 200, so.n_threads = 1, so.expand = who < 2;
+            if (who == 1)
+                so.n_draft = 2, so.drafter = DSV3_DRAFTER_MTP;
+            REQUIRE(dsv3_session_open(&s, model, &so, &e) == DSV3_OK);
+            REQUIRE(dsv3_session_append(s, ids, BEFORE, NULL, &e) == DSV3_OK);
+            REQUIRE(dsv3_session_fork(&fork, s, 0, &e) == DSV3_OK);
+            REQUIRE(dsv3_session_append(fork, ids + BEFORE, n, NULL, &e) == DSV3_OK);
+            REQUIRE(dsv3_session_logits(fork, &at, &e) == DSV3_OK);
+            logits[who] = (float *)malloc(o.vocab * sizeof(float));
+            memcpy(logits[who], at, o.vocab * sizeof(float));
+            dsv3_session_close(fork);
+            dsv3_session_close(s);
+        }
+        CHECK(memcmp(logits[0], logits[1], o.vocab * sizeof(float)) == 0);
+        CHECK((memcmp(logits[0], logits[2], o.vocab * sizeof(float)) == 0) == (n < 64));
+        free(logits[0]), free(logits[1]), free(logits[2]);
+    }
+    close_model();
+}
+
 TEST(lookup)
 {
     int32_t tokens[40] = {1, 2, 3, 4, 9, 2, 3, 5, 7, 1, 2, 3};
@@ -1322,4 +1359,5 @@ TEST(lookup)
 
 TEST_MAIN(RUN(same_text), RUN(same_text_of_a_trained_model), RUN(stop_cancel_and_rewind), RUN(cancel_inside),
           RUN(beside_others), RUN(saved_in_the_middle), RUN(no_room), RUN(nonsense), RUN(broken_guess), RUN(memory),
-          RUN(options), RUN(lookup), RUN(pace), RUN(begins_anew), RUN(begins_anew_anywhere) TOKENIZED)
+          RUN(options), RUN(lookup), RUN(pace), RUN(begins_anew), RUN(begins_anew_anywhere),
+          RUN(expanded_alike) TOKENIZED)
