@@ -1313,7 +1313,6 @@ TEST(expanded_alike)
             dsv3_session *s, *fork;
             dsv3_session_opts so;
             const float *at;
-            dsv3_error e;
             memset(&so, 0, sizeof so);
             so.max_tokens = 200, so.n_threads = 1, so.expand = who < 2;
             if (who == 1)
