@@ -96,7 +96,8 @@ class Memory(Structure):
 class SessionOpts(Structure):
     _fields_ = [("struct_size", c_uint32), ("max_tokens", c_uint32), ("max_batch", c_uint32), ("n_threads", c_uint32),
                 ("memory_limit", c_uint64), ("executor", Executor), ("allocator", Allocator), ("progress", Progress),
-                ("cache_latent", c_int), ("cache_rope", c_int), ("workspace", c_void_p), ("reserve_pages", c_uint32),
+                ("cache_latent", c_int), ("cache_rope", c_int), ("expand", c_bool), ("workspace", c_void_p),
+                ("reserve_pages", c_uint32),
                 ("n_draft", c_uint32), ("drafter", c_int), ("draft_fn", DRAFT_FN), ("draft_user", c_void_p)]
 
 

@@ -137,6 +137,7 @@ static void parallel(const dsv3_model *model, const dsv3_tokenizer *tokenizer, c
     wo.n_pages = pages < 1u << 26 ? (uint32_t)pages : 1u << 26;
     wo.n_threads = n_threads;
     wo.cache_latent = cache_type(cache_latent, "--cache"), wo.cache_rope = cache_type(cache_rope, "--cache-rope");
+    wo.expand = expand;
     check(dsv3_workspace_open(&workspace, model, &wo, &error), &error);
     so.workspace = workspace, so.max_tokens = (uint32_t)longest;
     so.progress = bar("reading the prompt");
