@@ -11050,13 +11050,13 @@ typedef struct dsv3__cache_part {
 typedef struct dsv3__work {
     const dsv3_model *m;
     dsv3__pool *pool;
-    uint32_t max_batch; /* rows at once */
-    bool expand;        /* attention of many rows of one timeline writes keys and values out */
-    size_t key_stride, half_nope, half_v,
-        key_width;  /* of a head: nope + rope in 64s; in 32s; half_nope + 3 half_rope */
-    bool tiled;     /* this pass: how rows are packed, see >>mm, and */
-    uint32_t strip; /* the outputs of a task */
-    bool halves;    /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
+    uint32_t max_batch;                  /* rows at once */
+    bool expand;                         /* attention of many rows of one timeline writes keys and values out */
+    size_t key_stride;                   /* of a head: nope + rope, in 64s */
+    size_t half_nope, half_v, key_width; /* as halves: in 32s; half_nope + 3 half_rope */
+    bool tiled;                          /* this pass: how rows are packed, see >>mm, and */
+    uint32_t strip;                      /* the outputs of a task */
+    bool halves; /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
     size_t half_latent, half_rope, half_width; /* latent, k_pe, k_pe, rest of k_pe; each to a multiple of 32; in all */
     size_t query_stride;                       /* floats of a head's query, in either form */
     size_t cache_stride;                       /* floats of a position: latent, k_pe, zeros to a multiple of 64 */
@@ -11824,6 +11824,17 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, const 
         dsv3__nn_rope(w->m, q + i * v->q_row + latent, from + i * w->q_stride + nope, w->rope + (v->row0 + i) * rope);
 }
 
+/* to [3, half_rope] = a rotated query [rope] as a half, what that leaves, and the half again: what meets the parts of k_pe
+   in a block of halves. from may be to. */
+static void dsv3__mla_half_rope(const dsv3__work *w, float *to, const float *from)
+{
+    for (uint32_t r = 0; r < w->m->config.qk_rope_head_dim; r++) {
+        const float whole = from[r], first = dsv3__k_half(whole);
+        to[r] = to[r + 2 * w->half_rope] = first;
+        to[r + w->half_rope] = whole - first;
+    }
+}
+
 /* Row i's queries of group g as halves, in their place. */
 static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, const dsv3__mla_heads *v, uint32_t i,
                                  uint32_t g)
@@ -11837,11 +11848,7 @@ static void dsv3__mla_half_query(const dsv3__work *w, dsv3__worker *mine, const 
         memset(to, 0, w->half_width * sizeof(float));
         memcpy(to, from, c->kv_lora_rank * sizeof(float));
         to += w->half_latent, from += c->kv_lora_rank;
-        for (uint32_t r = 0; r < c->qk_rope_head_dim; r++) {
-            const float first = dsv3__k_half(from[r]);
-            to[r] = to[r + 2 * w->half_rope] = first;
-            to[r + w->half_rope] = from[r] - first;
-        }
+        dsv3__mla_half_rope(w, to, from);
     }
     w->m->k->half_query(q, mine->made, w->half_width, n, w->half_width);
 }
@@ -11942,6 +11949,12 @@ static void dsv3__mla_merge(const dsv3_model *m, const dsv3__mla_heads *v, uint3
     }
 }
 
+/* The arithmetic in which kv_b meets latents. */
+static const dsv3__mm_mode *dsv3__mla_mode(const dsv3_model *m)
+{
+    return m->mode.compute == DSV3_COMPUTE_FP8 ? &m->exact : &m->mode;
+}
+
 /* Head j's part of o: W_UV times its latents, which are v->sums by then. PERF: in f32
    a prompt in INT8 took 4 % longer. */
 static void dsv3__mla_values(const dsv3__mla_task *t, uint32_t worker, const dsv3__mla_heads *v, uint32_t j)
@@ -11950,7 +11963,7 @@ static void dsv3__mla_values(const dsv3__mla_task *t, uint32_t worker, const dsv
     const dsv3_config *c = &w->m->config;
     dsv3__worker *mine = &w->workers[worker];
     const uint64_t w_uv = (uint64_t)(v->h0 + j) * (c->qk_nope_head_dim + c->v_head_dim) + c->qk_nope_head_dim;
-    const dsv3__mm_mode *mode = w->m->mode.compute == DSV3_COMPUTE_FP8 ? &w->m->exact : &w->m->mode;
+    const dsv3__mm_mode *mode = dsv3__mla_mode(w->m);
     for (uint32_t i = 0; i < v->n_rows; i++) {
         const dsv3__mla_sum s = dsv3__mla_sum_of(w->m, v, v->sums, i, j);
         float scale = 1.0f / *s.sum, *u = mine->u + i * w->query_stride;
@@ -12104,7 +12117,7 @@ static void dsv3__mla_expand(const dsv3__mla_task *t, uint32_t worker, dsv3__exp
     const dsv3__expanded *e = &mine->expanded;
     const dsv3_tensor *kv_b = &t->l->kv_b;
     const uint32_t nope = c->qk_nope_head_dim, rope = c->qk_rope_head_dim, v = c->v_head_dim, latent = c->kv_lora_rank;
-    const dsv3__mm_mode *mode = w->m->mode.compute == DSV3_COMPUTE_FP8 ? &w->m->exact : &w->m->mode;
+    const dsv3__mm_mode *mode = dsv3__mla_mode(w->m);
     const dsv3__form form = dsv3__mm_form(mode, kv_b);
     const uint64_t w_uk = (uint64_t)s->h * (nope + v);
     const bool tiled = s->count > DSV3__MM_FEW;
@@ -12135,12 +12148,8 @@ static void dsv3__mla_expand_query(const dsv3__work *w, const dsv3__expanded *e,
         float *to = q + (i - row0) * stride;
         memcpy(to, from, nope * sizeof(float));
         dsv3__nn_rope(w->m, to + (w->halves ? w->half_nope : nope), from + nope, w->rope + (size_t)i * rope);
-        to += w->half_nope;
-        for (uint32_t r = 0; r < rope && w->halves; r++) { /* as in dsv3__mla_half_query */
-            const float first = dsv3__k_half(to[r]);
-            to[r + w->half_rope] = to[r] - first;
-            to[r] = to[r + 2 * w->half_rope] = first;
-        }
+        if (w->halves)
+            dsv3__mla_half_rope(w, to + w->half_nope, to + w->half_nope);
     }
     if (w->halves)
         w->m->k->half_query(queries, q, stride, n, stride);

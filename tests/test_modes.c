@@ -914,22 +914,28 @@ TEST(floating_point_state)
 
 // ---- Models ----------------------------------------------------------------------------------------------
 
+static bool open_in(tiny *t, dsv3_isa isa, mode m, const dsv3_session_opts *so, dsv3_model **model, dsv3_session **session)
+{
+    dsv3_model_opts mo;
+    dsv3_error e;
+    memset(&mo, 0, sizeof mo);
+    mo.isa = isa;
+    mo.compute = options(isa, m).compute;
+    return CHECK_OK(tiny_open(t, model, &mo, &e), e) && CHECK_OK(dsv3_session_open(session, *model, so, &e), e);
+}
+
 /* Logits [n, vocab] of one run, in appends of `step` tokens; of n runs of one token each, if step is 0. */
 static bool run_model(tiny *t, float *logits, const int32_t *ids, size_t n, size_t step, uint32_t n_threads,
                       dsv3_isa isa, mode m)
 {
     dsv3_model *model = NULL;
     dsv3_session *session = NULL;
-    dsv3_model_opts mo;
     dsv3_session_opts so;
     dsv3_error e;
-    memset(&mo, 0, sizeof mo);
     memset(&so, 0, sizeof so);
-    mo.isa = isa;
-    mo.compute = options(isa, m).compute;
     so.max_tokens = (uint32_t)n, so.n_threads = n_threads;
     so.cache_latent = step ? DSV3_CACHE_AUTO : DSV3_CACHE_BF16;
-    bool ok = CHECK_OK(tiny_open(t, &model, &mo, &e), e) && CHECK_OK(dsv3_session_open(&session, model, &so, &e), e);
+    bool ok = open_in(t, isa, m, &so, &model, &session);
     for (size_t at = 0, alone = !step; ok && at < n; at += step) {
         dsv3_outputs out;
         if (alone)
@@ -985,15 +991,11 @@ static bool run_expanded(tiny *t, float *logits, const int32_t *ids, size_t n, s
 {
     dsv3_model *model = NULL;
     dsv3_session *session = NULL;
-    dsv3_model_opts mo;
     dsv3_session_opts so;
     dsv3_error e;
-    memset(&mo, 0, sizeof mo);
     memset(&so, 0, sizeof so);
-    mo.isa = isa;
-    mo.compute = options(isa, m).compute;
     so.max_tokens = (uint32_t)n, so.n_threads = n_threads, so.expand = expand, so.cache_latent = so.cache_rope = cache;
-    bool ok = CHECK_OK(tiny_open(t, &model, &mo, &e), e) && CHECK_OK(dsv3_session_open(&session, model, &so, &e), e);
+    bool ok = open_in(t, isa, m, &so, &model, &session);
     for (size_t at = 0, some; ok && at < n; at += some) {
         dsv3_outputs out;
         some = at ? step : first;
