@@ -2798,26 +2798,30 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 //          Needs num, cpu. Nothing here knows the model, a tensor or a thread.
 // =============================================================================
 
-/* ORDER OF SUMMATION. Every dot product here has 64 chains. Position i of a row belongs to chain i mod 64; a chain is
+/* ORDER OF SUMMATION. A dot product has 64 chains, but for what PAIRS and INT8 say. Position i of a row belongs to chain
+   i mod 64; a chain is
        c = +0;  c = fmaf(w, x, c) for its positions, rising
    rows being padded to a multiple of 64 with zeros (of FP8: with code 0). The 64 chains are added by one tree; with
    a[16q + i] for chain 16q + i:
        t[i] = (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i])        16 sums
        t[i] += t[i + 8], then i + 4, i + 2, i + 1                  1 sum
    A NaN becomes the one NaN of DSV3__NAN_BITS. So a result has the same bits in every variant, alone or in a tile.
-   Error: |err| <= (k / 64 + 8) * 2^-24 * sum |w x|, while nothing overflows and products stay above 2^-126.
+   Error: |err| <= (k / 64 + 8) * 2^-24 * sum |w x|, in pairs (k / 32 + 8), while nothing overflows and products stay
+   above 2^-126.
 
    POSITIONS. Of F32, F16, BF16 and I8 weights: position = column. Of F8_E4M3: inside a block of 64 columns, position
    16p + i holds column 4i + p (p < 4, i < 16), because shifting a register of 16 words decodes byte p of each. x must be
    laid out likewise ("packed", >>mm). The value of an FP8 or I8 weight is f32(code * scale), rounded once.
 
-   PAIRS. Where x was rounded to bf16, rows are padded to a multiple of 128, and the two positions of a chain in a block
-   of 128 hold the second and the first of two columns (this order, as vdpbf16ps adds them). Position 16r + i and position
-   64 + 16r + i (r < 4, i < 16) are of BF16 weights columns 32r + 2i + 1 and 32r + 2i, of F8_E4M3 columns c + 1 and c with
-   c = 64 (r / 2) + 4i + 2 (r mod 2). Scales are in x already: the value of a weight is its code.
-   Variants with `pair_words` hold x and decoded weights as words of two bf16, 64 for a block of 128: word 16r + i has
-   position 16r + i in its high half, position 64 + 16r + i in its low half, and vdpbf16ps does both steps of 16 chains.
-   That instruction takes operands and results below 2^-126 as 0; all else it rounds as two fmaf.
+   PAIRS. Where x was rounded to bf16 there are 32 chains, and the two positions of a chain in a block of 64 hold the second
+   and the first of two columns (this order, as vdpbf16ps adds them). Position 16r + i and position 32 + 16r + i
+   (r < 2) are of BF16 weights columns 32r + 2i + 1 and 32r + 2i, of F8_E4M3 columns 4i + 2r + 1 and 4i + 2r. The tree is
+   that of 64 chains but for its first line: t[i] = a[i] + a[16 + i]. Scales are in x already: the value of a weight is its
+   code. Variants with `pair_words` hold x and decoded weights as words of two bf16, 32 for a block of 64: word 16r + i has
+   position 16r + i in its high half, position 32 + 16r + i in its low half, and vdpbf16ps does both steps of 16 chains.
+   That instruction takes operands and results below 2^-126 as 0; all else it rounds as two fmaf. PERF: a chain ends where a
+   tile writes it to memory and adds it up, so half as many chains are prompts at 1.1 times the speed; one row alone wants
+   as many as keep it from waiting for its own sums: two registers of 16 (Zen 4).
 
    INT8. The sum over a group of columns (all, or those of one scale) is an exact integer, the groups are added as
    y = fmaf((float)sum, w_scale * x_scale, y), rising from +0.
@@ -2956,15 +2960,14 @@ typedef struct dsv3__half_block {
                  product with the scale (as dot).
                  NaN codes give NaN elements.
    nat_fp8       out [ceil64(k)], the same with position = column, block 64, group ignored.
-   row_..._pairs the same for pairs: scale64 is not looked at, row_ writes ceil128(k).
+   row_..._pairs the same for pairs: scale64 is not looked at. Of a block's floats the first 32, second columns, are
+                 registers g < 32 / lanes, the others go block / 2 behind these. With pair_words a block is 32 words.
    dots_..._pairs   out[j * out_stride + i] = row i < n_w <= 8 of w, w_stride bytes apart, times row j < n_x of x, in pairs:
-                 x[j] [ceil128(k)]. dots_fp8_pairs wants x times `up`, a power of two, and where one of these is infinite
-                 gives infinity or NaN. The n_w * w_stride bytes at `ahead` may be asked for meanwhile.
-   round_pairs   bf16(x * scale) * up, 0 instead of a bf16 below 2^-126, for n positions in pairs of F8_E4M3, n a multiple
-                 of 128, read with strides x_block and x_group, written as row_ writes. scale64 [n / 64], the scales of
-                 each 64 columns.
-                 With pair_words, x of dots_..._pairs and what row_..._pairs and round_pairs write are words, a block being
-                 128 columns of them; round_pairs reads floats always, and up is 1.
+                 x[j] [ceil64(k)], words with pair_words. dots_fp8_pairs wants x times `up`, a power of two, and where one
+                 of these is infinite gives infinity or NaN. The n_w * w_stride bytes at `ahead` may be asked for meanwhile.
+   round_pairs   bf16(x * scale) * up, 0 instead of a bf16 below 2^-126, for n positions, a multiple of 64, in pairs; x are
+                 floats in order. scale64 [n / 64], the scales of each 64. Writes as row_..._pairs does; with pair_words up
+                 is 1.
    to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127,
                  NaN if an x is not finite; where it is not above 0 all codes are 0.
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
@@ -2977,6 +2980,7 @@ typedef struct dsv3__half_block {
    tile_add_pairs  the same for rows in pairs; with pair_words all but sum are words.
    tree          out[j * out_stride + i] = the chains of sum[.][i][j] added, for i < n_w and j < n_x: sum
                  [64 / lanes][4][tile_x][lanes], what tile_add made of all 64 chains.
+   tree_pairs    the same of all 32 chains of pairs: sum [32 / lanes][4][tile_x][lanes].
    tile          out[j * out_stride + i] = dot product of row i < n_w of w (f32, w_stride floats apart) and row j < n_x
                  of x (x_stride floats apart; with index: row index[j] of x). Both [k], k a multiple of 64. Rows are
                  any floats: what matters is that both sides use the same positions.
@@ -3038,11 +3042,11 @@ typedef struct dsv3__half_block {
     X(void, row_bf16_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k)) \
     X(void, row_fp8_pairs, (float *out, size_t block, size_t group, const void *w, const float *scale64, size_t k))  \
     X(void, round_pairs,                                                                                             \
-      (float *out, size_t block, size_t group, const float *x, size_t x_block, size_t x_group, const float *scale64, \
-       float up, size_t n))                                                                                          \
+      (float *out, size_t block, size_t group, const float *x, const float *scale64, float up, size_t n))            \
     X(void, tile_add_pairs,                                                                                          \
       (float *sum, size_t sum_next, const float *const *w, size_t w_step, size_t w_next, size_t n_w,                 \
-       const float *const *x, size_t x_step, size_t steps, size_t n_x, bool first))
+       const float *const *x, size_t x_step, size_t steps, size_t n_x, bool first))                                  \
+    X(void, tree_pairs, (float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x))
 #define DSV3__KERN_BYTES(X)                                                                               \
     X(float, to_bytes, (int8_t * codes, const float *x, size_t n, int32_t *sum))                          \
     X(void, bytes,                                                                                        \
@@ -3133,12 +3137,12 @@ DSV3__INLINE float dsv3__k_flush(float v)
 
 // ---- scalar ----------------------------------------------------------------------------------------------
 
-/* The sum of 64 chains. The tree of the contract. */
-static float dsv3__k_tree64_scalar(const float *a)
+/* The sum of n chains, 64 or 32. The tree of the contract. */
+static float dsv3__k_tree_of_scalar(const float *a, size_t n_chains)
 {
     float t[16];
     for (int i = 0; i < 16; i++)
-        t[i] = (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i]);
+        t[i] = n_chains == 64 ? (a[i] + a[16 + i]) + (a[32 + i] + a[48 + i]) : a[i] + a[16 + i];
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++)
             t[i] += t[i + n];
@@ -3197,7 +3201,7 @@ DSV3__INLINE float dsv3__k_dot_scalar(const void *w, const float *x, const float
         for (size_t i = 0; i < 64; i++)
             a[i] = fmaf(values[i], x[b * 64 + i], a[i]);
     }
-    return dsv3__k_tree64_scalar(a);
+    return dsv3__k_tree_of_scalar(a, 64);
 }
 
 #define DSV3__K_DTYPE_SCALAR(name, dtype)                                                                   \
@@ -3217,17 +3221,17 @@ DSV3__K_DTYPE_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
 DSV3__K_DTYPE_SCALAR(i8, DSV3_DTYPE_I8)
 #undef DSV3__K_DTYPE_SCALAR
 
-/* The column of position i of a block of 128, in pairs. */
+/* The column of position i of a block of 64, in pairs. */
 DSV3__INLINE size_t dsv3__k_pair_column(size_t i, dsv3_dtype dtype)
 {
-    const size_t second = i < 64 ? 1 : 0, r = i % 64 / 16, lane = i % 16;
-    return (dtype == DSV3_DTYPE_F8_E4M3 ? r / 2 * 64 + lane * 4 + r % 2 * 2 : r * 32 + lane * 2) + second;
+    const size_t second = i < 32 ? 1 : 0, r = i % 32 / 16, lane = i % 16;
+    return (dtype == DSV3_DTYPE_F8_E4M3 ? lane * 4 + r * 2 : r * 32 + lane * 2) + second;
 }
 
-/* One block of n <= 128 columns at their positions in pairs, zeros behind. */
+/* One block of n <= 64 columns at their positions in pairs, zeros behind. */
 DSV3__INLINE void dsv3__k_pair_block_scalar(float *out, const uint8_t *w, size_t n, dsv3_dtype dtype)
 {
-    for (size_t i = 0; i < 128; i++) {
+    for (size_t i = 0; i < 64; i++) {
         size_t c = dsv3__k_pair_column(i, dtype);
         out[i] = c < n ? dsv3__num_get(w, dtype, c) : 0.0f;
     }
@@ -3237,27 +3241,31 @@ static void dsv3__k_row_pairs_scalar(float *out, size_t block, size_t group, siz
                                      dsv3_dtype dtype)
 {
     const uint8_t *p = (const uint8_t *)w;
-    float values[128];
-    for (size_t c = 0; c < k; c += 128, p += 2 * dsv3__k_block_size(dtype)) {
-        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 128), dtype);
-        for (size_t h = 0; h < 2; h++, out += block)
-            for (size_t g = 0; g < 64 / lanes; g++)
-                memcpy(out + g * group, values + h * 64 + g * lanes, lanes * sizeof(float));
+    float values[64];
+    for (size_t c = 0; c < k; c += 64, p += dsv3__k_block_size(dtype), out += block) {
+        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 64), dtype);
+        for (size_t i = 0; i < 64; i += lanes)
+            memcpy(out + i / 32 * (block / 2) + i % 32 / lanes * group, values + i, lanes * sizeof(float));
     }
+}
+
+/* 32 chains go on over n positions. */
+DSV3__INLINE void dsv3__k_pair_chains_scalar(float *a, const float *w, const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        a[i % 32] = fmaf(w[i], x[i], a[i % 32]);
 }
 
 DSV3__INLINE float dsv3__k_dot_pairs_scalar(const void *w, const float *x, size_t k, dsv3_dtype dtype)
 {
     const uint8_t *p = (const uint8_t *)w;
-    float a[64], values[128];
-    for (int i = 0; i < 64; i++)
-        a[i] = 0;
-    for (size_t c = 0; c < k; c += 128, p += 2 * dsv3__k_block_size(dtype)) {
-        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 128), dtype);
-        for (size_t i = 0; i < 128; i++)
-            a[i % 64] = fmaf(values[i], x[c + i], a[i % 64]);
+    float a[32], values[64];
+    memset(a, 0, sizeof a);
+    for (size_t c = 0; c < k; c += 64, p += dsv3__k_block_size(dtype)) {
+        dsv3__k_pair_block_scalar(values, p, dsv3__min(k - c, 64), dtype);
+        dsv3__k_pair_chains_scalar(a, values, x + c, 64);
     }
-    return dsv3__k_tree64_scalar(a);
+    return dsv3__k_tree_of_scalar(a, 32);
 }
 
 /* Row by row, where a variant has no better way. */
@@ -3288,13 +3296,13 @@ DSV3__K_PAIRS_SCALAR(bf16, DSV3_DTYPE_BF16)
 DSV3__K_PAIRS_SCALAR(fp8, DSV3_DTYPE_F8_E4M3)
 #undef DSV3__K_PAIRS_SCALAR
 
-static void dsv3__k_round_pairs_scalar(float *out, size_t block, size_t group, const float *x, size_t x_block,
-                                       size_t x_group, const float *scale64, float up, size_t n)
+static void dsv3__k_round_pairs_scalar(float *out, size_t block, size_t group, const float *x, const float *scale64,
+                                       float up, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
-        const size_t b = i / 64, g = i % 64 / 8, l = i % 8;
-        float v = x[b * x_block + g * x_group + l] * scale64[b / 2 * 2 + g / 4];
-        out[b * block + g * group + l] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v))) * up;
+        const float v = x[i] * scale64[i / 64];
+        out[i / 64 * block + i % 64 / 32 * (block / 2) + i % 32 / 8 * group + i % 8] =
+            dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v))) * up;
     }
 }
 
@@ -3377,15 +3385,26 @@ static void dsv3__k_tile_add_scalar(float *sum, size_t sum_next, const float *co
         }
 }
 
-static void dsv3__k_tree_scalar(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+DSV3__INLINE void dsv3__k_trees_scalar(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x,
+                                       size_t n_chains)
 {
     float a[64];
     for (size_t i = 0; i < n_w; i++)
         for (size_t j = 0; j < n_x; j++) {
-            for (size_t c = 0; c < 64; c++)
+            for (size_t c = 0; c < n_chains; c++)
                 a[c] = sum[((c / 8 * DSV3__TILE_W + i) * 3 + j) * 8 + c % 8];
-            out[j * out_stride + i] = dsv3__k_tree64_scalar(a);
+            out[j * out_stride + i] = dsv3__k_tree_of_scalar(a, n_chains);
         }
+}
+
+static void dsv3__k_tree_scalar(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    dsv3__k_trees_scalar(out, out_stride, sum, n_w, n_x, 64);
+}
+
+static void dsv3__k_tree_pairs_scalar(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    dsv3__k_trees_scalar(out, out_stride, sum, n_w, n_x, 32);
 }
 
 static void dsv3__k_outer_scalar(float *u, size_t u_stride, size_t n_h, const float *a, size_t a_stride, const float *b,
@@ -3684,17 +3703,22 @@ static void dsv3__k_tile_scalar(float *out, size_t out_stride, const float *w, s
 #if DSV3__AVX2
 // ---- AVX2: chain 8g + l is lane l of register g ------------------------------------------------------------
 
-/* The sum of 64 chains in 8 registers. */
-DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree64_avx2(const __m256 *a)
+/* The sum of t[i] + t[i + 8], i < 8. */
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree8_avx2(__m256 t)
 {
-    __m256 lo = _mm256_add_ps(_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[4], a[6])); /* t[i], i < 8 */
-    __m256 hi = _mm256_add_ps(_mm256_add_ps(a[1], a[3]), _mm256_add_ps(a[5], a[7])); /* t[i + 8] */
-    __m256 t = _mm256_add_ps(lo, hi);
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)); /* t[i] + t[i + 4] */
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));                                        /* + t[i + 2] */
     s = _mm_add_ss(s, _mm_movehdup_ps(s));                                         /* + t[i + 1] */
     float r = _mm_cvtss_f32(s);
     return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
+}
+
+/* The sum of 64 chains in 8 registers. */
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree64_avx2(const __m256 *a)
+{
+    __m256 lo = _mm256_add_ps(_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[4], a[6])); /* t[i], i < 8 */
+    __m256 hi = _mm256_add_ps(_mm256_add_ps(a[1], a[3]), _mm256_add_ps(a[5], a[7])); /* t[i + 8] */
+    return dsv3__k_tree8_avx2(_mm256_add_ps(lo, hi));
 }
 
 /* 8 values of F32, F16, BF16; 8 codes of I8. */
@@ -3749,12 +3773,8 @@ DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_dot_avx2(const void *weights, const
     return dsv3__k_tree64_avx2(a);
 }
 
-/* Where register g of a block goes, for variants of 8 and of 16 lanes. */
-#define DSV3__REGISTER(lanes, g, group) ((lanes) == 8 ? (g) * (group) : (g) / 2 * (group) + (g) % 2 * 8)
-
 DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, size_t group, const void *weights,
-                                                     const float *scale64, size_t k, dsv3_dtype dtype,
-                                                     const size_t lanes)
+                                                     const float *scale64, size_t k, dsv3_dtype dtype)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t size = dsv3__k_block_size(dtype);
@@ -3768,7 +3788,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, s
         __m256 s = _mm256_set1_ps(dtype == DSV3_DTYPE_I8 ? scale64[b] : 1.0f);
         for (size_t g = 0; g < 8; g++) {
             __m256 v = dsv3__k_load8_avx2(w + g * (size / 8), dtype);
-            _mm256_storeu_ps(out + DSV3__REGISTER(lanes, g, group), dtype == DSV3_DTYPE_I8 ? _mm256_mul_ps(v, s) : v);
+            _mm256_storeu_ps(out + g * group, dtype == DSV3_DTYPE_I8 ? _mm256_mul_ps(v, s) : v);
         }
     }
 }
@@ -3782,7 +3802,7 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_avx2(float *out, size_t block, s
     DSV3__TARGET_AVX2 static void dsv3__k_row_##name##_avx2(float *out, size_t block, size_t group, const void *w, \
                                                             const float *scale64, size_t k)                        \
     {                                                                                                              \
-        dsv3__k_row_avx2(out, block, group, w, scale64, k, dtype, 8);                                              \
+        dsv3__k_row_avx2(out, block, group, w, scale64, k, dtype);                                                 \
     }
 DSV3__K_DTYPE_AVX2(f32, DSV3_DTYPE_F32)
 DSV3__K_DTYPE_AVX2(f16, DSV3_DTYPE_F16)
@@ -3918,6 +3938,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_fp8_code_avx2(__m256 v)
     return _mm256_mul_ps(v, _mm256_set1_ps(DSV3__TWO_120));
 }
 
+/* The sum of 32 chains in 4 registers. */
+DSV3__TARGET_AVX2 DSV3__INLINE float dsv3__k_tree32_avx2(const __m256 *a)
+{
+    return dsv3__k_tree8_avx2(_mm256_add_ps(_mm256_add_ps(a[0], a[2]), _mm256_add_ps(a[1], a[3])));
+}
+
 /* 32 columns in pairs: bytes 1, 0 of 8 words are one chain register's, bytes 3, 2 the next but one's. x: where the first
    register's begin. */
 DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_pairs_32_avx2(__m256 *a0, __m256 *a1, const uint8_t *w,
@@ -3927,72 +3953,62 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256i dsv3__k_dot_fp8_pairs_32_avx2(__m256 *a0,
     __m256i even = dsv3__k_fp8_even_avx2(v), odd = dsv3__k_fp8_odd_avx2(v);
     *a0 = _mm256_fmadd_ps(dsv3__k_fp8_low_avx2(odd), _mm256_loadu_ps(x), *a0);
     *a1 = _mm256_fmadd_ps(dsv3__k_fp8_high_avx2(odd), _mm256_loadu_ps(x + 16), *a1);
-    *a0 = _mm256_fmadd_ps(dsv3__k_fp8_low_avx2(even), _mm256_loadu_ps(x + 64), *a0);
-    *a1 = _mm256_fmadd_ps(dsv3__k_fp8_high_avx2(even), _mm256_loadu_ps(x + 80), *a1);
+    *a0 = _mm256_fmadd_ps(dsv3__k_fp8_low_avx2(even), _mm256_loadu_ps(x + 32), *a0);
+    *a1 = _mm256_fmadd_ps(dsv3__k_fp8_high_avx2(even), _mm256_loadu_ps(x + 48), *a1);
     return dsv3__k_fp8_worst_avx2(worst, v);
 }
 
 DSV3__TARGET_AVX2 static float dsv3__k_dot_fp8_pairs_avx2(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
+    uint8_t tail[64];
     __m256i worst = _mm256_setzero_si256();
-    __m256 a[8];
-    a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, x += 128) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    __m256 a[4];
+    a[0] = a[1] = a[2] = a[3] = _mm256_setzero_ps();
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 64, x += 64) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, left);
             w = tail;
         } else {
             DSV3__PREFETCH(w);
-            DSV3__PREFETCH(w + 64);
         }
         worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[0], &a[2], w, x, worst);
         worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[1], &a[3], w + 32, x + 8, worst);
-        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[4], &a[6], w + 64, x + 32, worst);
-        worst = dsv3__k_dot_fp8_pairs_32_avx2(&a[5], &a[7], w + 96, x + 40, worst);
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx2(worst)))
         return dsv3__bits_float(DSV3__NAN_BITS);
-    return dsv3__k_tree64_avx2(a);
+    return dsv3__k_tree32_avx2(a);
 }
 DSV3__K_DOTS(DSV3__TARGET_AVX2, fp8_pairs, avx2)
 
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_fp8_pairs_lanes_avx2(float *out, size_t block, size_t group,
-                                                                     const void *weights, size_t k, const size_t lanes)
+DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_pairs_avx2(float *out, size_t block, size_t group, const void *weights,
+                                                         const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
+    uint8_t tail[64];
     __m256i worst = _mm256_setzero_si256();
     float *to = out;
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    (void)scale64;
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 64, to += block) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, left);
             w = tail;
         }
-        for (size_t h = 0; h < 4; h++) {
-            const size_t g = h / 2 * 4 + h % 2;
-            float *first = to + DSV3__REGISTER(lanes, g, group), *next = to + DSV3__REGISTER(lanes, g + 2, group);
-            __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * h));
+        for (size_t g = 0; g < 2; g++) {
+            float *second = to + g * group, *first = second + block / 2;
+            __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));
             __m256i even = dsv3__k_fp8_even_avx2(v), odd = dsv3__k_fp8_odd_avx2(v);
             worst = dsv3__k_fp8_worst_avx2(worst, v);
-            _mm256_storeu_ps(first, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(odd)));
-            _mm256_storeu_ps(next, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(odd)));
-            _mm256_storeu_ps(first + block, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(even)));
-            _mm256_storeu_ps(next + block, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(even)));
+            _mm256_storeu_ps(second, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(odd)));
+            _mm256_storeu_ps(second + 2 * group, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(odd)));
+            _mm256_storeu_ps(first, dsv3__k_fp8_code_avx2(dsv3__k_fp8_low_avx2(even)));
+            _mm256_storeu_ps(first + 2 * group, dsv3__k_fp8_code_avx2(dsv3__k_fp8_high_avx2(even)));
         }
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx2(worst)))
-        dsv3__k_row_pairs_scalar(out, block, group, lanes, weights, k, DSV3_DTYPE_F8_E4M3);
-}
-
-DSV3__TARGET_AVX2 static void dsv3__k_row_fp8_pairs_avx2(float *out, size_t block, size_t group, const void *w,
-                                                         const float *scale64, size_t k)
-{
-    (void)scale64;
-    dsv3__k_row_fp8_pairs_lanes_avx2(out, block, group, w, k, 8);
+        dsv3__k_row_pairs_scalar(out, block, group, 8, weights, k, DSV3_DTYPE_F8_E4M3);
 }
 
 /* BF16: the second of two columns is the high half of a word, the first the low. */
@@ -4009,12 +4025,12 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_first_avx2(__m256i v)
 DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
-    __m256 a[8];
+    uint8_t tail[128];
+    __m256 a[4];
     __m256i v;
-    a[0] = a[1] = a[2] = a[3] = a[4] = a[5] = a[6] = a[7] = _mm256_setzero_ps();
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, x += 128) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    a[0] = a[1] = a[2] = a[3] = _mm256_setzero_ps();
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 128, x += 64) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * left);
             w = tail;
@@ -4024,46 +4040,35 @@ DSV3__TARGET_AVX2 static float dsv3__k_dot_bf16_pairs_avx2(const void *weights, 
         DSV3__PREFETCH(w + 32 * g);                                                   \
     v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));              \
     a[g] = _mm256_fmadd_ps(dsv3__k_second_avx2(v), _mm256_loadu_ps(x + 8 * g), a[g]); \
-    a[g] = _mm256_fmadd_ps(dsv3__k_first_avx2(v), _mm256_loadu_ps(x + 64 + 8 * g), a[g])
+    a[g] = _mm256_fmadd_ps(dsv3__k_first_avx2(v), _mm256_loadu_ps(x + 32 + 8 * g), a[g])
         DSV3__STEP(0);
         DSV3__STEP(1);
         DSV3__STEP(2);
         DSV3__STEP(3);
-        DSV3__STEP(4);
-        DSV3__STEP(5);
-        DSV3__STEP(6);
-        DSV3__STEP(7);
 #undef DSV3__STEP
     }
-    return dsv3__k_tree64_avx2(a);
+    return dsv3__k_tree32_avx2(a);
 }
 DSV3__K_DOTS(DSV3__TARGET_AVX2, bf16_pairs, avx2)
 
-DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_row_bf16_pairs_lanes_avx2(float *out, size_t block, size_t group,
-                                                                      const void *weights, size_t k, const size_t lanes)
+DSV3__TARGET_AVX2 static void dsv3__k_row_bf16_pairs_avx2(float *out, size_t block, size_t group, const void *weights,
+                                                          const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, out += 2 * block) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    uint8_t tail[128];
+    (void)scale64;
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 128, out += block) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * left);
             w = tail;
         }
-        for (size_t g = 0; g < 8; g++) {
+        for (size_t g = 0; g < 4; g++) {
             __m256i v = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * g));
-            float *to = out + DSV3__REGISTER(lanes, g, group);
-            _mm256_storeu_ps(to, dsv3__k_second_avx2(v));
-            _mm256_storeu_ps(to + block, dsv3__k_first_avx2(v));
+            _mm256_storeu_ps(out + g * group, dsv3__k_second_avx2(v));
+            _mm256_storeu_ps(out + g * group + block / 2, dsv3__k_first_avx2(v));
         }
     }
-}
-
-DSV3__TARGET_AVX2 static void dsv3__k_row_bf16_pairs_avx2(float *out, size_t block, size_t group, const void *w,
-                                                          const float *scale64, size_t k)
-{
-    (void)scale64;
-    dsv3__k_row_bf16_pairs_lanes_avx2(out, block, group, w, k, 8);
 }
 
 /* dsv3__k_flush, 8 at once. */
@@ -4082,16 +4087,16 @@ DSV3__TARGET_AVX2 DSV3__INLINE __m256 dsv3__k_bf16_avx2(__m256 v)
 }
 
 DSV3__TARGET_AVX2 static void dsv3__k_round_pairs_avx2(float *out, size_t block, size_t group, const float *x,
-                                                       size_t x_block, size_t x_group, const float *scale64, float up,
-                                                       size_t n)
+                                                       const float *scale64, float up, size_t n)
 {
     const __m256 ups = _mm256_set1_ps(up);
-    for (size_t g = 0; g < 8; g++)
-        for (size_t b = 0; b < n / 64; b++) {
-            __m256 v = _mm256_loadu_ps(x + b * x_block + g * x_group);
-            v = dsv3__k_bf16_avx2(_mm256_mul_ps(v, _mm256_set1_ps(scale64[b / 2 * 2 + g / 4])));
-            _mm256_storeu_ps(out + b * block + g * group, _mm256_mul_ps(dsv3__k_flush_avx2(v), ups));
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const __m256 s = _mm256_set1_ps(scale64[b]);
+        for (size_t g = 0; g < 8; g++) {
+            __m256 v = dsv3__k_bf16_avx2(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), s));
+            _mm256_storeu_ps(out + g / 4 * (block / 2) + g % 4 * group, _mm256_mul_ps(dsv3__k_flush_avx2(v), ups));
         }
+    }
 }
 
 // ---- AVX2: codes of 8 bits -----------------------------------------------------------------------------------
@@ -4392,23 +4397,31 @@ DSV3__TARGET_AVX2 DSV3__INLINE void dsv3__k_tree_store_avx2(float *out, __m128 s
     }
 }
 
-DSV3__TARGET_AVX2 DSV3__INLINE __m128 dsv3__k_tree4_avx2(const float *sum)
+/* t[i] + t[i + 4] of 64 chains, or of 32, a constant. */
+DSV3__TARGET_AVX2 DSV3__INLINE __m128 dsv3__k_tree4_avx2(const float *sum, const size_t n_chains)
 {
 #define DSV3__A(g) _mm256_loadu_ps(sum + g * 96)
-    __m256 lo = _mm256_add_ps(_mm256_add_ps(DSV3__A(0), DSV3__A(2)), _mm256_add_ps(DSV3__A(4), DSV3__A(6)));
-    __m256 hi = _mm256_add_ps(_mm256_add_ps(DSV3__A(1), DSV3__A(3)), _mm256_add_ps(DSV3__A(5), DSV3__A(7)));
+    __m256 lo = _mm256_add_ps(DSV3__A(0), DSV3__A(2)), hi = _mm256_add_ps(DSV3__A(1), DSV3__A(3));
+    if (n_chains == 64) {
+        lo = _mm256_add_ps(lo, _mm256_add_ps(DSV3__A(4), DSV3__A(6)));
+        hi = _mm256_add_ps(hi, _mm256_add_ps(DSV3__A(5), DSV3__A(7)));
+    }
 #undef DSV3__A
     __m256 t = _mm256_add_ps(lo, hi);                                          /* t[i] + t[i + 8] */
     return _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)); /* + t[i + 4] */
 }
 
-DSV3__TARGET_AVX2 static void dsv3__k_tree_avx2(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
-{
-    for (size_t j = 0; j < n_x; j++)
-        dsv3__k_tree_store_avx2(out + j * out_stride, dsv3__k_tree4_avx2(sum + j * 8),
-                                dsv3__k_tree4_avx2(sum + 24 + j * 8), dsv3__k_tree4_avx2(sum + 48 + j * 8),
-                                dsv3__k_tree4_avx2(sum + 72 + j * 8), n_w);
-}
+#define DSV3__K_TREE_AVX2(name, n_chains)                                                                           \
+    DSV3__TARGET_AVX2 static void name(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)     \
+    {                                                                                                               \
+        for (size_t j = 0; j < n_x; j++, sum += 8)                                                                  \
+            dsv3__k_tree_store_avx2(out + j * out_stride, dsv3__k_tree4_avx2(sum, n_chains),                        \
+                                    dsv3__k_tree4_avx2(sum + 24, n_chains), dsv3__k_tree4_avx2(sum + 48, n_chains), \
+                                    dsv3__k_tree4_avx2(sum + 72, n_chains), n_w);                                   \
+    }
+DSV3__K_TREE_AVX2(dsv3__k_tree_avx2, 64)
+DSV3__K_TREE_AVX2(dsv3__k_tree_pairs_avx2, 32)
+#undef DSV3__K_TREE_AVX2
 
 DSV3__TARGET_AVX2 static void dsv3__k_tile_avx2(float *out, size_t out_stride, const float *w, size_t w_stride,
                                                 size_t n_w, const float *x, size_t x_stride, const uint32_t *index,
@@ -4883,6 +4896,14 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_tree64_avx512(__m512 a0, __m512 a
     return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
 }
 
+/* The sum of 32 chains in 2 registers. */
+DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_tree32_avx512(__m512 a0, __m512 a1)
+{
+    __m512 t = _mm512_add_ps(a0, a1);
+    __m256 hi = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(t), 1));
+    return dsv3__k_tree8_avx2(_mm256_add_ps(_mm512_castps512_ps256(t), hi));
+}
+
 /* 16 values of F32, F16, BF16; 16 codes of I8. */
 DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_load16_avx512(const uint8_t *w, dsv3_dtype dtype)
 {
@@ -5248,6 +5269,20 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m128 dsv3__k_tree16x4_avx512(__m512 t0, __m51
     return _mm_blendv_ps(r, _mm_castsi128_ps(_mm_set1_epi32((int)DSV3__NAN_BITS)), _mm_cmpunord_ps(r, r));
 }
 
+DSV3__TARGET_AVX512
+static void dsv3__k_tree_pairs_avx512(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    float some[4];
+    for (size_t j = 0; j < n_x; j++, sum += 16, out += out_stride) {
+#define DSV3__T(i) _mm512_add_ps(_mm512_loadu_ps(sum + i * 96), _mm512_loadu_ps(sum + 384 + i * 96))
+        const __m128 r = dsv3__k_tree16x4_avx512(DSV3__T(0), DSV3__T(1), DSV3__T(2), DSV3__T(3));
+#undef DSV3__T
+        _mm_storeu_ps(n_w == 4 ? out : some, r);
+        if (n_w < 4)
+            memcpy(out, some, n_w * sizeof(float));
+    }
+}
+
 /* Rows w0 and w1 by T rows of x, all 64 chains in registers: 20 loads for 24 multiply-adds, and no sum is written to memory
    on the way to its tree. T is a constant. out [T, n_w], out_stride floats apart; n_w 1: what w1 makes is dropped. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_tile_2t_avx512(float *out, size_t out_stride, const float *w0,
@@ -5611,11 +5646,10 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_fp8x64_half_avx512(__m512 *o, __m5
     o[3] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(odd, 16)));
 }
 
-/* 64 columns in pairs by T rows of x, from x[j] + at on: bytes 1, 0 of 16 words are one chain register's, a[j][g], bytes
-   3, 2 the next one's. T and `denormal` are constants. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4], size_t g, __m512i v,
-                                                                 const float *const *x, size_t at, const size_t T,
-                                                                 const bool denormal)
+/* 64 columns in pairs by T rows of x, from x[j] + at on: bytes 1, 0 of 16 words are chain register 0's, bytes 3, 2 register
+   1's. T and `denormal` are constants. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[2], __m512i v, const float *const *x,
+                                                                 size_t at, const size_t T, const bool denormal)
 {
     const __m512 down = _mm512_set1_ps(256 / DSV3__TWO_120);
     __m512 o[4];
@@ -5626,10 +5660,10 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4],
 #define DSV3__X(i) denormal ? _mm512_mul_ps(_mm512_loadu_ps(x[j] + at + i), down) : _mm512_loadu_ps(x[j] + at + i)
     DSV3__UNROLL
     for (size_t j = 0; j < T; j++) {
-        a[j][g] = _mm512_fmadd_ps(o[1], DSV3__X(0), a[j][g]);
-        a[j][g + 1] = _mm512_fmadd_ps(o[3], DSV3__X(16), a[j][g + 1]);
-        a[j][g] = _mm512_fmadd_ps(o[0], DSV3__X(64), a[j][g]);
-        a[j][g + 1] = _mm512_fmadd_ps(o[2], DSV3__X(80), a[j][g + 1]);
+        a[j][0] = _mm512_fmadd_ps(o[1], DSV3__X(0), a[j][0]);
+        a[j][1] = _mm512_fmadd_ps(o[3], DSV3__X(16), a[j][1]);
+        a[j][0] = _mm512_fmadd_ps(o[0], DSV3__X(32), a[j][0]);
+        a[j][1] = _mm512_fmadd_ps(o[2], DSV3__X(48), a[j][1]);
     }
 #undef DSV3__X
 }
@@ -5638,7 +5672,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[4],
    dsv3__k_dot_fp8_avx512. PERF: a denormal operand takes 150 cycles on Intel's cores; where a code of these lines is one
    (reckoned: one weight in 9,000, or in 1,000 where outliers set the scale), the lines take a way around. Zeros and NaN,
    which is found there, do too. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[4], const uint8_t *w,
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[2], const uint8_t *w,
                                                                     const float *const *x, size_t c, __m512i *worst,
                                                                     const size_t T, const size_t L)
 {
@@ -5655,12 +5689,12 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[
         DSV3__UNROLL
         for (size_t i = 0; i < L; i++) {
             *worst = dsv3__k_fp8_worst_avx512(*worst, v[i]);
-            dsv3__k_dots_fp8_64_avx512(a, i % 2 * 2, v[i], x, c + i / 2 * 128 + i % 2 * 32, T, true);
+            dsv3__k_dots_fp8_64_avx512(a, v[i], x, c + i * 64, T, true);
         }
     } else {
         DSV3__UNROLL
         for (size_t i = 0; i < L; i++)
-            dsv3__k_dots_fp8_64_avx512(a, i % 2 * 2, v[i], x, c + i / 2 * 128 + i % 2 * 32, T, false);
+            dsv3__k_dots_fp8_64_avx512(a, v[i], x, c + i * 64, T, false);
     }
 }
 
@@ -5670,31 +5704,30 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out
                                                                       const float *const *x, size_t k,
                                                                       const uint8_t *ahead, const size_t T)
 {
-    uint8_t tail[128];
+    uint8_t tail[64];
     (void)ahead;
     for (size_t i = 0; i < n_w; i++, w += w_stride) {
         size_t c = 0;
         __m512i worst = _mm512_setzero_si512();
-        __m512 a[4][4];
+        __m512 a[4][2];
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
+            a[j][0] = a[j][1] = _mm512_setzero_ps();
         for (; c + 256 <= k; c += 256)
             dsv3__k_dots_fp8_lines_avx512(a, w + c, x, c, &worst, T, 4);
-        for (; c < k; c += 128) {
+        for (; c < k; c += 64) {
             const uint8_t *p = w + c;
-            if (DSV3__UNLIKELY(k - c < 128)) {
+            if (DSV3__UNLIKELY(k - c < 64)) {
                 memset(tail, 0, sizeof tail);
                 memcpy(tail, p, k - c);
                 p = tail;
             }
-            dsv3__k_dots_fp8_lines_avx512(a, p, x, c, &worst, T, 2);
+            dsv3__k_dots_fp8_lines_avx512(a, p, x, c, &worst, T, 1);
         }
         const bool nan = dsv3__k_fp8_nan_avx512(worst);
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            out[j * out_stride + i] =
-                nan ? dsv3__bits_float(DSV3__NAN_BITS) : dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
+            out[j * out_stride + i] = nan ? dsv3__bits_float(DSV3__NAN_BITS) : dsv3__k_tree32_avx512(a[j][0], a[j][1]);
     }
 }
 
@@ -5720,25 +5753,23 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t 
 {
     const uint8_t *w = (const uint8_t *)weights;
     const __m512 up = _mm512_set1_ps(DSV3__TWO_120);
-    uint8_t tail[128];
+    uint8_t tail[64];
     __m512i worst = _mm512_setzero_si512();
     float *to = out;
     (void)scale64;
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 64, to += block) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, left);
             w = tail;
         }
-        for (size_t h = 0; h < 2; h++) {
-            __m512i v = _mm512_loadu_si512(w + 64 * h);
-            __m512 o[4];
-            worst = dsv3__k_fp8_worst_avx512(worst, v);
-            dsv3__k_fp8x64_avx512(o, v);
-            for (size_t q = 0; q < 2; q++) {
-                _mm512_storeu_ps(to + (2 * h + q) * group, _mm512_mul_ps(o[2 * q + 1], up));
-                _mm512_storeu_ps(to + (2 * h + q) * group + block, _mm512_mul_ps(o[2 * q], up));
-            }
+        __m512i v = _mm512_loadu_si512(w);
+        __m512 o[4];
+        worst = dsv3__k_fp8_worst_avx512(worst, v);
+        dsv3__k_fp8x64_avx512(o, v);
+        for (size_t g = 0; g < 2; g++) {
+            _mm512_storeu_ps(to + g * group, _mm512_mul_ps(o[2 * g + 1], up));
+            _mm512_storeu_ps(to + g * group + block / 2, _mm512_mul_ps(o[2 * g], up));
         }
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst)))
@@ -5761,35 +5792,35 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *ou
                                                                        const float *const *x, size_t k,
                                                                        const uint8_t *ahead, const size_t T)
 {
-    uint8_t tail[256];
-    __m512 a[4][4];
+    uint8_t tail[128];
+    __m512 a[4][2];
     (void)ahead;
     for (size_t i = 0; i < n_w; i++, w += w_stride) {
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
-        for (size_t c = 0; c < k; c += 128) {
+            a[j][0] = a[j][1] = _mm512_setzero_ps();
+        for (size_t c = 0; c < k; c += 64) {
             const uint8_t *p = w + 2 * c;
-            if (DSV3__UNLIKELY(k - c < 128)) {
+            if (DSV3__UNLIKELY(k - c < 64)) {
                 memset(tail, 0, sizeof tail);
                 memcpy(tail, p, 2 * (k - c));
                 p = tail;
             }
             DSV3__UNROLL
-            for (size_t g = 0; g < 4; g++) {
+            for (size_t g = 0; g < 2; g++) {
                 __m512i v = _mm512_loadu_si512(p + 64 * g);
                 __m512 second = dsv3__k_second_avx512(v), first = dsv3__k_first_avx512(v);
                 DSV3__PREFETCH(p + 64 * g);
                 DSV3__UNROLL
                 for (size_t j = 0; j < T; j++) {
                     a[j][g] = _mm512_fmadd_ps(second, _mm512_loadu_ps(x[j] + c + 16 * g), a[j][g]);
-                    a[j][g] = _mm512_fmadd_ps(first, _mm512_loadu_ps(x[j] + c + 64 + 16 * g), a[j][g]);
+                    a[j][g] = _mm512_fmadd_ps(first, _mm512_loadu_ps(x[j] + c + 32 + 16 * g), a[j][g]);
                 }
             }
         }
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            out[j * out_stride + i] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
+            out[j * out_stride + i] = dsv3__k_tree32_avx512(a[j][0], a[j][1]);
     }
 }
 DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512)
@@ -5798,34 +5829,34 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t
                                                               const void *weights, const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
+    uint8_t tail[128];
     (void)scale64;
-    for (; k; k -= dsv3__min(k, 128), w += 256, out += 2 * block) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    for (; k; k -= dsv3__min(k, 64), w += 128, out += block) {
+        if (DSV3__UNLIKELY(k < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * k);
             w = tail;
         }
-        for (size_t g = 0; g < 4; g++) {
+        for (size_t g = 0; g < 2; g++) {
             __m512i v = _mm512_loadu_si512(w + 64 * g);
             _mm512_storeu_ps(out + g * group, dsv3__k_second_avx512(v));
-            _mm512_storeu_ps(out + g * group + block, dsv3__k_first_avx512(v));
+            _mm512_storeu_ps(out + g * group + block / 2, dsv3__k_first_avx512(v));
         }
     }
 }
 
 DSV3__TARGET_AVX512 static void dsv3__k_round_pairs_avx512(float *out, size_t block, size_t group, const float *x,
-                                                           size_t x_block, size_t x_group, const float *scale64,
-                                                           float up, size_t n)
+                                                           const float *scale64, float up, size_t n)
 {
     const __m512 ups = _mm512_set1_ps(up);
-    for (size_t g = 0; g < 4; g++)
-        for (size_t b = 0; b < n / 64; b++) {
-            __m512 v = _mm512_loadu_ps(x + b * x_block + g * x_group);
-            v = _mm512_mul_ps(v, _mm512_set1_ps(scale64[b / 2 * 2 + g / 2]));
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const __m512 s = _mm512_set1_ps(scale64[b]);
+        for (size_t g = 0; g < 4; g++) {
+            __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), s);
             v = dsv3__k_flush_avx512(dsv3__k_second_avx512(dsv3__k_bf16_avx512(v)));
-            _mm512_storeu_ps(out + b * block + g * group, _mm512_mul_ps(v, ups));
+            _mm512_storeu_ps(out + g / 2 * (block / 2) + g % 2 * group, _mm512_mul_ps(v, ups));
         }
+    }
 }
 
 #define dsv3__k_shrink_avx512   dsv3__k_shrink_avx2
@@ -6522,7 +6553,7 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_fp8x64_avx512_bf16(__m512i *p
 
 /* L lines of w, all loaded before the first is decoded, by T rows of x, constants. x[j] + at: their words. */
 DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
-dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[4], const uint8_t *w, const float *const *x, size_t at,
+dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[2], const uint8_t *w, const float *const *x, size_t at,
                                    const dsv3__k_fp8_bf16 *t, const uint8_t *ahead, const size_t T, const size_t L)
 {
     __m512i v[4], p0, p1, y;
@@ -6540,9 +6571,9 @@ dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[4], const uint8_t *w, const float
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++) {
             y = _mm512_loadu_si512(x[j] + at + 32 * i);
-            DSV3__DPBF16(a[j][i % 2 * 2], p0, y);
+            DSV3__DPBF16(a[j][0], p0, y);
             y = _mm512_loadu_si512(x[j] + at + 32 * i + 16);
-            DSV3__DPBF16(a[j][i % 2 * 2 + 1], p1, y);
+            DSV3__DPBF16(a[j][1], p1, y);
         }
     }
 }
@@ -6556,8 +6587,8 @@ dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_
 {
     const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
     const size_t part = 8192 / T / 256 * 256;
-    uint8_t tail[128];
-    __m512 chains[8][4][4], a[4][4]; /* of each row of w, between its parts */
+    uint8_t tail[64];
+    __m512 chains[8][4][2], a[4][2]; /* of each row of w, between its parts */
     for (size_t from = 0, end; from < k; from = end) {
         end = dsv3__min(k, from + part);
         for (size_t i = 0; i < n_w; i++) {
@@ -6566,27 +6597,27 @@ dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_
             DSV3__UNROLL
             for (size_t j = 0; j < T; j++) {
                 DSV3__UNROLL
-                for (size_t g = 0; g < 4; g++)
+                for (size_t g = 0; g < 2; g++)
                     a[j][g] = from ? chains[i][j][g] : _mm512_setzero_ps();
             }
             for (; c + 256 <= end; c += 256, ahead += 256)
                 dsv3__k_dots_fp8_lines_avx512_bf16(a, row + c, x, c / 2, &t, ahead, T, 4);
-            for (; c < end; c += 128, ahead += 128) {
+            for (; c < end; c += 64, ahead += 64) {
                 const uint8_t *p = row + c;
-                if (DSV3__UNLIKELY(k - c < 128)) {
+                if (DSV3__UNLIKELY(k - c < 64)) {
                     memset(tail, 0, sizeof tail);
                     memcpy(tail, p, k - c);
                     p = tail;
                 }
-                dsv3__k_dots_fp8_lines_avx512_bf16(a, p, x, c / 2, &t, ahead, T, 2);
+                dsv3__k_dots_fp8_lines_avx512_bf16(a, p, x, c / 2, &t, ahead, T, 1);
             }
             DSV3__UNROLL
             for (size_t j = 0; j < T; j++) {
                 DSV3__UNROLL
-                for (size_t g = 0; g < 4 && end < k; g++)
+                for (size_t g = 0; g < 2 && end < k; g++)
                     chains[i][j][g] = a[j][g];
                 if (end == k)
-                    out[j * out_stride + i] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
+                    out[j * out_stride + i] = dsv3__k_tree32_avx512(a[j][0], a[j][1]);
             }
         }
     }
@@ -6599,20 +6630,18 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *ou
 {
     const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
+    uint8_t tail[64];
     __m512i p0, p1;
     (void)scale64;
-    for (; k; k -= dsv3__min(k, 128), w += 128, out += block) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    for (; k; k -= dsv3__min(k, 64), w += 64, out += block) {
+        if (DSV3__UNLIKELY(k < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, k);
             w = tail;
         }
-        for (size_t h = 0; h < 2; h++) {
-            dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, _mm512_loadu_si512(w + 64 * h));
-            _mm512_storeu_ps(out + 2 * h * group, _mm512_castsi512_ps(p0));
-            _mm512_storeu_ps(out + (2 * h + 1) * group, _mm512_castsi512_ps(p1));
-        }
+        dsv3__k_fp8x64_avx512_bf16(&p0, &p1, &t, _mm512_loadu_si512(w));
+        _mm512_storeu_ps(out, _mm512_castsi512_ps(p0));
+        _mm512_storeu_ps(out + group, _mm512_castsi512_ps(p1));
     }
 }
 
@@ -6621,23 +6650,23 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
 dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_t *w, size_t w_stride, size_t n_w,
                                       const float *const *x, size_t k, const uint8_t *ahead, const size_t T)
 {
-    uint8_t tail[256];
+    uint8_t tail[128];
     __m512i v, y;
-    __m512 a[4][4];
+    __m512 a[4][2];
     (void)ahead;
     for (size_t i = 0; i < n_w; i++, w += w_stride) {
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            a[j][0] = a[j][1] = a[j][2] = a[j][3] = _mm512_setzero_ps();
-        for (size_t c = 0; c < k; c += 128) {
+            a[j][0] = a[j][1] = _mm512_setzero_ps();
+        for (size_t c = 0; c < k; c += 64) {
             const uint8_t *p = w + 2 * c;
-            if (DSV3__UNLIKELY(k - c < 128)) {
+            if (DSV3__UNLIKELY(k - c < 64)) {
                 memset(tail, 0, sizeof tail);
                 memcpy(tail, p, 2 * (k - c));
                 p = tail;
             }
             DSV3__UNROLL
-            for (size_t g = 0; g < 4; g++) {
+            for (size_t g = 0; g < 2; g++) {
                 v = _mm512_loadu_si512(p + 64 * g);
                 DSV3__PREFETCH_AT(p + 64 * g, 2048);
                 DSV3__UNROLL
@@ -6649,7 +6678,7 @@ dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8
         }
         DSV3__UNROLL
         for (size_t j = 0; j < T; j++)
-            out[j * out_stride + i] = dsv3__k_tree64_avx512(a[j][0], a[j][1], a[j][2], a[j][3]);
+            out[j * out_stride + i] = dsv3__k_tree32_avx512(a[j][0], a[j][1]);
     }
 }
 DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_bf16_pairs_avx512_bf16,
@@ -6660,34 +6689,34 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_bf16_pairs_avx512_bf16(float *o
                                                                         size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
+    uint8_t tail[128];
     (void)scale64;
-    for (; k; k -= dsv3__min(k, 128), w += 256, out += block) {
-        if (DSV3__UNLIKELY(k < 128)) {
+    for (; k; k -= dsv3__min(k, 64), w += 128, out += block) {
+        if (DSV3__UNLIKELY(k < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * k);
             w = tail;
         }
-        for (size_t g = 0; g < 4; g++)
-            _mm512_storeu_ps(out + g * group, _mm512_castsi512_ps(_mm512_loadu_si512(w + 64 * g)));
+        _mm512_storeu_ps(out, _mm512_castsi512_ps(_mm512_loadu_si512(w)));
+        _mm512_storeu_ps(out + group, _mm512_castsi512_ps(_mm512_loadu_si512(w + 64)));
     }
 }
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_round_pairs_avx512_bf16(float *out, size_t block, size_t group,
-                                                                     const float *x, size_t x_block, size_t x_group,
-                                                                     const float *scale64, float up, size_t n)
+                                                                     const float *x, const float *scale64, float up,
+                                                                     size_t n)
 {
     const __m512i high = _mm512_set1_epi32((int)0xFFFF0000);
     (void)up;
-    for (size_t g = 0; g < 4; g++)
-        for (size_t b = 0; b < n / 128; b++) {
-            const float *from = x + 2 * b * x_block + g * x_group;
-            __m512 s = _mm512_set1_ps(scale64[2 * b + g / 2]);
-            __m512i second = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(from), s));
-            __m512i first = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(from + x_block), s));
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+        const __m512 s = _mm512_set1_ps(scale64[b]);
+        for (size_t g = 0; g < 2; g++) {
+            __m512i second = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), s));
+            __m512i first = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 32 + 16 * g), s));
             __m512i word = _mm512_or_si512(_mm512_and_si512(second, high), _mm512_srli_epi32(first, 16));
-            _mm512_storeu_ps(out + b * block + g * group, _mm512_castsi512_ps(word));
+            _mm512_storeu_ps(out + g * group, _mm512_castsi512_ps(word));
         }
+    }
 }
 
 DSV3__TARGET_AVX512_BF16 DSV3__INLINE __m512 dsv3__k_mac_avx512_bf16(__m512 sum, __m512 w, __m512 x)
@@ -6933,9 +6962,16 @@ DSV3__INLINE float32x4_t dsv3__k_tree4_neon(const float32x4_t *a)
     return vaddq_f32(vaddq_f32(t[0], t[2]), vaddq_f32(t[1], t[3])); /* + t[i + 8], + t[i + 4] */
 }
 
-DSV3__INLINE float dsv3__k_tree64_neon(const float32x4_t *a)
+/* The same of 32 chains. */
+DSV3__INLINE float32x4_t dsv3__k_tree4_pairs_neon(const float32x4_t *a)
 {
-    float32x4_t s = dsv3__k_tree4_neon(a);
+    return vaddq_f32(vaddq_f32(vaddq_f32(a[0], a[4]), vaddq_f32(a[2], a[6])),
+                     vaddq_f32(vaddq_f32(a[1], a[5]), vaddq_f32(a[3], a[7])));
+}
+
+/* The rest of the tree. */
+DSV3__INLINE float dsv3__k_tree1_neon(float32x4_t s)
+{
     float32x2_t h = vadd_f32(vget_low_f32(s), vget_high_f32(s)); /* + t[i + 2] */
     float r = vget_lane_f32(h, 0) + vget_lane_f32(h, 1);         /* + t[i + 1] */
     return r == r ? r : dsv3__bits_float(DSV3__NAN_BITS);
@@ -6996,7 +7032,7 @@ DSV3__INLINE float dsv3__k_dot_neon(const void *weights, const float *x, const f
         x += 64;
         k -= 64;
     }
-    return dsv3__k_tree64_neon(a);
+    return dsv3__k_tree1_neon(dsv3__k_tree4_neon(a));
 }
 
 DSV3__INLINE void dsv3__k_row_neon(float *out, size_t block, size_t group, const void *weights, const float *scale64,
@@ -7089,7 +7125,7 @@ static float dsv3__k_dot_fp8_neon(const void *weights, const float *x, const flo
                 a[4 * p + q] = vfmaq_f32(a[4 * p + q], vmulq_n_f32(o[p], s), vld1q_f32(at + 16 * p + 4 * q));
         }
     }
-    float r = dsv3__k_tree64_neon(a);
+    float r = dsv3__k_tree1_neon(dsv3__k_tree4_neon(a));
     /* a scale that became infinite makes every product it meets infinite or NaN, and with them the sum */
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst) || !(fabsf(r) < INFINITY)))
         return dsv3__k_dot_fp8_scalar(weights, x, scale64, k);
@@ -7166,35 +7202,34 @@ static void dsv3__k_nat_fp8_neon(float *out, size_t block, size_t group, const v
 static float dsv3__k_dot_fp8_pairs_neon(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
+    uint8_t tail[64];
     uint8x16_t worst = vdupq_n_u8(0);
-    float32x4_t a[16], o[4];
+    float32x4_t a[8], o[4];
     DSV3__UNROLL
-    for (size_t g = 0; g < 16; g++)
+    for (size_t g = 0; g < 8; g++)
         a[g] = vdupq_n_f32(0);
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, x += 128) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 64, x += 64) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, left);
             w = tail;
         }
         DSV3__UNROLL
-        for (size_t h = 0; h < 8; h++) {
-            const size_t g = h / 4 * 8 + h % 4, before = (h + 7) % 8 / 4 * 8 + (h + 7) % 4;
-            uint8x16_t v = vld1q_u8(w + 16 * h);
-            DSV3__BEHIND(v, a[before]);
-            DSV3__BEHIND(v, a[before + 4]);
+        for (size_t g = 0; g < 4; g++) {
+            uint8x16_t v = vld1q_u8(w + 16 * g);
+            DSV3__BEHIND(v, a[(g + 3) % 4]);
+            DSV3__BEHIND(v, a[(g + 3) % 4 + 4]);
             worst = dsv3__k_fp8_worst_neon(worst, v);
             dsv3__k_fp8x16_neon(o, v);
             a[g] = vfmaq_f32(a[g], o[1], vld1q_f32(x + 4 * g));
             a[g + 4] = vfmaq_f32(a[g + 4], o[3], vld1q_f32(x + 4 * g + 16));
-            a[g] = vfmaq_f32(a[g], o[0], vld1q_f32(x + 4 * g + 64));
-            a[g + 4] = vfmaq_f32(a[g + 4], o[2], vld1q_f32(x + 4 * g + 80));
+            a[g] = vfmaq_f32(a[g], o[0], vld1q_f32(x + 4 * g + 32));
+            a[g + 4] = vfmaq_f32(a[g + 4], o[2], vld1q_f32(x + 4 * g + 48));
         }
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst)))
         return dsv3__bits_float(DSV3__NAN_BITS);
-    return dsv3__k_tree64_neon(a);
+    return dsv3__k_tree1_neon(dsv3__k_tree4_pairs_neon(a));
 }
 DSV3__K_DOTS(, fp8_pairs, neon)
 
@@ -7202,26 +7237,26 @@ static void dsv3__k_row_fp8_pairs_neon(float *out, size_t block, size_t group, c
                                        const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[128];
+    uint8_t tail[64];
     uint8x16_t worst = vdupq_n_u8(0);
     float32x4_t o[4];
     float *to = out;
     (void)scale64;
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 128, to += 2 * block) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 64, to += block) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, left);
             w = tail;
         }
-        for (size_t h = 0; h < 8; h++) {
-            float *first = to + (h / 4 * 8 + h % 4) * group, *next = first + 4 * group;
-            uint8x16_t v = vld1q_u8(w + 16 * h);
+        for (size_t g = 0; g < 4; g++) {
+            float *second = to + g * group, *first = second + block / 2;
+            uint8x16_t v = vld1q_u8(w + 16 * g);
             worst = dsv3__k_fp8_worst_neon(worst, v);
             dsv3__k_fp8x16_neon(o, v);
-            vst1q_f32(first, vmulq_n_f32(o[1], DSV3__TWO_120));
-            vst1q_f32(next, vmulq_n_f32(o[3], DSV3__TWO_120));
-            vst1q_f32(first + block, vmulq_n_f32(o[0], DSV3__TWO_120));
-            vst1q_f32(next + block, vmulq_n_f32(o[2], DSV3__TWO_120));
+            vst1q_f32(second, vmulq_n_f32(o[1], DSV3__TWO_120));
+            vst1q_f32(second + 4 * group, vmulq_n_f32(o[3], DSV3__TWO_120));
+            vst1q_f32(first, vmulq_n_f32(o[0], DSV3__TWO_120));
+            vst1q_f32(first + 4 * group, vmulq_n_f32(o[2], DSV3__TWO_120));
         }
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_neon(worst)))
@@ -7242,25 +7277,25 @@ DSV3__INLINE float32x4_t dsv3__k_first_neon(uint32x4_t v)
 static float dsv3__k_dot_bf16_pairs_neon(const void *weights, const float *x, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
-    float32x4_t a[16];
+    uint8_t tail[128];
+    float32x4_t a[8];
     DSV3__UNROLL
-    for (size_t g = 0; g < 16; g++)
+    for (size_t g = 0; g < 8; g++)
         a[g] = vdupq_n_f32(0);
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, x += 128) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 128, x += 64) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * left);
             w = tail;
         }
         DSV3__UNROLL
-        for (size_t g = 0; g < 16; g++) {
+        for (size_t g = 0; g < 8; g++) {
             uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(w + 16 * g));
             a[g] = vfmaq_f32(a[g], dsv3__k_second_neon(v), vld1q_f32(x + 4 * g));
-            a[g] = vfmaq_f32(a[g], dsv3__k_first_neon(v), vld1q_f32(x + 64 + 4 * g));
+            a[g] = vfmaq_f32(a[g], dsv3__k_first_neon(v), vld1q_f32(x + 32 + 4 * g));
         }
     }
-    return dsv3__k_tree64_neon(a);
+    return dsv3__k_tree1_neon(dsv3__k_tree4_pairs_neon(a));
 }
 DSV3__K_DOTS(, bf16_pairs, neon)
 
@@ -7268,18 +7303,18 @@ static void dsv3__k_row_bf16_pairs_neon(float *out, size_t block, size_t group, 
                                         const float *scale64, size_t k)
 {
     const uint8_t *w = (const uint8_t *)weights;
-    uint8_t tail[256];
+    uint8_t tail[128];
     (void)scale64;
-    for (size_t left = k; left; left -= dsv3__min(left, 128), w += 256, out += 2 * block) {
-        if (DSV3__UNLIKELY(left < 128)) {
+    for (size_t left = k; left; left -= dsv3__min(left, 64), w += 128, out += block) {
+        if (DSV3__UNLIKELY(left < 64)) {
             memset(tail, 0, sizeof tail);
             memcpy(tail, w, 2 * left);
             w = tail;
         }
-        for (size_t g = 0; g < 16; g++) {
+        for (size_t g = 0; g < 8; g++) {
             uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(w + 16 * g));
             vst1q_f32(out + g * group, dsv3__k_second_neon(v));
-            vst1q_f32(out + g * group + block, dsv3__k_first_neon(v));
+            vst1q_f32(out + g * group + block / 2, dsv3__k_first_neon(v));
         }
     }
 }
@@ -7299,13 +7334,13 @@ DSV3__INLINE float32x4_t dsv3__k_bf16_neon(float32x4_t v)
     return vreinterpretq_f32_u32(vandq_u32(bits, vdupq_n_u32(0xFFFF0000u)));
 }
 
-static void dsv3__k_round_pairs_neon(float *out, size_t block, size_t group, const float *x, size_t x_block,
-                                     size_t x_group, const float *scale64, float up, size_t n)
+static void dsv3__k_round_pairs_neon(float *out, size_t block, size_t group, const float *x, const float *scale64,
+                                     float up, size_t n)
 {
-    for (size_t g = 0; g < 16; g++)
-        for (size_t b = 0; b < n / 64; b++) {
-            float32x4_t v = vmulq_n_f32(vld1q_f32(x + b * x_block + g * x_group), scale64[b / 2 * 2 + g / 8]);
-            vst1q_f32(out + b * block + g * group, vmulq_n_f32(dsv3__k_flush_neon(dsv3__k_bf16_neon(v)), up));
+    for (size_t b = 0; b < n / 64; b++, x += 64, out += block)
+        for (size_t g = 0; g < 16; g++) {
+            float32x4_t v = dsv3__k_bf16_neon(vmulq_n_f32(vld1q_f32(x + 4 * g), scale64[b]));
+            vst1q_f32(out + g / 8 * (block / 2) + g % 8 * group, vmulq_n_f32(dsv3__k_flush_neon(v), up));
         }
 }
 
@@ -7498,16 +7533,18 @@ static void dsv3__k_tile_add_neon(float *sum, size_t sum_next, const float *cons
     }
 }
 
-static void dsv3__k_tree_neon(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+/* n_chains: 64 or 32, a constant. */
+DSV3__INLINE void dsv3__k_trees_neon(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x,
+                                     const size_t n_chains)
 {
     float some[4];
     for (size_t j = 0; j < n_x; j++, sum += 4) {
         float32x4_t s[DSV3__TILE_W], a[16];
         for (size_t i = 0; i < DSV3__TILE_W; i++) {
             DSV3__UNROLL
-            for (size_t g = 0; g < 16; g++)
+            for (size_t g = 0; g < n_chains / 4; g++)
                 a[g] = vld1q_f32(sum + g * 96 + i * 24);
-            s[i] = dsv3__k_tree4_neon(a);
+            s[i] = n_chains == 64 ? dsv3__k_tree4_neon(a) : dsv3__k_tree4_pairs_neon(a);
         }
         /* 4 sums at once: + t[i + 2] of two, then + t[i + 1] of all */
         float32x4_t s01 = vaddq_f32(vcombine_f32(vget_low_f32(s[0]), vget_low_f32(s[1])),
@@ -7519,6 +7556,16 @@ static void dsv3__k_tree_neon(float *out, size_t out_stride, const float *sum, s
         vst1q_f32(some, r);
         memcpy(out + j * out_stride, some, n_w * sizeof(float));
     }
+}
+
+static void dsv3__k_tree_neon(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    dsv3__k_trees_neon(out, out_stride, sum, n_w, n_x, 64);
+}
+
+static void dsv3__k_tree_pairs_neon(float *out, size_t out_stride, const float *sum, size_t n_w, size_t n_x)
+{
+    dsv3__k_trees_neon(out, out_stride, sum, n_w, n_x, 32);
 }
 
 static void dsv3__k_tile_neon(float *out, size_t out_stride, const float *w, size_t w_stride, size_t n_w,
@@ -7779,11 +7826,12 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 
 // ---- The tables ------------------------------------------------------------------------------------------
 
-/* Where x in pairs is floats, a block of 128 is two blocks like all others. */
+/* Where pairs are floats, a tile takes them like all others. */
 #define dsv3__k_tile_add_pairs_scalar    dsv3__k_tile_add_scalar
 #define dsv3__k_tile_add_pairs_avx2      dsv3__k_tile_add_avx2
 #define dsv3__k_tile_add_pairs_avx512    dsv3__k_tile_add_avx512
 #define dsv3__k_tile_add_pairs_neon      dsv3__k_tile_add_neon
+#define dsv3__k_tree_pairs_avx512_bf16   dsv3__k_tree_pairs_avx512
 #define dsv3__k_half_x_avx2              dsv3__k_half_x_scalar
 #define dsv3__k_half_x_avx512            dsv3__k_half_x_scalar
 #define dsv3__k_to_halves_avx512_bf16    dsv3__k_to_halves_avx512
@@ -7946,8 +7994,8 @@ typedef enum dsv3__form {
     DSV3__FORM_PLAIN, /* columns in order, zeros behind: F32, F16 weights; BF16, I8 where the mode has nothing else */
     DSV3__FORM_QUADS, /* at the positions of F8_E4M3 */
     DSV3__FORM_FP8,   /* the same, but rounded to what E4M3 codes and a scale for each 128 can say */
-    DSV3__FORM_PAIRS, /* at the positions of BF16 in pairs, rounded to bf16 */
-    DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs; dsv3__mm_strip multiplies by the scale and rounds */
+    DSV3__FORM_PAIRS, /* at the positions of BF16 in pairs, rounded to bf16; words where kernels want these */
+    DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs, never for tiles; dsv3__mm_strip scales and rounds */
     DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then a float: their scale, then an int32: 128 times their sum */
     DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them, then an int32 for each */
     DSV3__FORM_HALVES,    /* halves [ceil128(k)] */
@@ -8016,83 +8064,91 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
         x[i] = dsv3__fp8_value[dsv3__fp8_encode(x[i] / scale)] * scale;
 }
 
-/* With more than DSV3__MM_FEW rows of x, a panel of dsv3__mm_rows rows of weights is decoded at a time, DSV3__MM_CHUNK
-   columns of it, into registers in the order in which tiles read them: all registers 0 of the panel (16 KB: half of a small
-   L1), then its registers 1, and so on. Of every such part, x of at most DSV3__MM_TOKENS rows streams past it from L2. */
+/* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, DSV3__MM_CHUNK
+   columns of it, into registers in the order in which tiles read them: those of the panel's first registers of chains, then
+   those of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2. Words of two bf16 take half
+   the room, so that twice as many rows of either side meet. */
 #define DSV3__MM_FEW     8
 #define DSV3__MM_BYTES   128    /* the most rows of either side that meet at a time as codes of 8 bits */
 #define DSV3__MM_CODES   524288 /* as many of them at a time */
+#define DSV3__MM_ROWS    16
 #define DSV3__MM_CHUNK   2048
 #define DSV3__MM_TOKENS  96
 #define DSV3__MM_ROUNDED 196608 /* floats of x rounded at a time */
 
-DSV3__INLINE size_t dsv3__mm_rows(const dsv3__kern *k)
-{
-    return 128 / k->lanes;
-}
-
-/* Rows of x at a time. */
+/* Rows of x as floats at a time. */
 DSV3__INLINE size_t dsv3__mm_tokens(size_t cols)
 {
     size_t tokens = DSV3__MM_ROUNDED / dsv3__mm_pad(cols) / 6 * 6;
     return tokens < 6 ? 6 : tokens > DSV3__MM_TOKENS ? DSV3__MM_TOKENS : tokens;
 }
 
-/* Blocks of 64 positions of a row. */
-DSV3__INLINE size_t dsv3__mm_blocks(size_t cols, bool pairs)
-{
-    return pairs ? (cols + 127) / 128 * 2 : (cols + 63) / 64;
-}
-
-/* How many of them make a chunk: an even number, as equal as can be. */
+/* Blocks of 64 columns that make a chunk, as equal as can be. */
 DSV3__INLINE size_t dsv3__mm_chunk(size_t blocks)
 {
     const size_t most = DSV3__MM_CHUNK / 64, chunks = (blocks + most - 1) / most;
-    return ((blocks + chunks - 1) / chunks + 1) / 2 * 2;
+    return (blocks + chunks - 1) / chunks;
 }
 
-/* Where a packed row keeps register g of block b of a chunk: at row + chunk's first block * 64 + b * block + g * group.
-   Rows that meet weights one by one are in order of positions. Rows for tiles (`tiled`) have all of a chunk's registers 0,
-   then its registers 1: a tile reads them in that order, and once packed they serve all rows of weights. */
-typedef struct dsv3__mm_strides {
-    size_t block, group;
-} dsv3__mm_strides;
+/* What 64 columns are in a variant: `depth` times `chains` registers. A dot product has `chains` registers of chains, and a
+   chain takes `depth` of its numbers from a block. */
+typedef struct dsv3__mm_unit {
+    size_t chains, depth, floats; /* floats, or words of two bf16: chains * depth * lanes */
+} dsv3__mm_unit;
 
-DSV3__INLINE dsv3__mm_strides dsv3__mm_layout(const dsv3__kern *k, size_t chunk_blocks, bool tiled)
+DSV3__INLINE dsv3__mm_unit dsv3__mm_unit_of(const dsv3__kern *k, bool pairs)
 {
-    dsv3__mm_strides s;
-    s.block = tiled ? k->lanes : 64;
-    s.group = tiled ? chunk_blocks * k->lanes : k->lanes;
-    return s;
+    dsv3__mm_unit u;
+    u.chains = (pairs ? 32 : 64) / k->lanes;
+    u.depth = pairs && !k->pair_words ? 2 : 1;
+    u.floats = u.chains * u.depth * k->lanes;
+    return u;
 }
 
-/* Register 0 of block b, counted from the row; *group: from there to the next register. */
-DSV3__INLINE size_t dsv3__mm_offset(const dsv3__kern *k, size_t b, size_t blocks, bool tiled, size_t *group)
+/* Rows of x that meet weights one by one are in order of positions. Rows for tiles (`tiled`) have all that a chunk has of
+   chain register 0, then all of register 1, and so on: a tile reads them in that order, and once packed they serve all rows
+   of weights. So register g + chains * d of block b is at `start + d * lanes + g * group`. */
+typedef struct dsv3__mm_place {
+    size_t start, block, group; /* block: to where the next one starts */
+} dsv3__mm_place;
+
+DSV3__INLINE dsv3__mm_place dsv3__mm_place_of(const dsv3__kern *k, bool pairs, size_t b, size_t blocks)
 {
-    const size_t chunk = dsv3__mm_chunk(blocks), b0 = b / chunk * chunk;
-    const dsv3__mm_strides s = dsv3__mm_layout(k, dsv3__min(blocks - b0, chunk), tiled);
-    *group = s.group;
-    return b0 * 64 + (b - b0) * s.block;
+    const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
+    const size_t chunk = dsv3__mm_chunk(blocks), b0 = b / chunk * chunk, here = dsv3__min(blocks - b0, chunk);
+    dsv3__mm_place at;
+    at.block = u.depth * k->lanes;
+    at.group = here * at.block;
+    at.start = b0 * u.floats + (b - b0) * at.block;
+    return at;
 }
 
-/* 128 columns to their positions (>>kern). */
-static void dsv3__mm_place(float *placed, const float *v, dsv3__form form)
+/* Register r of block b of a row for tiles. */
+DSV3__INLINE size_t dsv3__mm_register(const dsv3__kern *k, bool pairs, size_t b, size_t blocks, size_t r)
+{
+    const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
+    const size_t chains = dsv3__mm_unit_of(k, pairs).chains;
+    return at.start + r / chains * k->lanes + r % chains * at.group;
+}
+
+/* 64 columns in order to their positions (>>kern). */
+static void dsv3__mm_order(float *placed, const float *v, dsv3__form form)
 {
     if (form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8) {
-        for (size_t p = 0; p < 8; p++)
+        for (size_t p = 0; p < 4; p++)
             for (size_t i = 0; i < 16; i++)
-                placed[16 * p + i] = v[p / 4 * 64 + 4 * i + p % 4];
+                placed[16 * p + i] = v[4 * i + p];
     } else if (dsv3__mm_is_pairs(form)) {
         const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
-        for (size_t r = 0; r < 4; r++) {
-            const size_t first = dsv3__k_pair_column(64 + 16 * r, dtype), next = form == DSV3__FORM_PAIRS ? 2 : 4;
+        for (size_t r = 0; r < 2; r++) {
+            const size_t first = dsv3__k_pair_column(32 + 16 * r, dtype), next = form == DSV3__FORM_PAIRS ? 2 : 4;
             for (size_t i = 0; i < 16; i++) {
                 placed[16 * r + i] = v[first + next * i + 1];
-                placed[64 + 16 * r + i] = v[first + next * i];
+                placed[32 + 16 * r + i] = v[first + next * i];
             }
         }
     } else {
-        memcpy(placed, v, 128 * sizeof(float));
+        memcpy(placed, v, 64 * sizeof(float));
     }
 }
 
@@ -8100,8 +8156,9 @@ static void dsv3__mm_place(float *placed, const float *v, dsv3__form form)
 static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *values, size_t k, dsv3__form form,
                           bool tiled)
 {
-    const bool pairs = dsv3__mm_is_pairs(form);
-    const size_t blocks = dsv3__mm_blocks(k, pairs);
+    const bool pairs = dsv3__mm_is_pairs(form), words = form == DSV3__FORM_PAIRS && mode->k->pair_words;
+    const size_t blocks = (k + 63) / 64, lanes = mode->k->lanes, floats = words ? 32 : 64; /* of a block */
+    tiled = tiled && form != DSV3__FORM_PAIRS_FP8;
     if (dsv3__mm_is_bytes(form)) {
         const size_t group = form == DSV3__FORM_BYTES ? k : 128, padded = (k + 63) / 64 * 64;
         int8_t *codes = (int8_t *)(void *)row;
@@ -8124,7 +8181,7 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         return;
     }
     for (size_t c = 0; c < k; c += 128) {
-        float v[128], placed[128];
+        float v[128], placed[64];
         const size_t n = dsv3__min(k - c, 128);
         if (n < 128)
             memset(v, 0, sizeof v);
@@ -8135,12 +8192,15 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
             v[i] = v[i] == v[i] ? v[i] : dsv3__bits_float(DSV3__NAN_BITS);
         for (size_t i = 0; i < 128 && form == DSV3__FORM_PAIRS; i++)
             v[i] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v[i])));
-        dsv3__mm_place(placed, v, form);
-        for (size_t h = 0; h < 2 && c / 64 + h < blocks; h++) {
-            size_t group, at = dsv3__mm_offset(mode->k, c / 64 + h, blocks, tiled, &group), lanes = mode->k->lanes;
-            for (size_t g = 0; g < 64 / lanes; g++)
-                for (size_t l = 0; l < lanes; l += 4)
-                    memcpy(row + at + g * group + l, placed + 64 * h + g * lanes + l, 4 * sizeof(float));
+        for (size_t b = c / 64; b < blocks && b < c / 64 + 2; b++) {
+            dsv3__mm_order(placed, v + (b * 64 - c), form);
+            for (size_t i = 0; words && i < 32; i++)
+                placed[i] = dsv3__bits_float(dsv3__float_bits(placed[i]) | dsv3__float_bits(placed[32 + i]) >> 16);
+            for (size_t l = 0; l < floats; l += 4) {
+                const size_t at =
+                    tiled ? dsv3__mm_register(mode->k, pairs, b, blocks, l / lanes) + l % lanes : b * floats + l;
+                memcpy(row + at, placed + l, 4 * sizeof(float));
+            }
         }
     }
 }
@@ -8156,9 +8216,9 @@ DSV3__INLINE size_t dsv3__mm_half_tokens(size_t k)
    more rows of x are taken at a time, so each part is the largest that any width up to k asks for. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
-    const size_t rows = 32; /* dsv3__mm_rows at most */
     const size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
-    const size_t decoded = rows * chunk + 16 * 16, sums = rows * DSV3__MM_TOKENS * 64;
+    const size_t decoded = DSV3__MM_ROWS * chunk + 16 * 16;
+    const size_t sums = DSV3__MM_ROWS * 64 * (k > DSV3__MM_CHUNK ? 2 * DSV3__MM_TOKENS : 6); /* see dsv3__mm_panel */
     const size_t at_least = 6 * dsv3__mm_pad(k), most = DSV3__MM_TOKENS * dsv3__mm_pad(k);
     const size_t up_to = most < DSV3__MM_ROUNDED ? most : DSV3__MM_ROUNDED;
     const size_t tiles = decoded + sums + (at_least > up_to ? at_least : up_to);
@@ -8199,58 +8259,57 @@ DSV3__INLINE uint64_t dsv3__mm_same_scales(const dsv3_tensor *w, uint64_t r, uin
     return left < r1 - r ? r + left : r1;
 }
 
-/* A panel: rows [rows] of w from r0 times n <= DSV3__MM_TOKENS rows of x, as tiles want them.
-   panel      [64 / lanes][groups of 4 rows][steps][4][lanes], decoded
-   sums       [groups of 4 rows, tiles][64 / lanes][4][tile_x][lanes]: chains, which wait here for the next chunk */
+/* A panel: rows [rows] of w from r0 times n rows of x, as tiles want them.
+   panel      [registers of chains][groups of 4 rows][steps][4][lanes], decoded
+   sums       [tiles][groups of 4 rows][registers of chains][4][tile_x][lanes]: chains, which wait here for the next chunk;
+              of one tile, where the first chunk is the last */
 static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float *scale64, const dsv3_tensor *w,
                            bool pairs, uint64_t r0, size_t rows, const float *const *x, size_t n, float *out,
                            size_t out_stride)
 {
-    const bool words = pairs && k->pair_words;
+    const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
     const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype), lanes = k->lanes;
-    const size_t blocks = dsv3__mm_blocks(cols, pairs), chunk = dsv3__mm_chunk(blocks);
+    const size_t blocks = (cols + 63) / 64, chunk = dsv3__mm_chunk(blocks);
     const size_t groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W;
-    const size_t w_step = DSV3__TILE_W * lanes, one = w_step * k->tile_x, all = 64 / lanes * one;
+    const size_t w_step = DSV3__TILE_W * lanes, one = w_step * k->tile_x, all = u.chains * one;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);
     const dsv3__tile_add_fn add = pairs ? k->tile_add_pairs : k->tile_add;
+    const dsv3__tree_fn tree = pairs ? k->tree_pairs : k->tree;
     const float *wr[DSV3__TILE_W], *xr[6];
     uint64_t have = UINT64_MAX;
     /* PERF: the rows behind these, in equal parts while these multiply; decoding would wait for memory half of its time. */
     const uint8_t *next = (const uint8_t *)dsv3__ten_row(w, r0 + rows);
     const size_t bytes = r0 + 2 * rows <= dsv3__ten_n_rows(w) ? rows * (size_t)w->row_stride : 0;
-    const size_t adds = (blocks + chunk - 1) / chunk * (64 / lanes) * ((n + k->tile_x - 1) / k->tile_x);
+    const size_t adds = (blocks + chunk - 1) / chunk * u.chains * ((n + k->tile_x - 1) / k->tile_x);
     const size_t fetch = (bytes / adds / 64 + 1) * 64;
     size_t fetched = 0;
     for (size_t b0 = 0; b0 < blocks; b0 += chunk) {
         const size_t here = dsv3__min(blocks - b0, chunk), piece = dsv3__min(cols - b0 * 64, here * 64);
-        const size_t steps = words ? here / 2 : here; /* of 64 floats, or words of two columns */
-        const size_t part =
-            groups * steps * w_step + 16; /* all registers g; a line more: not all in the same cache sets */
+        const size_t steps = here * u.depth;                  /* registers of a chain's numbers */
+        const size_t part = groups * steps * w_step + 16;     /* a line more: not all in the same cache sets */
+        const size_t keep = here < blocks ? groups * all : 0; /* sums of a tile that wait */
+        float *sum = sums;
         for (size_t i = 0; i < groups * DSV3__TILE_W; i++) {
             size_t r = dsv3__min(i, rows - 1); /* rows that are not there repeat the last */
             dsv3__mm_scales(scale64, w, r0 + r, blocks, &have);
-            decode(panel + (i / DSV3__TILE_W * steps * DSV3__TILE_W + i % DSV3__TILE_W) * lanes, w_step, part,
+            decode(panel + (i / DSV3__TILE_W * steps * DSV3__TILE_W + i % DSV3__TILE_W) * lanes, u.depth * w_step, part,
                    dsv3__ten_row(w, r0 + r) + b0 * 64 * size, scale64 + b0, piece);
         }
-        for (size_t g = 0; g < 64 / lanes; g++) {
-            float *sum = sums + g * one;
-            for (size_t i = 0; i < DSV3__TILE_W; i++)
-                wr[i] = panel + g * part + i * lanes;
-            for (size_t j = 0, t; j < n; j += t, sum += groups * all) {
-                t = dsv3__k_tile_rows(n - j, k->tile_x);
+        for (size_t j = 0, t; j < n; j += t, sum += keep) {
+            t = dsv3__k_tile_rows(n - j, k->tile_x);
+            for (size_t g = 0; g < u.chains; g++) {
                 for (size_t end = fetched + fetch; fetched < end && fetched < bytes; fetched += 64)
                     DSV3__FETCH(next + fetched);
+                for (size_t i = 0; i < DSV3__TILE_W; i++)
+                    wr[i] = panel + g * part + i * lanes;
                 for (size_t i = 0; i < t; i++)
-                    xr[i] = x[j + i] + b0 * (words ? 32 : 64) + g * steps * lanes;
-                add(sum, all, wr, w_step, steps * w_step, groups, xr, lanes, steps, t, b0 == 0);
+                    xr[i] = x[j + i] + b0 * u.floats + g * steps * lanes;
+                add(sum + g * one, all, wr, w_step, steps * w_step, groups, xr, lanes, steps, t, b0 == 0);
             }
+            for (size_t q = 0; q < groups && b0 + here == blocks; q++)
+                tree(out + j * out_stride + q * DSV3__TILE_W, out_stride, sum + q * all,
+                     dsv3__min(rows - q * DSV3__TILE_W, DSV3__TILE_W), t);
         }
-    }
-    for (size_t j = 0, t; j < n; j += t) {
-        t = dsv3__k_tile_rows(n - j, k->tile_x);
-        for (size_t q = 0; q < groups; q++, sums += all)
-            k->tree(out + j * out_stride + q * DSV3__TILE_W, out_stride, sums,
-                    dsv3__min(rows - q * DSV3__TILE_W, DSV3__TILE_W), t);
     }
 }
 
@@ -8259,15 +8318,16 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
                           uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
                           size_t out_stride)
 {
-    const bool pairs = dsv3__mm_is_pairs(form);
-    const bool round = form == DSV3__FORM_PAIRS_FP8 || (pairs && k->pair_words);
-    const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = dsv3__mm_blocks(cols, pairs);
-    const size_t chunk = dsv3__mm_chunk(blocks), tokens = dsv3__mm_tokens(cols), rows = dsv3__mm_rows(k);
-    float *scale64 = panel;                                  /* [blocks] */
-    float *rounded = panel + dsv3__mm_pad((cols + 63) / 64); /* [tokens, pad(cols)] */
-    float *sums = rounded + tokens * pad;                    /* [rows, tokens, 64] */
-    float *decoded = sums + rows * tokens * 64;              /* [rows, chunk of columns] */
-    const float *xr[DSV3__MM_TOKENS];
+    const bool pairs = dsv3__mm_is_pairs(form), round = form == DSV3__FORM_PAIRS_FP8;
+    const size_t unit = dsv3__mm_unit_of(k, pairs).floats;
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
+    const size_t words = pairs && k->pair_words ? 2 : 1; /* in a float */
+    const size_t chunk = dsv3__mm_chunk(blocks), rows = DSV3__MM_ROWS * words, tokens = dsv3__mm_tokens(cols) * words;
+    float *scale64 = panel;                                      /* [blocks] */
+    float *rounded = panel + dsv3__mm_pad(blocks);               /* [tokens, pad(cols) / words] */
+    float *decoded = rounded + tokens * pad / words;             /* [rows, chunk of columns] and 16 lines */
+    float *sums = decoded + rows * chunk * 64 / words + 16 * 16; /* see dsv3__mm_panel */
+    const float *xr[2 * DSV3__MM_TOKENS];
     for (size_t j = 0, t; j < n; j += t) {
         t = dsv3__min(n - j, tokens);
         for (uint64_t r = r0, same; r < r1; r = same) { /* to where the scales change */
@@ -8278,37 +8338,33 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
             for (size_t i = 0; i < t; i++) {
                 xr[i] = x + (index ? index[j + i] : j + i) * x_stride;
                 for (size_t b = 0; b < blocks && round; b += chunk) {
-                    const size_t here = dsv3__min(blocks - b, chunk);
-                    const dsv3__mm_strides at = dsv3__mm_layout(k, here, true);
-                    const size_t steps = k->pair_words ? here / 2 : here;
-                    k->round_pairs(rounded + i * pad + b * (k->pair_words ? 32 : 64), k->lanes, steps * k->lanes,
-                                   xr[i] + b * 64, at.block, at.group, scale64 + b, 1, here * 64);
+                    const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
+                    k->round_pairs(rounded + i * pad / words + b * unit, at.block, at.group, xr[i] + b * 64,
+                                   scale64 + b, 1, dsv3__min(blocks - b, chunk) * 64);
                 }
-                xr[i] = round ? rounded + i * pad : xr[i];
+                xr[i] = round ? rounded + i * pad / words : xr[i];
             }
             for (uint64_t p = r; p < same; p += rows)
-                dsv3__mm_panel(k, decoded, sums, scale64, w, pairs, p, (size_t)(same - p < rows ? same - p : rows), xr,
-                               t, out + (size_t)(p - r0) + j * out_stride, out_stride);
+                dsv3__mm_panel(k, decoded, sums, scale64, w, pairs, p, dsv3__min((size_t)(same - p), rows), xr, t,
+                               out + (size_t)(p - r0) + j * out_stride, out_stride);
         }
     }
 }
 
-/* y [pad(cols)] = a packed row as dot products of w want it: in order of positions, rounded if they are pairs. */
-static void dsv3__mm_for_dot(const dsv3__kern *k, float *y, const float *x, const float *scale64, float up,
-                             size_t blocks, bool round, bool tiled)
+/* y [pad(cols)] = a packed row as dot products of w want it: in order of positions, of FP8 in pairs scaled and rounded. */
+static void dsv3__mm_for_dot(const dsv3__kern *k, float *y, const float *x, dsv3__form form, const float *scale64,
+                             float up, size_t blocks)
 {
-    const size_t chunk = dsv3__mm_chunk(blocks);
-    for (size_t b = 0; b < blocks && !round; b++) {
-        size_t group, at = dsv3__mm_offset(k, b, blocks, tiled, &group);
-        for (size_t g = 0; g < 64 / k->lanes; g++)
-            memcpy(y + b * 64 + g * k->lanes, x + at + g * group, k->lanes * sizeof(float));
+    const bool pairs = dsv3__mm_is_pairs(form);
+    const size_t unit = dsv3__mm_unit_of(k, pairs).floats;
+    if (form == DSV3__FORM_PAIRS_FP8) {
+        k->round_pairs(y, unit, k->lanes, x, scale64, up, blocks * 64);
+        return;
     }
-    for (size_t b = 0; b < blocks && round; b += chunk) {
-        const size_t here = dsv3__min(blocks - b, chunk);
-        const dsv3__mm_strides at = dsv3__mm_layout(k, here, tiled);
-        k->round_pairs(y + b * (k->pair_words ? 32 : 64), 64, k->lanes, x + b * 64, at.block, at.group, scale64 + b, up,
-                       here * 64);
-    }
+    for (size_t b = 0; b < blocks; b++)
+        for (size_t r = 0; r < unit / k->lanes; r++)
+            memcpy(y + b * unit + r * k->lanes, x + dsv3__mm_register(k, pairs, b, blocks, r),
+                   k->lanes * sizeof(float));
 }
 
 /* Asks for what this thread reads next, a line of each page, while it reads `bytes` of rows that begin `at` behind the
@@ -8327,9 +8383,8 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
                          uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, bool tiled,
                          float *out, size_t out_stride, const uint8_t *next)
 {
-    const bool pairs = dsv3__mm_is_pairs(form);
-    const bool round = form == DSV3__FORM_PAIRS_FP8 || (pairs && k->pair_words);
-    const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = dsv3__mm_blocks(cols, pairs);
+    const bool pairs = dsv3__mm_is_pairs(form), round = form == DSV3__FORM_PAIRS_FP8;
+    const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
     const bool again = round || tiled;
     const size_t at_once = !pairs ? 1 : w->row_stride < 2048 || n * cols > 8192 ? 8 : 4; /* rows: 8 KB or more */
@@ -8348,7 +8403,7 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
         same = dsv3__mm_same_scales(w, r, r1);
         dsv3__mm_scales(scale64, w, r, blocks, &have);
         for (size_t j = 0; j < n && (round || (tiled && r == r0)); j++)
-            dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, up, blocks, round, tiled);
+            dsv3__mm_for_dot(k, ready + j * pad, rows[j], form, scale64, up, blocks);
         for (uint64_t p = r, some; p < same; p += some) {
             const uint8_t *row = dsv3__ten_row(w, p);
             float *result = out + (size_t)(p - r0);
@@ -8364,10 +8419,12 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
                 const size_t j = i / some;
                 float *one = result + j * out_stride + i % some;
                 if (DSV3__UNLIKELY(!(fabsf(*one) < INFINITY))) { /* x * up was too large, it may be */
+                    float chains[32] = {0};
                     k->row_fp8_pairs(values, 64, k->lanes, row + i % some * w->row_stride, NULL, cols);
-                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, 1, blocks, true, tiled);
-                    *one = k->dot_f32(values, y[j], NULL, blocks * 64);
-                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], scale64, up, blocks, true, tiled);
+                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], form, scale64, 1, blocks);
+                    dsv3__k_pair_chains_scalar(chains, values, y[j], blocks * 64);
+                    *one = dsv3__k_tree_of_scalar(chains, 32);
+                    dsv3__mm_for_dot(k, ready + j * pad, rows[j], form, scale64, up, blocks);
                 }
             }
         }

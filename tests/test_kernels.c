@@ -522,20 +522,20 @@ TEST(tile_bits)
 
 // ---- Pairs, codes of 8 bits ------------------------------------------------------------------------------
 
-/* The column of position i of a block of 128, word for word from the contract. */
+/* The column of position i of a block of 64, word for word from the contract. */
 static size_t pair_column(size_t i, dsv3_dtype dtype)
 {
-    size_t r = i % 64 / 16, lane = i % 16, second = i < 64;
-    return (dtype == DSV3_DTYPE_F8_E4M3 ? 64 * (r / 2) + 4 * lane + 2 * (r % 2) : 32 * r + 2 * lane) + second;
+    size_t r = i % 32 / 16, lane = i % 16, second = i < 32;
+    return (dtype == DSV3_DTYPE_F8_E4M3 ? 4 * lane + 2 * r : 32 * r + 2 * lane) + second;
 }
 
-/* Floats at positions in pairs, n a multiple of 128 -> what x of the variant's dot products looks like. The floats are bf16. */
+/* Floats at positions in pairs, n a multiple of 64 -> what x of the variant's dot products looks like. The floats are bf16. */
 static void pair_form(float *to, const float *x, size_t n, bool words)
 {
     memcpy(to, x, n * sizeof(float));
     for (size_t i = 0; words && i < n / 2; i++) {
-        const float *block = x + i / 64 * 128;
-        uint32_t second = dsv3__float_bits(block[i % 64]), first = dsv3__float_bits(block[64 + i % 64]), word;
+        const float *block = x + i / 32 * 64;
+        uint32_t second = dsv3__float_bits(block[i % 32]), first = dsv3__float_bits(block[32 + i % 32]), word;
         word = (second & 0xFFFF0000) | first >> 16;
         memcpy(to + i, &word, 4);
     }
@@ -551,13 +551,11 @@ static float pair_value(const uint8_t *w, size_t c, size_t k, dsv3_dtype dtype)
 /* As dot_by_definition, x at positions. */
 static float pair_dot(const uint8_t *w, const float *x, size_t k, dsv3_dtype dtype)
 {
-    float chain[64] = {0}, t[16];
-    for (size_t i = 0; i < (k + 127) / 128 * 128; i++)
-        chain[i % 64] = fmaf(pair_value(w, i / 128 * 128 + pair_column(i % 128, dtype), k, dtype), x[i], chain[i % 64]);
-    for (int i = 0; i < 16; i++) {
-        volatile float a = chain[i] + chain[16 + i], b = chain[32 + i] + chain[48 + i];
-        t[i] = a + b;
-    }
+    float chain[32] = {0}, t[16];
+    for (size_t i = 0; i < (k + 63) / 64 * 64; i++)
+        chain[i % 32] = fmaf(pair_value(w, i / 64 * 64 + pair_column(i % 64, dtype), k, dtype), x[i], chain[i % 32]);
+    for (int i = 0; i < 16; i++)
+        t[i] = chain[i] + chain[16 + i];
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++)
             t[i] = t[i] + t[i + n];
@@ -573,18 +571,25 @@ static float pairs_dot(const dsv3__kern *k, dsv3_dtype dtype, const void *w, con
     return r;
 }
 
+/* Where float p of rows in pairs goes, in blocks `block` apart, registers `group` apart. */
+static size_t pair_place(size_t p, size_t block, size_t group, const dsv3__kern *k)
+{
+    if (k->pair_words)
+        return p / 32 * block + p % 32 / k->lanes * group + p % k->lanes;
+    return p / 64 * block + p % 64 / 32 * (block / 2) + p % 32 / k->lanes * group + p % k->lanes;
+}
+
 /* Dot products, rows and rounding in pairs: every width, dtype and variant. */
 TEST(pairs)
 {
-    enum { PAD = (MOST + 127) / 128 * 128, ROWS = 7 };
+    enum { PAD = (MOST + 63) / 64 * 64, ROWS = 7 };
     static uint8_t w[MOST * 2];
     static float many[ROWS][PAD], doubled[PAD];
-    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[4 * PAD], by_register[PAD],
-        scale64[PAD / 64], raw[PAD];
+    static float x[PAD], form[PAD], at[PAD], expected[PAD], out[PAD], spread[6 * PAD + 32], scale64[PAD / 64], raw[PAD];
     random_state = 31;
     for (size_t d = 0; d < 2; d++)
         for (size_t i = 0; i < DSV3__COUNT(widths); i++) {
-            const size_t n = widths[i], padded = (n + 127) / 128 * 128;
+            const size_t n = widths[i], padded = (n + 63) / 64 * 64;
             random_weights(w, n, pair_dtypes[d]);
             for (size_t p = 0; p < n && d && i % 2; p++)
                 w[p] = (uint8_t)(p == 700 ? 0x83 : (w[p] & 0xBF) | 0x20); /* at most one that is denormal */
@@ -597,8 +602,8 @@ TEST(pairs)
             const float dot = pair_dot(w, x, n, pair_dtypes[d]);
             FOR_VARIANTS(k)
             {
-                const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes,
-                             steps = floats / 64;
+                const size_t unit = k->pair_words ? 2 : 1, floats = padded / unit, lanes = k->lanes;
+                const size_t wide = 6 * lanes, apart = padded / 64 * wide; /* blocks and registers with gaps between them */
                 exact e = exact_copy(w, n * dsv3_dtype_size(pair_dtypes[d]), 1 + i % 5);
                 bool ok = true;
                 for (size_t p = 0; p < padded; p++)
@@ -626,34 +631,28 @@ TEST(pairs)
                 }
 
                 for (size_t p = 0; p < padded; p++)
-                    at[p] = pair_value(w, p / 128 * 128 + pair_column(p % 128, pair_dtypes[d]), n, pair_dtypes[d]);
+                    at[p] = pair_value(w, p / 64 * 64 + pair_column(p % 64, pair_dtypes[d]), n, pair_dtypes[d]);
                 pair_form(expected, at, padded, k->pair_words);
-                dsv3__kern_row(k, pair_dtypes[d], true)(out, 64, lanes, e.p, NULL, n);
+                dsv3__kern_row(k, pair_dtypes[d], true)(out, 64 / unit, lanes, e.p, NULL, n);
                 ok = ok && same_bits(out, expected, floats);
-                dsv3__kern_row(k, pair_dtypes[d], true)(spread + lanes, 4 * lanes, steps * 4 * lanes, e.p, NULL, n);
+                dsv3__kern_row(k, pair_dtypes[d], true)(spread + lanes, wide, apart, e.p, NULL, n);
                 for (size_t p = 0; p < floats; p++)
-                    ok = ok &&
-                         same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
-                                   &expected[p], 1);
+                    ok = ok && same_bits(&spread[lanes + pair_place(p, wide, apart, k)], &expected[p], 1);
 
                 for (size_t p = 0; p < padded; p++) {
-                    volatile float scaled = raw[p] * scale64[p / 128 * 2 + p % 64 / 32];
+                    volatile float scaled = raw[p] * scale64[p / 64];
                     at[p] = dsv3__bf16_decode(dsv3__bf16_encode(scaled));
                 }
                 pair_form(expected, at, padded, k->pair_words);
-                k->round_pairs(out, 64, lanes, raw, 64, lanes, scale64, 1, padded);
+                k->round_pairs(out, 64 / unit, lanes, raw, scale64, 1, padded);
                 ok = ok && same_bits(out, expected, floats);
-                for (size_t p = 0; p < padded; p++) /* registers first, then blocks */
-                    by_register[p % 64 / lanes * (padded / 64) * lanes + p / 64 * lanes + p % lanes] = raw[p];
-                k->round_pairs(out, 64, lanes, by_register, lanes, padded / 64 * lanes, scale64, k->up, padded);
-                for (size_t p = 0; p < floats && !k->pair_words; p++)
-                    out[p] /= k->up;
-                ok = ok && same_bits(out, expected, floats);
-                k->round_pairs(spread + lanes, 4 * lanes, steps * 4 * lanes, raw, 64, lanes, scale64, 1, padded);
-                for (size_t p = 0; p < floats; p++)
-                    ok = ok &&
-                         same_bits(&spread[p % 64 / lanes * steps * 4 * lanes + p / 64 * 4 * lanes + lanes + p % lanes],
-                                   &expected[p], 1);
+                k->round_pairs(spread + lanes, wide, apart, raw, scale64, k->up, padded);
+                for (size_t p = 0; p < floats; p++) {
+                    float got = spread[lanes + pair_place(p, wide, apart, k)];
+                    if (!k->pair_words)
+                        got /= k->up;
+                    ok = ok && same_bits(&got, &expected[p], 1);
+                }
                 if (!CHECK(ok))
                     printf("    %s %s width %u\n", dsv3_isa_name(k->isa), dsv3_dtype_name(pair_dtypes[d]), (unsigned)n);
                 free(e.block);
@@ -671,7 +670,7 @@ TEST(pairs_of_rows)
     random_state = 77;
     for (size_t d = 0; d < 2; d++)
         for (size_t i = 0; i < DSV3__COUNT(wide); i++) {
-            const size_t n = wide[i], padded = (n + 127) / 128 * 128, stride = n * (2 - d) + 3;
+            const size_t n = wide[i], padded = (n + 63) / 64 * 64, stride = n * (2 - d) + 3;
             random_weights(w, W * stride / (2 - d), pair_dtypes[d]);
             for (size_t r = 0; r < W; r++) /* what lies between two rows is of no interest */
                 memset(w + (r + 1) * stride - 3, 0x7F, 3);
@@ -710,21 +709,21 @@ TEST(pairs_of_rows)
         }
 }
 
-/* Each of the 256 codes at each of the 128 columns of a block in pairs, against a 1 and alone in its row. */
+/* Each of the 256 codes at each of the 64 columns of a block in pairs, against a 1 and alone in its row. */
 TEST(pair_codes_everywhere)
 {
-    static uint8_t w[256 * 128];
-    static float out[256 * 128], expected[256 * 128], at[256 * 128], x[128], form[128];
-    for (size_t column = 0; column < 128; column++) {
+    static uint8_t w[256 * 64];
+    static float out[256 * 64], expected[256 * 64], at[256 * 64], x[64], form[64];
+    for (size_t column = 0; column < 64; column++) {
         size_t position = 0;
         memset(w, 0, sizeof w);
         for (size_t c = 0; c < 256; c++)
-            w[c * 128 + column] = (uint8_t)c;
-        for (size_t p = 0; p < 128; p++)
+            w[c * 64 + column] = (uint8_t)c;
+        for (size_t p = 0; p < 64; p++)
             if (pair_column(p, DSV3_DTYPE_F8_E4M3) == column)
                 position = p;
         for (size_t p = 0; p < sizeof w; p++)
-            at[p] = p % 128 == position ? fp8_by_definition((unsigned)(p / 128)) : 0;
+            at[p] = p % 64 == position ? fp8_by_definition((unsigned)(p / 64)) : 0;
         memset(x, 0, sizeof x);
         FOR_VARIANTS(k)
         {
@@ -732,19 +731,19 @@ TEST(pair_codes_everywhere)
             size_t floats = sizeof w / (k->pair_words ? 2 : 1);
             bool ok = true;
             pair_form(expected, at, sizeof w, k->pair_words);
-            pair_form(form, x, 128, k->pair_words);
-            k->row_fp8_pairs(out, 64, k->lanes, w, NULL, sizeof w);
+            pair_form(form, x, 64, k->pair_words);
+            k->row_fp8_pairs(out, k->pair_words ? 32 : 64, k->lanes, w, NULL, sizeof w);
             for (size_t p = 0; p < floats; p++) { /* a NaN among floats is any NaN; among words it is compared */
                 bool nan = !k->pair_words && expected[p] != expected[p];
                 ok = ok && (nan ? out[p] != out[p]
                                 : ((dsv3__float_bits(out[p]) ^ dsv3__float_bits(expected[p])) & 0x7FFF7FFF) == 0);
             }
             for (size_t c = 0; c < 256; c++) {
-                float r = pairs_dot(k, DSV3_DTYPE_F8_E4M3, w + c * 128, form, 128), v = fp8_by_definition((unsigned)c);
+                float r = pairs_dot(k, DSV3_DTYPE_F8_E4M3, w + c * 64, form, 64), v = fp8_by_definition((unsigned)c);
                 ok = ok && (v != v ? dsv3__float_bits(r) == DSV3__NAN_BITS : r == v);
                 /* the sign of words, where it is more than that of a 0 */
-                size_t word = c * 64 + position % 64;
-                uint32_t half = dsv3__float_bits(out[k->pair_words ? word : 0]) >> (position < 64 ? 16 : 0) & 0xFFFF;
+                size_t word = c * 32 + position % 32;
+                uint32_t half = dsv3__float_bits(out[k->pair_words ? word : 0]) >> (position < 32 ? 16 : 0) & 0xFFFF;
                 ok = ok && (!k->pair_words || v != v || half == dsv3__float_bits(v) >> 16);
             }
             if (!CHECK(ok)) {

@@ -669,8 +669,8 @@ TEST(packing)
             memset(row, 0x33, stride * sizeof(float));
             for (size_t c = 0; c < k; c++)
                 values[c] = (float)(c % 251 + 1); /* bf16 has them all */
-            const size_t end = pairs ? (k + 127) / 128 * 128 : (k + 63) / 64 * 64;
-            const int tiled = form % 2; /* both layouts: registers of 8, those of number 0 first */
+            const size_t end = (k + 63) / 64 * 64;
+            const int tiled = form % 2; /* both layouts: registers of 8, those of the first 8 chains first */
             dsv3__mm_pack(&mode, row, values, k, (dsv3__form)form, tiled);
             for (size_t c = 0; c < (k + 127) / 128 * 128 && form == DSV3__FORM_HALVES; c++)
                 CHECK(dsv3__bf16_decode(((const uint16_t *)(const void *)row)[c]) == (c < k ? values[c] : 0));
@@ -680,12 +680,14 @@ TEST(packing)
             }
             for (size_t p = 0; p < end; p++) {
                 size_t q = p % 64, c = p, at = tiled ? q / 8 * (end / 8) + p / 64 * 8 + p % 8 : p;
+                if (pairs && tiled)
+                    at = q % 32 / 8 * (end / 4) + p / 64 * 16 + q / 32 * 8 + p % 8;
                 if (form == DSV3__FORM_QUADS)
                     c = p - q + q % 16 * 4 + q / 16;
                 else if (form == DSV3__FORM_PAIRS)
-                    c = p / 128 * 128 + q / 16 * 32 + q % 16 * 2 + (p % 128 < 64);
+                    c = p - q + q % 32 / 16 * 32 + q % 16 * 2 + (q < 32);
                 else if (form == DSV3__FORM_PAIRS_FP8)
-                    c = p / 128 * 128 + q / 32 * 64 + q % 16 * 4 + q / 16 % 2 * 2 + (p % 128 < 64);
+                    c = p - q + q % 16 * 4 + q % 32 / 16 * 2 + (q < 32);
                 if (!CHECK(row[at] == (c < k ? (float)(c % 251 + 1) : 0.0f)))
                     return;
             }
