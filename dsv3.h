@@ -8135,8 +8135,8 @@ DSV3__INLINE size_t dsv3__mm_register(const dsv3__kern *k, bool pairs, size_t b,
 static void dsv3__mm_order(float *placed, const float *v, dsv3__form form)
 {
     if (form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8) {
-        for (size_t p = 0; p < 4; p++)
-            for (size_t i = 0; i < 16; i++)
+        for (size_t i = 0; i < 16; i++)
+            for (size_t p = 0; p < 4; p++)
                 placed[16 * p + i] = v[4 * i + p];
     } else if (dsv3__mm_is_pairs(form)) {
         const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
@@ -8152,12 +8152,26 @@ static void dsv3__mm_order(float *placed, const float *v, dsv3__form form)
     }
 }
 
+/* One block of a row for tiles: n floats, or words, in order of positions. */
+DSV3__INLINE void dsv3__mm_put(const dsv3__kern *k, float *row, const float *placed, size_t n, bool pairs, size_t b,
+                               size_t blocks)
+{
+    const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
+    const size_t lanes = k->lanes, chains = dsv3__mm_unit_of(k, pairs).chains;
+    for (size_t r = 0; r < n / lanes; r++) {
+        const size_t depth = r < chains ? 0 : 1;
+        float *to = row + at.start + depth * lanes + (r - depth * chains) * at.group;
+        for (size_t l = 0; l < lanes; l += 4)
+            memcpy(to + l, placed + r * lanes + l, 4 * sizeof(float));
+    }
+}
+
 /* row takes the form of k values. row: room for dsv3__mm_pad(k); values and row do not overlap. */
 static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *values, size_t k, dsv3__form form,
                           bool tiled)
 {
     const bool pairs = dsv3__mm_is_pairs(form), words = form == DSV3__FORM_PAIRS && mode->k->pair_words;
-    const size_t blocks = (k + 63) / 64, lanes = mode->k->lanes, floats = words ? 32 : 64; /* of a block */
+    const size_t blocks = (k + 63) / 64;
     tiled = tiled && form != DSV3__FORM_PAIRS_FP8;
     if (dsv3__mm_is_bytes(form)) {
         const size_t group = form == DSV3__FORM_BYTES ? k : 128, padded = (k + 63) / 64 * 64;
@@ -8181,11 +8195,15 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         return;
     }
     for (size_t c = 0; c < k; c += 128) {
-        float v[128], placed[64];
+        float v[128], some[64];
         const size_t n = dsv3__min(k - c, 128);
-        if (n < 128)
+        if (n == 128) { /* PERF: in two parts, since 512 bytes at once, or n, become rep movs */
+            memcpy(v, values + c, 64 * sizeof(float));
+            memcpy(v + 64, values + c + 64, 64 * sizeof(float));
+        } else {
             memset(v, 0, sizeof v);
-        memcpy(v, values + c, n < 128 ? n * sizeof(float) : sizeof v); /* PERF: not 128 is rare, and slow (rep movs) */
+            memcpy(v, values + c, n * sizeof(float));
+        }
         if (form == DSV3__FORM_FP8)
             dsv3__mm_to_fp8(v, n, mode->powers);
         for (size_t i = 0; i < 128 && pairs; i++) /* a NaN of any kind becomes the one that rounding keeps */
@@ -8193,14 +8211,14 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         for (size_t i = 0; i < 128 && form == DSV3__FORM_PAIRS; i++)
             v[i] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v[i])));
         for (size_t b = c / 64; b < blocks && b < c / 64 + 2; b++) {
+            float *placed = tiled || words ? some : row + b * 64;
             dsv3__mm_order(placed, v + (b * 64 - c), form);
             for (size_t i = 0; words && i < 32; i++)
                 placed[i] = dsv3__bits_float(dsv3__float_bits(placed[i]) | dsv3__float_bits(placed[32 + i]) >> 16);
-            for (size_t l = 0; l < floats; l += 4) {
-                const size_t at =
-                    tiled ? dsv3__mm_register(mode->k, pairs, b, blocks, l / lanes) + l % lanes : b * floats + l;
-                memcpy(row + at, placed + l, 4 * sizeof(float));
-            }
+            if (tiled)
+                dsv3__mm_put(mode->k, row, placed, words ? 32 : 64, pairs, b, blocks);
+            else if (words)
+                memcpy(row + b * 32, placed, 32 * sizeof(float));
         }
     }
 }
