@@ -8211,14 +8211,14 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
         for (size_t i = 0; i < 128 && form == DSV3__FORM_PAIRS; i++)
             v[i] = dsv3__k_flush(dsv3__bf16_decode(dsv3__bf16_encode(v[i])));
         for (size_t b = c / 64; b < blocks && b < c / 64 + 2; b++) {
-            float *placed = tiled || words ? some : row + b * 64;
-            dsv3__mm_order(placed, v + (b * 64 - c), form);
-            for (size_t i = 0; words && i < 32; i++)
-                placed[i] = dsv3__bits_float(dsv3__float_bits(placed[i]) | dsv3__float_bits(placed[32 + i]) >> 16);
+            const float *block = v + (b * 64 - c);
+            float *placed = tiled ? some : row + b * (words ? 32 : 64);
+            for (size_t i = 0; words && i < 32; i++) /* two columns of BF16 are a word as they lie */
+                placed[i] = dsv3__bits_float(dsv3__float_bits(block[2 * i + 1]) | dsv3__float_bits(block[2 * i]) >> 16);
+            if (!words)
+                dsv3__mm_order(placed, block, form);
             if (tiled)
                 dsv3__mm_put(mode->k, row, placed, words ? 32 : 64, pairs, b, blocks);
-            else if (words)
-                memcpy(row + b * 32, placed, 32 * sizeof(float));
         }
     }
 }
