@@ -8152,26 +8152,12 @@ static void dsv3__mm_order(float *placed, const float *v, dsv3__form form)
     }
 }
 
-/* One block of a row for tiles: n floats, or words, in order of positions. */
-DSV3__INLINE void dsv3__mm_put(const dsv3__kern *k, float *row, const float *placed, size_t n, bool pairs, size_t b,
-                               size_t blocks)
-{
-    const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
-    const size_t lanes = k->lanes, chains = dsv3__mm_unit_of(k, pairs).chains;
-    for (size_t r = 0; r < n / lanes; r++) {
-        const size_t depth = r < chains ? 0 : 1;
-        float *to = row + at.start + depth * lanes + (r - depth * chains) * at.group;
-        for (size_t l = 0; l < lanes; l += 4)
-            memcpy(to + l, placed + r * lanes + l, 4 * sizeof(float));
-    }
-}
-
 /* row takes the form of k values. row: room for dsv3__mm_pad(k); values and row do not overlap. */
 static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *values, size_t k, dsv3__form form,
                           bool tiled)
 {
     const bool pairs = dsv3__mm_is_pairs(form), words = form == DSV3__FORM_PAIRS && mode->k->pair_words;
-    const size_t blocks = (k + 63) / 64;
+    const size_t blocks = (k + 63) / 64, lanes = mode->k->lanes;
     tiled = tiled && form != DSV3__FORM_PAIRS_FP8;
     if (dsv3__mm_is_bytes(form)) {
         const size_t group = form == DSV3__FORM_BYTES ? k : 128, padded = (k + 63) / 64 * 64;
@@ -8217,8 +8203,11 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
                 placed[i] = dsv3__bits_float(dsv3__float_bits(block[2 * i + 1]) | dsv3__float_bits(block[2 * i]) >> 16);
             if (!words)
                 dsv3__mm_order(placed, block, form);
-            if (tiled)
-                dsv3__mm_put(mode->k, row, placed, words ? 32 : 64, pairs, b, blocks);
+            for (size_t r = 0; tiled && r < (words ? 32 : 64) / lanes; r++) {
+                float *to = row + dsv3__mm_register(mode->k, pairs, b, blocks, r);
+                for (size_t l = 0; l < lanes; l += 4)
+                    memcpy(to + l, placed + r * lanes + l, 4 * sizeof(float));
+            }
         }
     }
 }
