@@ -578,7 +578,7 @@ TEST(rank_1)
    what lies behind the scratch stays as it is. */
 TEST(scratch_of_the_widest)
 {
-    enum { ROWS = 40, N = 100, GUARD = 4096 };
+    enum { ROWS = 40, N = 2 * DSV3__MM_TOKENS + 8, GUARD = 65536 }; /* words: twice as many rows at a time */
     static const size_t widest[] = {128, 2048, 4000, 10944, 18432}, wide[] = {64, 512, 1408, 2048, 2112, 7168};
     random_state = 35;
     for (size_t i = 0; i < DSV3__COUNT(wide); i++) {
