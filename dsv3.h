@@ -10839,6 +10839,8 @@ typedef struct dsv3__layer {
     dsv3_tensor router;      /* [n_routed_experts, hidden_size] */
     dsv3_tensor router_bias; /* [n_routed_experts]; noaux_tc only */
     dsv3__mlp *experts;      /* [n_routed_experts], inter = moe_intermediate_size */
+    /* bit f: what follows the first norm, or the second, wants rows in form f (>>mm) */
+    uint32_t attention_forms, mlp_forms;
 } dsv3__layer;
 
 #define DSV3__MTP_MAX 4 /* prediction layers that are used; published checkpoints have one */
@@ -10861,7 +10863,7 @@ struct dsv3_model {
     const dsv3__kern *k;
     dsv3__mm_mode mode;  /* of linear maps */
     dsv3__mm_mode exact; /* of the router and of attention's: f32 */
-    uint32_t forms;      /* bit f: a map of normalised rows wants them in form f */
+    uint32_t forms;      /* bit f: some map of normalised rows wants them in form f */
     bool read_ahead;
     dsv3__st st;
     dsv3__layer *layers;     /* [num_hidden_layers + n_mtp] */
@@ -11096,25 +11098,29 @@ static dsv3_result dsv3__wt_bind(dsv3_model *m, bool no_mtp, dsv3_error *err)
     return DSV3_OK;
 }
 
+DSV3__INLINE uint32_t dsv3__wt_form(const dsv3__mm_mode *mode, const dsv3_tensor *w)
+{
+    return 1u << dsv3__mm_form(mode, w);
+}
+
 /* Which forms normalised rows are wanted in. */
 static void dsv3__wt_forms(dsv3_model *m)
 {
     const dsv3_config *c = &m->config;
-    m->forms = 1u << dsv3__mm_form(&m->mode, &m->head);
+    m->forms = dsv3__wt_form(&m->mode, &m->head);
     for (uint32_t k = 0; k < m->n_mtp; k++)
-        m->forms |= 1u << dsv3__mm_form(&m->mode, &m->mtp[k].head);
+        m->forms |= dsv3__wt_form(&m->mode, &m->mtp[k].head);
     for (uint32_t i = 0; i < c->num_hidden_layers + m->n_mtp; i++) {
-        const dsv3__layer *l = &m->layers[i];
-        m->forms |= 1u << dsv3__mm_form(&m->mode, &l->kv_a);
-        m->forms |= 1u << dsv3__mm_form(&m->mode, c->q_lora_rank ? &l->q_a : &l->q_b);
+        dsv3__layer *l = &m->layers[i];
+        l->attention_forms =
+            dsv3__wt_form(&m->mode, &l->kv_a) | dsv3__wt_form(&m->mode, c->q_lora_rank ? &l->q_a : &l->q_b);
+        l->mlp_forms = l->moe ? dsv3__wt_form(&m->exact, &l->router) : 0;
         if (l->has_mlp)
-            m->forms |= 1u << dsv3__mm_form(&m->mode, &l->mlp.gate) | 1u << dsv3__mm_form(&m->mode, &l->mlp.up);
-        if (!l->moe)
-            continue;
-        m->forms |= 1u << dsv3__mm_form(&m->exact, &l->router);
-        for (uint32_t e = 0; e < c->n_routed_experts; e++)
-            m->forms |=
-                1u << dsv3__mm_form(&m->mode, &l->experts[e].gate) | 1u << dsv3__mm_form(&m->mode, &l->experts[e].up);
+            l->mlp_forms |= dsv3__wt_form(&m->mode, &l->mlp.gate) | dsv3__wt_form(&m->mode, &l->mlp.up);
+        for (uint32_t e = 0; l->moe && e < c->n_routed_experts; e++)
+            l->mlp_forms |=
+                dsv3__wt_form(&m->mode, &l->experts[e].gate) | dsv3__wt_form(&m->mode, &l->experts[e].up);
+        m->forms |= l->attention_forms | l->mlp_forms;
     }
 }
 
@@ -11540,7 +11546,7 @@ static void dsv3__nn_rmsnorm_row(const dsv3__kern *k, float *y, const float *x, 
 typedef struct dsv3__norm_task {
     dsv3__work *w;
     float eps;
-    uint32_t n;
+    uint32_t forms;
 } dsv3__norm_task;
 
 static void dsv3__nn_rmsnorm_task(void *ctx, uint32_t i, uint32_t worker)
@@ -11551,15 +11557,15 @@ static void dsv3__nn_rmsnorm_task(void *ctx, uint32_t i, uint32_t worker)
     float *y = w->workers[worker].row;
     dsv3__nn_rmsnorm_row(w->m->k, y, w->x + i * w->x_stride, w->norm, dim, t->eps);
     for (uint32_t form = 0; form < DSV3__FORMS; form++)
-        if (w->m->forms >> form & 1)
+        if (t->forms >> form & 1)
             dsv3__mm_pack(&w->m->mode, w->xn[form] + i * w->x_stride, y, dim, (dsv3__form)form, w->tiled);
 }
 
-/* x -> xn, n rows. weight [hidden_size] */
-static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps, uint32_t n)
+/* x -> xn, n rows, in these forms. weight [hidden_size] */
+static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps, uint32_t forms, uint32_t n)
 {
     dsv3__norm_task t;
-    t.w = w, t.eps = eps, t.n = n;
+    t.w = w, t.eps = eps, t.forms = forms;
     dsv3__ten_row_values(w->m->k, w->norm, weight, 0);
     dsv3__pool_run(w->pool, n, dsv3__nn_rmsnorm_task, &t);
 }
@@ -12752,7 +12758,7 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, cons
     }
     if (!t.n && !states)
         return DSV3_OK;
-    dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, n);
+    dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, dsv3__wt_form(&w->m->mode, head), n);
     if (states)
         dsv3__pool_run(w->pool, n, dsv3__fwd_state_task, &t);
     if (t.n)
@@ -12787,9 +12793,9 @@ static void dsv3__fwd_layer(dsv3__work *w, uint32_t i, uint32_t moe_layer, const
 {
     const dsv3__layer *l = &w->m->layers[i];
     const float eps = w->m->config.rms_norm_eps;
-    dsv3__nn_rmsnorm(w, &l->input_norm, eps, n);
+    dsv3__nn_rmsnorm(w, &l->input_norm, eps, l->attention_forms, n);
     dsv3__mla_forward(w, l, i, rows, n);
-    dsv3__nn_rmsnorm(w, &l->post_norm, eps, n);
+    dsv3__nn_rmsnorm(w, &l->post_norm, eps, l->mlp_forms, n);
     dsv3__moe_forward(w, l, moe_layer, rows, n);
 }
 
