@@ -3071,11 +3071,11 @@ typedef struct dsv3__half_block {
 #define DSV3__KERN_FIELD(ret, op, args) ret(*op) args;
 typedef struct dsv3__kern {
     dsv3_isa isa;
-    uint32_t lanes;      /* 4, 8 or 16 */
-    uint32_t tile_x;     /* rows of x in a tile: 3 or 6 */
+    uint32_t lanes;            /* 4, 8 or 16 */
+    uint32_t tile_x;           /* rows of x in a tile: 3 or 6 */
     uint32_t bytes_w, bytes_x; /* rows of either side that `bytes` is best given at a time */
-    bool pair_words;     /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
-    float up;            /* a power of two: of x in dots_fp8_pairs, where codes are decoded as their value / up */
+    bool pair_words;           /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
+    float up;                  /* a power of two: of x in dots_fp8_pairs, where codes are decoded as their value / up */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;
 #undef DSV3__KERN_FIELD
@@ -6003,10 +6003,10 @@ dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, 
     }
 }
 
-/* MANY ROWS OF X. A register of rows as they lie ends in 16 partial sums of one output, and adding these takes as long as a
-   third of the products of 2,048 columns. So rows of w are turned, 32 at a time: words of 4 columns of 16 rows side by side,
-   where every lane is an output of its own and x comes as one word for all. PERF: turning takes as long as 8 products of
-   each word; 1.1 times the speed with 48 rows of x, 1.3 with 128, 0.9 with 24 (Zen 5). */
+/* MANY ROWS OF X. A register of rows as they lie ends in 16 partial sums of one output, and adding these up takes a third
+   as long as the products of 2,048 columns. So rows of w are turned, 32 at a time: words of 4 columns of 16 rows side by
+   side, where every lane is an output of its own and x comes as one word for all. PERF: turning takes as long as 8 products
+   of each word; 1.1 times the speed with 48 rows of x, 1.3 with 128, 0.9 with 24 (Zen 5). */
 enum { DSV3__BYTES_TURNED = 32, DSV3__BYTES_MANY = 32, DSV3__BYTES_X = 12 };
 
 /* turned [ceil64(k) / 4][32 rows][4]. Rows that are not there repeat the last. */
@@ -6080,10 +6080,8 @@ dsv3__k_bytes_tile_many_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_
                                     const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t n_groups,
                                     size_t g, size_t n, const int8_t **next, const int8_t *end, size_t fetch)
 {
-#define DSV3__X(X)                                                                                                    \
-    case X:                                                                                                           \
-        dsv3__k_bytes_many_x_avx512_vnni(y, turned, w_scale, x, x_scale, n_groups, g, n, next, end, fetch, X);        \
-        break
+#define DSV3__X(X) \
+    case X: dsv3__k_bytes_many_x_avx512_vnni(y, turned, w_scale, x, x_scale, n_groups, g, n, next, end, fetch, X); break
     switch (n_x) { /* 32 rows and more in equal parts of at most 12 are parts of 9 and more */
         DSV3__X(9);
         DSV3__X(10);
@@ -6093,7 +6091,7 @@ dsv3__k_bytes_tile_many_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_
 #undef DSV3__X
 }
 
-/* `bytes` with DSV3__BYTES_MANY rows of x and more. */
+/* `bytes` with DSV3__BYTES_MANY rows of x and more, groups of 64 columns, or one of all. */
 DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void
 dsv3__k_bytes_many_avx512_vnni(float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale,
                                size_t n_w, const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k,
@@ -6136,35 +6134,35 @@ dsv3__k_bytes_many_avx512_vnni(float *out, size_t out_stride, const int8_t *w, s
     }
 }
 
-#define DSV3__K_BYTES_AVX512(isa, ask)                                                                           \
-    DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_##isa(                                \
-        int32_t(*sum)[4], const int8_t *const *w, const int8_t *const *x, size_t n_x, size_t c, size_t n,        \
-        size_t ahead)                                                                                            \
-    {                                                                                                            \
-        switch (n_x) {                                                                                           \
-        case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 6); break;                         \
-        case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 5); break;                         \
-        case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 4); break;                         \
-        case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 3); break;                         \
-        default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 2);                               \
-        }                                                                                                        \
-    }                                                                                                            \
-    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_##isa(int32_t *sum, const int8_t *w, const int8_t *x, \
-                                                                 size_t k, size_t group)                         \
-    {                                                                                                            \
-        dsv3__k_bytes_row_x_avx512_vnni(sum, w, x, k, group, ask);                                               \
-    }                                                                                                            \
-    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_##isa(                                                    \
-        float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w,       \
-        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch)  \
-    {                                                                                                            \
-        if (n_x >= DSV3__BYTES_MANY) {                                                                           \
-            dsv3__k_bytes_many_avx512_vnni(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group,    \
-                                           scratch);                                                             \
-            return;                                                                                              \
-        }                                                                                                        \
-        dsv3__k_bytes_vnni(dsv3__k_bytes_tile_##isa, dsv3__k_bytes_row_##isa, 6, out, out_stride, w, w_stride,   \
-                           w_scale, n_w, x, x_scale, n_x, k, group);                                             \
+#define DSV3__K_BYTES_AVX512(isa, ask)                                                                            \
+    DSV3__TARGET_AVX512_VNNI DSV3__NOINLINE static void dsv3__k_bytes_tile_##isa(                                 \
+        int32_t(*sum)[4], const int8_t *const *w, const int8_t *const *x, size_t n_x, size_t c, size_t n,         \
+        size_t ahead)                                                                                             \
+    {                                                                                                             \
+        switch (n_x) {                                                                                            \
+        case 6: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 6); break;                          \
+        case 5: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 5); break;                          \
+        case 4: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 4); break;                          \
+        case 3: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 3); break;                          \
+        default: dsv3__k_bytes_tile_x_avx512_vnni(sum, w, x, c, n, ahead, ask, 2);                                \
+        }                                                                                                         \
+    }                                                                                                             \
+    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_row_##isa(int32_t *sum, const int8_t *w, const int8_t *x,  \
+                                                                 size_t k, size_t group)                          \
+    {                                                                                                             \
+        dsv3__k_bytes_row_x_avx512_vnni(sum, w, x, k, group, ask);                                                \
+    }                                                                                                             \
+    DSV3__TARGET_AVX512_VNNI static void dsv3__k_bytes_##isa(                                                     \
+        float *out, size_t out_stride, const int8_t *w, size_t w_stride, const float *w_scale, size_t n_w,        \
+        const int8_t *const *x, const float *const *x_scale, size_t n_x, size_t k, size_t group, void *scratch)   \
+    {                                                                                                             \
+        if (n_x >= DSV3__BYTES_MANY && (group % 64 == 0 || group >= k)) {                                         \
+            dsv3__k_bytes_many_avx512_vnni(out, out_stride, w, w_stride, w_scale, n_w, x, x_scale, n_x, k, group, \
+                                           scratch);                                                              \
+            return;                                                                                               \
+        }                                                                                                         \
+        dsv3__k_bytes_vnni(dsv3__k_bytes_tile_##isa, dsv3__k_bytes_row_##isa, 6, out, out_stride, w, w_stride,    \
+                           w_scale, n_w, x, x_scale, n_x, k, group);                                              \
     }
 DSV3__K_BYTES_AVX512(avx512_vnni, true)
 DSV3__K_BYTES_AVX512(avx512_bf16, false)
@@ -7984,7 +7982,8 @@ static void dsv3__k_swiglu_neon(float *out, const float *gate, const float *up, 
 
 #undef DSV3__K_DOTS
 #define DSV3__KERN_SCALAR(ret, op, args) dsv3__k_##op##_scalar,
-static const dsv3__kern dsv3__kern_scalar = {DSV3_ISA_SCALAR, 8, 3, 32, 32, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
+static const dsv3__kern dsv3__kern_scalar = {
+    DSV3_ISA_SCALAR, 8, 3, 32, 32, false, 1, DSV3__KERN_OPS(DSV3__KERN_SCALAR)};
 #undef DSV3__KERN_SCALAR
 #if DSV3__AVX2
 #define DSV3__KERN_AVX2(ret, op, args) dsv3__k_##op##_avx2,
@@ -8495,7 +8494,9 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
                 xr[i] = round ? rounded + i * pad / words : xr[i];
             }
             for (uint64_t p = r; p < same; p += rows) {
-                const uint8_t *ahead = p + rows < r1 ? dsv3__ten_row(w, p + rows) : j + t < n ? dsv3__ten_row(w, r0) : next;
+                const uint8_t *ahead = p + rows < r1 ? dsv3__ten_row(w, p + rows)
+                                       : j + t < n   ? dsv3__ten_row(w, r0)
+                                                     : next;
                 dsv3__mm_panel(k, decoded, sums, scale64, w, pairs, p, dsv3__min((size_t)(same - p), rows), xr, t,
                                out + (size_t)(p - r0) + j * out_stride, out_stride, ahead);
             }
@@ -8652,7 +8653,8 @@ static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_t
 {
     const dsv3__form form = dsv3__mm_form(mode, w);
     if (dsv3__mm_is_bytes(form)) {
-        dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride, n <= DSV3__MM_FEW ? next : NULL);
+        dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride,
+                       n <= DSV3__MM_FEW ? next : NULL);
         return;
     }
     if (form == DSV3__FORM_HALVES) {
@@ -11118,8 +11120,7 @@ static void dsv3__wt_forms(dsv3_model *m)
         if (l->has_mlp)
             l->mlp_forms |= dsv3__wt_form(&m->mode, &l->mlp.gate) | dsv3__wt_form(&m->mode, &l->mlp.up);
         for (uint32_t e = 0; l->moe && e < c->n_routed_experts; e++)
-            l->mlp_forms |=
-                dsv3__wt_form(&m->mode, &l->experts[e].gate) | dsv3__wt_form(&m->mode, &l->experts[e].up);
+            l->mlp_forms |= dsv3__wt_form(&m->mode, &l->experts[e].gate) | dsv3__wt_form(&m->mode, &l->experts[e].up);
         m->forms |= l->attention_forms | l->mlp_forms;
     }
 }

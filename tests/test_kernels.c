@@ -797,11 +797,11 @@ TEST(to_bytes_bits)
 /* bytes: all widths, groups, numbers of rows on both sides; the extremes of codes; rows of w end where memory ends. */
 TEST(bytes_bits)
 {
-    static const size_t n_ws[] = {1, 2, 3, 4, 5, 9, 16, 31, 32, 37}, n_xs[] = {1, 2, 3, 4, 6, 7, 13, 16, 17, 32, 35};
+    static const size_t n_ws[] = {1, 2, 3, 4, 5, 9, 16, 31, 32, 37}, n_xs[] = {1, 2, 3, 4, 6, 7, 13, 16, 17, 32, 35, 37, 48, 61};
     static const size_t groups[] = {128, 64, 40, 0};
     static const size_t wide[] = {1,   3,   31,  32,  33,  63,  64,   65,   127,  128,
                                   129, 200, 256, 300, 511, 576, 1000, 2112, 33000};
-    enum { W = 37, X = 35, K = 33024, OUT = 40 };
+    enum { W = 37, X = 61, K = 33024, OUT = 40 };
     int8_t *w = (int8_t *)malloc(W * K), *codes = (int8_t *)malloc(X * K);
     float *w_scale = (float *)malloc(W * K * sizeof(float)), *x_scale = (float *)malloc(X * K * sizeof(float));
     static float out[X * OUT], expected[X * OUT];
