@@ -2901,10 +2901,11 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
     __asm__ volatile("tdpbf16ps {%%tmm" #x ", %%tmm" #w ", %%tmm" #sum "|%%tmm" #sum ", %%tmm" #w ", %%tmm" #x "}" :)
 #endif
 
-/* Bytes of scratch for `bytes` with n_x rows of x of k columns: their codes, and scales, by 16 rows. */
+/* Bytes of scratch for `bytes` with n_x rows of x of k columns: their codes, and scales, by 16 rows; or those of 32 rows of
+   weights. */
 DSV3__INLINE size_t dsv3__k_bytes_scratch(size_t n_x, size_t k)
 {
-    return (n_x + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
+    return (dsv3__max(n_x, 32) + 15) / 16 * 16 * ((k + 63) / 64) * (64 + sizeof(float));
 }
 
 /* Columns of weights as halves that have one sum; how many are decoded at a time. */
@@ -5526,8 +5527,10 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_turn_avx512(void *to, size_t to_st
         lo23 = _mm512_unpacklo_epi32(r[2], r[3]), hi23 = _mm512_unpackhi_epi32(r[2], r[3]);
         words[0] = _mm512_unpacklo_epi64(lo01, lo23), words[1] = _mm512_unpackhi_epi64(lo01, lo23);
         words[2] = _mm512_unpacklo_epi64(hi01, hi23), words[3] = _mm512_unpackhi_epi64(hi01, hi23);
-        for (size_t q = 0; q < dsv3__min(n - c, 4); q++)
-            _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
+        DSV3__UNROLL
+        for (size_t q = 0; q < 4; q++) /* PERF: unrolled, or the words are written to memory and read again */
+            if (q < n - c)
+                _mm512_storeu_ps((uint8_t *)to + (c + q) * to_stride, _mm512_castsi512_ps(words[q]));
     }
 }
 
@@ -6006,8 +6009,8 @@ dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, 
 /* MANY ROWS OF X. A register of rows as they lie ends in 16 partial sums of one output, and adding these up takes a third
    as long as the products of 2,048 columns. So rows of w are turned, 32 at a time: words of 4 columns of 16 rows side by
    side, where every lane is an output of its own and x comes as one word for all. PERF: turning takes as long as 8 products
-   of each word; 1.1 times the speed with 48 rows of x, 1.3 with 128, 0.9 with 24 (Zen 5). */
-enum { DSV3__BYTES_TURNED = 32, DSV3__BYTES_MANY = 32, DSV3__BYTES_X = 12 };
+   of each word. Prompts of 16 rows come at 1.04 times the speed, of 512 at 1.24 (Zen 5). */
+enum { DSV3__BYTES_TURNED = 32, DSV3__BYTES_MANY = 16, DSV3__BYTES_X = 12 };
 
 /* turned [ceil64(k) / 4][32 rows][4]. Rows that are not there repeat the last. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_turn_avx512_vnni(uint8_t *turned, const int8_t *w,
@@ -6015,22 +6018,25 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_turn_avx512_vnni(uint8_
 {
     int8_t edge[16][64];
     const void *from[16];
-    for (size_t h = 0; h < DSV3__BYTES_TURNED; h += 16)
-        for (size_t c = 0; c < k; c += 64) {
-            for (size_t i = 0; i < 16; i++) {
-                from[i] = w + dsv3__min(h + i, n_w - 1) * w_stride + c;
-                if (DSV3__UNLIKELY(k - c < 64)) {
-                    memset(edge[i], 0, 64);
-                    memcpy(edge[i], from[i], k - c);
-                    from[i] = edge[i];
-                }
+    for (size_t h = 0; h < DSV3__BYTES_TURNED; h += 16) {
+        for (size_t i = 0; i < 16; i++)
+            from[i] = w + dsv3__min(h + i, n_w - 1) * w_stride;
+        for (size_t c = 0; c < k; c += 64, turned += 64 * DSV3__BYTES_TURNED) {
+            for (size_t i = 0; i < 16 && DSV3__UNLIKELY(k - c < 64); i++) {
+                memset(edge[i], 0, 64);
+                memcpy(edge[i], from[i], k - c);
+                from[i] = edge[i];
             }
-            dsv3__k_turn_avx512(turned + c * DSV3__BYTES_TURNED + 4 * h, 4 * DSV3__BYTES_TURNED, from, 16);
+            dsv3__k_turn_avx512(turned + 4 * h, 4 * DSV3__BYTES_TURNED, from, 16);
+            for (size_t i = 0; i < 16; i++)
+                from[i] = (const uint8_t *)from[i] + 64;
         }
+        turned -= (k + 63) / 64 * 64 * DSV3__BYTES_TURNED;
+    }
 }
 
-/* y [X][32] go on with group g, `n` columns: turned w times X rows of x, from these columns on. w_scale [32]. `fetch` lines
-   are asked for with each 16 columns, from *next up to `end`. X is a constant. */
+/* y [X][32] go on with group g, `n` columns, from +0 with the first: turned w times X rows of x, from these columns on.
+   w_scale [32]. `fetch` lines are asked for with each 16 columns, from *next up to `end`. X is a constant. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void
 dsv3__k_bytes_many_x_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_t *turned, const float *w_scale,
                                  const int8_t *const *x, const float *const *x_scale, size_t n_groups, size_t g,
@@ -6069,7 +6075,8 @@ dsv3__k_bytes_many_x_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_t *
         for (size_t h = 0; h < 2; h++) {
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(a[j][h], minus));
             const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(w_scale + 16 * h), scale);
-            _mm512_storeu_ps(y[j] + 16 * h, _mm512_fmadd_ps(sum, s, _mm512_loadu_ps(y[j] + 16 * h)));
+            const __m512 before = g ? _mm512_loadu_ps(y[j] + 16 * h) : _mm512_setzero_ps();
+            _mm512_storeu_ps(y[j] + 16 * h, _mm512_fmadd_ps(sum, s, before));
         }
     }
 }
@@ -6082,7 +6089,8 @@ dsv3__k_bytes_tile_many_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_
 {
 #define DSV3__X(X) \
     case X: dsv3__k_bytes_many_x_avx512_vnni(y, turned, w_scale, x, x_scale, n_groups, g, n, next, end, fetch, X); break
-    switch (n_x) { /* 32 rows and more in equal parts of at most 12 are parts of 9 and more */
+    switch (n_x) { /* 16 rows and more in equal parts of at most 12 are parts of 8 and more */
+        DSV3__X(8);
         DSV3__X(9);
         DSV3__X(10);
         DSV3__X(11);
@@ -6113,7 +6121,6 @@ dsv3__k_bytes_many_avx512_vnni(float *out, size_t out_stride, const int8_t *w, s
         for (size_t j = 0, t, left = tiles; j < n_x; j += t, left--) {
             const int8_t *xr[DSV3__BYTES_X];
             t = (n_x - j + left - 1) / left;
-            memset(y, 0, sizeof y);
             for (size_t g = 0; g < n_groups; g++) {
                 for (size_t r = 0; r < t; r++)
                     xr[r] = x[j + r] + g * group;
