@@ -8529,8 +8529,8 @@ static void dsv3__mm_for_dot(const dsv3__kern *k, float *y, const float *x, dsv3
 
 /* Asks for what this thread reads next, a line in 16 KB, while it reads `bytes` of rows that begin `at` behind the first.
    PERF: elsewhere in a file the tables of pages are met anew, and the hardware's prefetcher has to learn. A line of each
-   page of 4 KB made decoding take 0.92 of the time where the system maps such pages, 0.99 where it has pages of 2 MB (Zen 4,
-   one thread). A line in 16 KB decodes at 1.04 to 1.10 of the speed of that, with either pages (Zen 5). */
+   4 KB made decoding take 0.92 of the time where the system maps pages of that size, 0.99 where it has pages of 2 MB (Zen
+   4, one thread). A line in 16 KB decodes at 1.04 to 1.10 of the speed of that, with either pages (Zen 5). */
 DSV3__INLINE void dsv3__mm_ahead(const uint8_t *next, size_t at, size_t bytes)
 {
     for (size_t i = 0; next && i < bytes; i += 16384)
