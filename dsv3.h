@@ -8414,6 +8414,20 @@ DSV3__INLINE uint64_t dsv3__mm_same_scales(const dsv3_tensor *w, uint64_t r, uin
     return left < r1 - r ? r + left : r1;
 }
 
+/* Packed rows of x. */
+typedef struct dsv3__mm_x {
+    const float *rows; /* each of dsv3__mm_form(mode, w) */
+    size_t stride;
+    const uint32_t *index; /* [n] row j is rows + index[j] * stride; NULL: rows + j * stride */
+    size_t n;
+    bool tiled; /* how they are packed; true if n > DSV3__MM_FEW */
+} dsv3__mm_x;
+
+DSV3__INLINE const float *dsv3__mm_row(const dsv3__mm_x *x, size_t j)
+{
+    return x->rows + (x->index ? x->index[j] : j) * x->stride;
+}
+
 /* A panel: rows [rows] of w from r0 times n rows of x, as tiles want them.
    panel      [registers of chains][groups of 4 rows][steps][4][lanes], decoded
    sums       [tiles][groups of 4 rows][registers of chains][4][tile_x][lanes]: chains, which wait here for the next chunk;
@@ -8469,8 +8483,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
 
 /* More than DSV3__MM_FEW rows of x. */
 static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
-                          uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
-                          size_t out_stride, const uint8_t *next)
+                          uint64_t r1, const dsv3__mm_x *x, float *out, size_t out_stride, const uint8_t *next)
 {
     const bool pairs = dsv3__mm_is_pairs(form), round = form == DSV3__FORM_PAIRS_FP8;
     const size_t unit = dsv3__mm_unit_of(k, pairs).floats;
@@ -8478,21 +8491,21 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
     const size_t words = pairs && k->pair_words ? 2 : 1; /* in a float */
     const size_t chunk = dsv3__mm_chunk(blocks), tokens = dsv3__mm_tokens(cols) * words;
     /* PERF: 16 rows of x pass 8 of weights at 1.14 times the speed of 32, 48 at the same, 512 at 0.99 (Zen 4). */
-    const size_t rows = n > 32 ? DSV3__MM_ROWS * words : DSV3__MM_ROWS / 2;
+    const size_t rows = x->n > 32 ? DSV3__MM_ROWS * words : DSV3__MM_ROWS / 2;
     float *scale64 = panel;                                      /* [blocks] */
     float *rounded = panel + dsv3__mm_pad(blocks);               /* [tokens, pad(cols) / words] */
     float *decoded = rounded + tokens * pad / words;             /* [rows, chunk of columns] and 16 lines */
     float *sums = decoded + rows * chunk * 64 / words + 16 * 16; /* see dsv3__mm_panel */
     const float *xr[2 * DSV3__MM_TOKENS];
-    for (size_t j = 0, t; j < n; j += t) {
-        t = dsv3__min(n - j, tokens);
+    for (size_t j = 0, t; j < x->n; j += t) {
+        t = dsv3__min(x->n - j, tokens);
         for (uint64_t r = r0, same; r < r1; r = same) { /* to where the scales change */
             same = round ? dsv3__mm_same_scales(w, r, r1) : r1;
             uint64_t have = UINT64_MAX;
             if (round)
                 dsv3__mm_scales(scale64, w, r, blocks, &have);
             for (size_t i = 0; i < t; i++) {
-                xr[i] = x + (index ? index[j + i] : j + i) * x_stride;
+                xr[i] = dsv3__mm_row(x, j + i);
                 for (size_t b = 0; b < blocks && round; b += chunk) {
                     const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
                     k->round_pairs(rounded + i * pad / words + b * unit, at.block, at.group, xr[i] + b * 64,
@@ -8501,9 +8514,9 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
                 xr[i] = round ? rounded + i * pad / words : xr[i];
             }
             for (uint64_t p = r; p < same; p += rows) {
-                const uint8_t *ahead = p + rows < r1 ? dsv3__ten_row(w, p + rows)
-                                       : j + t < n   ? dsv3__ten_row(w, r0)
-                                                     : next;
+                const uint8_t *ahead = p + rows < r1 ? dsv3__ten_row(w, p + rows) : next;
+                if (p + rows >= r1 && j + t < x->n) /* the strip again, for the next rows of x */
+                    ahead = dsv3__ten_row(w, r0);
                 dsv3__mm_panel(k, decoded, sums, scale64, w, pairs, p, dsv3__min((size_t)(same - p), rows), xr, t,
                                out + (size_t)(p - r0) + j * out_stride, out_stride, ahead);
             }
@@ -8540,13 +8553,12 @@ DSV3__INLINE void dsv3__mm_ahead(const uint8_t *next, size_t at, size_t bytes)
 /* At most DSV3__MM_FEW rows of x: one row of weights after the other, front to back, the one pattern that runs at memory
    speed; it stays in L1 while each row of x meets it. */
 static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
-                         uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, bool tiled,
-                         float *out, size_t out_stride, const uint8_t *next)
+                         uint64_t r1, const dsv3__mm_x *x, float *out, size_t out_stride, const uint8_t *next)
 {
     const bool pairs = dsv3__mm_is_pairs(form), round = form == DSV3__FORM_PAIRS_FP8;
-    const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
+    const size_t n = x->n, cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
-    const bool again = round || tiled;
+    const bool again = round || x->tiled;
     const size_t at_once = !pairs ? 1 : w->row_stride < 2048 || n * cols > 8192 ? 8 : 4; /* rows: 8 KB or more */
     const dsv3__dots_fn dots = dsv3__kern_dots(k, w->dtype);
     const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype);
@@ -8556,13 +8568,13 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
     const float *rows[DSV3__MM_FEW], *y[DSV3__MM_FEW];
     uint64_t have = UINT64_MAX;
     for (size_t j = 0; j < n; j++) {
-        rows[j] = x + (index ? index[j] : j) * x_stride;
+        rows[j] = dsv3__mm_row(x, j);
         y[j] = again ? ready + j * pad : rows[j];
     }
     for (uint64_t r = r0, same; r < r1; r = same) {
         same = dsv3__mm_same_scales(w, r, r1);
         dsv3__mm_scales(scale64, w, r, blocks, &have);
-        for (size_t j = 0; j < n && (round || (tiled && r == r0)); j++)
+        for (size_t j = 0; j < n && (round || (x->tiled && r == r0)); j++)
             dsv3__mm_for_dot(k, ready + j * pad, rows[j], form, scale64, up, blocks);
         for (uint64_t p = r, some; p < same; p += some) {
             const uint8_t *row = dsv3__ten_row(w, p);
@@ -8593,8 +8605,7 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
 
 /* Integer products: rows of w as they lie, against rows of codes. */
 static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor *w, dsv3__form form, uint64_t r0,
-                           uint64_t r1, const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
-                           size_t out_stride, const uint8_t *next)
+                           uint64_t r1, const dsv3__mm_x *x, float *out, size_t out_stride, const uint8_t *next)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), group = form == DSV3__FORM_BYTES ? cols : 128;
     const size_t n_groups = (cols + group - 1) / group, padded = (cols + 63) / 64 * 64;
@@ -8610,10 +8621,10 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
         for (size_t i = 0; i < rows; i += at_once) /* scales [rows, n_groups] */
             dsv3__num_get_run(panel + i * n_groups, w->scale, w->scale_dtype, (r + i) / w->block_rows * w->scale_stride,
                               dsv3__min(at_once, rows - i) * n_groups);
-        for (size_t j = 0, t; j < n; j += t) {
-            t = dsv3__min(n - j, tokens);
+        for (size_t j = 0, t; j < x->n; j += t) {
+            t = dsv3__min(x->n - j, tokens);
             for (size_t i = 0; i < t; i++) {
-                const float *row = x + (index ? index[j + i] : j + i) * x_stride;
+                const float *row = dsv3__mm_row(x, j + i);
                 codes[i] = (const int8_t *)(const void *)row;
                 x_scale[i] = row + padded / 4;
             }
@@ -8625,18 +8636,17 @@ static void dsv3__mm_bytes(const dsv3__kern *k, float *panel, const dsv3_tensor 
 
 /* Halves: rows of w up to where the scales change. */
 static void dsv3__mm_halves(const dsv3__kern *k, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
-                            const float *x, size_t x_stride, const uint32_t *index, size_t n, float *out,
-                            size_t out_stride)
+                            const dsv3__mm_x *x, float *out, size_t out_stride)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(w), tokens = dsv3__mm_half_tokens(cols), blocks = (cols + 63) / 64;
     float *scale64 = panel, *made = panel + dsv3__mm_pad(blocks); /* [blocks]; what half_x made */
     const uint16_t *rows[DSV3__MM_BYTES];
     uint64_t have = UINT64_MAX;
-    for (size_t j = 0, t; j < n; j += t) {
-        t = dsv3__min(n - j, tokens);
+    for (size_t j = 0, t; j < x->n; j += t) {
+        t = dsv3__min(x->n - j, tokens);
         float *scratch = made + dsv3__k_half_x_bytes(t, cols) / sizeof(float);
         for (size_t i = 0; i < t; i++)
-            rows[i] = (const uint16_t *)(const void *)(x + (index ? index[j + i] : j + i) * x_stride);
+            rows[i] = (const uint16_t *)(const void *)dsv3__mm_row(x, j + i);
         k->half_x(made, rows, t, cols);
         for (uint64_t r = r0, same; r < r1; r = same) {
             same = dsv3__mm_same_scales(w, r, r1);
@@ -8647,32 +8657,24 @@ static void dsv3__mm_halves(const dsv3__kern *k, float *panel, const dsv3_tensor
     }
 }
 
-/* Rows r0 ... r1 - 1 of w against n packed rows of x, on this thread, inside dsv3__fp_enter.
+/* Rows r0 ... r1 - 1 of w against rows of x, on this thread, inside dsv3__fp_enter.
    w          passed dsv3__ten_check with arithmetic; k columns
    panel      [dsv3__mm_panel_floats(k)] scratch
-   x          row j: x + j * x_stride, or, with index [n], x + index[j] * x_stride; each of dsv3__mm_form(mode, w)
-   tiled      how x is packed; true if n > DSV3__MM_FEW
    out        out[j * out_stride + (r - r0)] = row r of w times row j of x
-   next       where this thread will probably read on, in rows like these: asked for with few rows of x; may be NULL */
+   next       where this thread will probably read on, in rows like these; may be NULL */
 static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_tensor *w, uint64_t r0, uint64_t r1,
-                           const float *x, size_t x_stride, const uint32_t *index, size_t n, bool tiled, float *out,
-                           size_t out_stride, const uint8_t *next)
+                           const dsv3__mm_x *x, float *out, size_t out_stride, const uint8_t *next)
 {
     const dsv3__form form = dsv3__mm_form(mode, w);
-    if (dsv3__mm_is_bytes(form)) {
-        dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride,
-                       n <= DSV3__MM_FEW ? next : NULL);
-        return;
-    }
-    if (form == DSV3__FORM_HALVES) {
-        dsv3__mm_halves(mode->k, panel, w, r0, r1, x, x_stride, index, n, out, out_stride);
-        return;
-    }
-    if (n <= DSV3__MM_FEW) {
-        dsv3__mm_few(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, tiled, out, out_stride, next);
-        return;
-    }
-    dsv3__mm_many(mode->k, panel, w, form, r0, r1, x, x_stride, index, n, out, out_stride, next);
+    const bool few = x->n <= DSV3__MM_FEW;
+    if (dsv3__mm_is_bytes(form))
+        dsv3__mm_bytes(mode->k, panel, w, form, r0, r1, x, out, out_stride, few ? next : NULL);
+    else if (form == DSV3__FORM_HALVES)
+        dsv3__mm_halves(mode->k, panel, w, r0, r1, x, out, out_stride);
+    else if (few)
+        dsv3__mm_few(mode->k, panel, w, form, r0, r1, x, out, out_stride, next);
+    else
+        dsv3__mm_many(mode->k, panel, w, form, r0, r1, x, out, out_stride, next);
 }
 
 /* out [cols] = the values of one row, columns in order. Inside dsv3__fp_enter. */
@@ -8860,8 +8862,9 @@ static void dsv3__mm_task(void *ctx, uint32_t task, uint32_t worker)
 {
     const dsv3__mm_call *c = (const dsv3__mm_call *)ctx;
     uint64_t rows = dsv3__ten_n_rows(c->w), r0 = task * c->strip, r1 = rows - r0 < c->strip ? rows : r0 + c->strip;
-    dsv3__mm_strip(&c->mode, c->panel + worker * c->panel_floats, c->w, r0, r1, c->x, c->x_stride, NULL, c->n, c->tiled,
-                   c->out + (size_t)r0, (size_t)rows, NULL);
+    const dsv3__mm_x x = {c->x, c->x_stride, NULL, c->n, c->tiled};
+    dsv3__mm_strip(&c->mode, c->panel + worker * c->panel_floats, c->w, r0, r1, &x, c->out + (size_t)r0, (size_t)rows,
+                   NULL);
 }
 
 static dsv3_result dsv3__mm_resolve(dsv3_compute *compute, dsv3_compute wanted, dsv3_error *err)
@@ -11483,8 +11486,7 @@ static void dsv3__nn_add(float *to, const float *from, float weight, size_t n)
 typedef struct dsv3__linear {
     const dsv3__mm_mode *mode;
     const dsv3_tensor *w;
-    const float *x; /* [n, x_stride] packed for w */
-    size_t x_stride;
+    dsv3__mm_x x; /* n rows packed for w */
     float *out;
     size_t out_stride;
     bool add;
@@ -11493,7 +11495,7 @@ typedef struct dsv3__linear {
 typedef struct dsv3__linear_task {
     dsv3__work *w;
     const dsv3__linear *maps;
-    uint32_t n_maps, n;
+    uint32_t n_maps;
 } dsv3__linear_task;
 
 /* The map that a task is a strip of, and the strip's first row; NULL behind the last. */
@@ -11519,22 +11521,20 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
     const uint8_t *next = after ? dsv3__ten_row(after->w, then) : NULL;
     const uint64_t r1 = dsv3__min(r0 + t->w->strip, map->w->shape[0]);
     if (!map->add) {
-        dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, t->w->tiled,
-                       map->out + r0, map->out_stride, next);
+        dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, map->out + r0, map->out_stride, next);
         return;
     }
-    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, map->x, map->x_stride, NULL, t->n, t->w->tiled, mine->a,
-                   DSV3__STRIP, next);
-    for (uint32_t i = 0; i < t->n; i++)
+    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, mine->a, DSV3__STRIP, next);
+    for (size_t i = 0; i < map->x.n; i++)
         dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * DSV3__STRIP, 1.0f, (size_t)(r1 - r0));
 }
 
-/* Independent maps of the same n rows, one join for all. */
-static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_maps, uint32_t n)
+/* Independent maps, one join for all. */
+static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_maps)
 {
     dsv3__linear_task t;
     uint64_t tasks = 0;
-    t.w = w, t.maps = maps, t.n_maps = n_maps, t.n = n;
+    t.w = w, t.maps = maps, t.n_maps = n_maps;
     for (uint32_t i = 0; i < n_maps; i++)
         tasks += dsv3__ceil_div(maps[i].w->shape[0], w->strip);
     dsv3__pool_run(w->pool, (uint32_t)tasks, dsv3__nn_linear_task, &t);
@@ -11578,10 +11578,20 @@ static void dsv3__nn_rmsnorm(dsv3__work *w, const dsv3_tensor *weight, float eps
     dsv3__pool_run(w->pool, n, dsv3__nn_rmsnorm_task, &t);
 }
 
-/* The normalised rows as this weight wants them. */
-static const float *dsv3__nn_input(const dsv3__work *w, const dsv3__mm_mode *mode, const dsv3_tensor *weight)
+/* n rows of this pass, `stride` floats apart. */
+DSV3__INLINE dsv3__mm_x dsv3__nn_rows(const dsv3__work *w, const float *rows, size_t stride, size_t n)
 {
-    return w->xn[dsv3__mm_form(mode, weight)];
+    const dsv3__mm_x x = {rows, stride, NULL, n, w->tiled};
+    return x;
+}
+
+/* The normalised rows as this weight wants them; with index [n] those that it names. */
+static dsv3__mm_x dsv3__nn_input(const dsv3__work *w, const dsv3__mm_mode *mode, const dsv3_tensor *weight,
+                                 const uint32_t *index, size_t n)
+{
+    dsv3__mm_x x = dsv3__nn_rows(w, w->xn[dsv3__mm_form(mode, weight)], w->x_stride, n);
+    x.index = index;
+    return x;
 }
 
 /* A row that only this weight will read takes the form it wants. */
@@ -11705,11 +11715,11 @@ static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp *mlp = g->mlp;
     const uint8_t *next = then < after->inter ? dsv3__ten_row(&after->mlp->gate, then) : NULL;
     const uint32_t r1 = (uint32_t)dsv3__min(r0 + t->w->strip, g->inter);
-    const size_t stride = t->w->x_stride;
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, dsv3__nn_input(t->w, &m->mode, &mlp->gate), stride,
-                   g->rows, g->n, t->w->tiled, mine->a, DSV3__STRIP, dsv3__ten_row(&mlp->up, r0));
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, dsv3__nn_input(t->w, &m->mode, &mlp->up), stride, g->rows,
-                   g->n, t->w->tiled, mine->b, DSV3__STRIP, next);
+    const dsv3__mm_x to_gate = dsv3__nn_input(t->w, &m->mode, &mlp->gate, g->rows, g->n);
+    const dsv3__mm_x to_up = dsv3__nn_input(t->w, &m->mode, &mlp->up, g->rows, g->n);
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, &to_gate, mine->a, DSV3__STRIP,
+                   dsv3__ten_row(&mlp->up, r0));
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, &to_up, mine->b, DSV3__STRIP, next);
     for (uint32_t i = 0; i < g->n; i++)
         m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
 }
@@ -11745,8 +11755,9 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
         const dsv3__mlp_group *g = &t->groups[j];
         const dsv3_tensor *after = &t->groups[(j + 1) % t->n_groups].mlp->down;
         const uint32_t then = j + 1 < t->n_groups ? r0 : r0 + w->strip * w->pool->n_threads;
-        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, g->h, g->h_stride, NULL, g->n,
-                       g->n > DSV3__MM_FEW, mine->a, DSV3__STRIP, then < dim ? dsv3__ten_row(after, then) : NULL);
+        const dsv3__mm_x h = {g->h, g->h_stride, NULL, g->n, g->n > DSV3__MM_FEW};
+        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, &h, mine->a, DSV3__STRIP,
+                       then < dim ? dsv3__ten_row(after, then) : NULL);
         for (uint32_t i = 0; i < g->n; i++) {
             float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP,
                   *from = mine->a + (size_t)i * DSV3__STRIP;
@@ -12192,8 +12203,8 @@ static void dsv3__mla_values(const dsv3__mla_task *t, uint32_t worker, const dsv
             u[x] = s.u[x] * scale;
         dsv3__nn_pack(w, worker, u, mode, &t->l->kv_b, v->n_rows > DSV3__MM_FEW);
     }
-    dsv3__mm_strip(mode, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, mine->u, w->query_stride, NULL,
-                   v->n_rows, v->n_rows > DSV3__MM_FEW,
+    const dsv3__mm_x u = {mine->u, w->query_stride, NULL, v->n_rows, v->n_rows > DSV3__MM_FEW};
+    dsv3__mm_strip(mode, mine->panel, &t->l->kv_b, w_uv, w_uv + c->v_head_dim, &u,
                    w->o + v->row0 * w->o_stride + (size_t)(v->h0 + j) * c->v_head_dim, w->o_stride, NULL);
 }
 
@@ -12350,10 +12361,9 @@ static void dsv3__mla_expand(const dsv3__mla_task *t, uint32_t worker, dsv3__exp
             memcpy(e->keys + i * w->key_stride + nope, key + latent, rope * sizeof(float));
         }
     }
-    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk, w_uk + nope, e->latents, w->query_stride, NULL, s->count, tiled,
-                   e->keys, w->key_stride, NULL);
-    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk + nope, w_uk + nope + v, e->latents, w->query_stride, NULL, s->count,
-                   tiled, e->values, v, NULL);
+    const dsv3__mm_x latents = {e->latents, w->query_stride, NULL, s->count, tiled};
+    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk, w_uk + nope, &latents, e->keys, w->key_stride, NULL);
+    dsv3__mm_strip(mode, mine->panel, kv_b, w_uk + nope, w_uk + nope + v, &latents, e->values, v, NULL);
     for (uint32_t b = 0; b * DSV3__KEY_BLOCK < s->count && w->halves; b++)
         dsv3__mla_expand_halves(w, e, s, b);
 }
@@ -12501,13 +12511,12 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
 
     const dsv3__mm_mode *mode = &w->m->mode;
     first[0].mode = first[1].mode = q_b.mode = o.mode = mode;
-    first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, mode, &l->kv_a), first[0].x_stride = w->x_stride;
+    first[0].w = &l->kv_a, first[0].x = dsv3__nn_input(w, mode, &l->kv_a, NULL, n);
     first[0].out = w->kv, first[0].out_stride = w->kv_stride, first[0].add = false;
-    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, mode, first[1].w),
-    first[1].x_stride = w->x_stride;
+    first[1].w = q_lora ? &l->q_a : &l->q_b, first[1].x = dsv3__nn_input(w, mode, first[1].w, NULL, n);
     first[1].out = q_lora ? w->q_a : w->q, first[1].out_stride = q_lora ? w->q_a_stride : w->q_stride,
     first[1].add = false;
-    dsv3__nn_linear(w, first, 2, n);
+    dsv3__nn_linear(w, first, 2);
 
     memset(&t, 0, sizeof t);
     t.w = w, t.l = l, t.rows = rows, t.layer = layer, t.n = n;
@@ -12517,15 +12526,16 @@ static void dsv3__mla_forward(dsv3__work *w, const dsv3__layer *l, uint32_t laye
     dsv3__pool_run(w->pool, n, dsv3__mla_latent_task, &t);
 
     if (q_lora) {
-        q_b.w = &l->q_b, q_b.x = w->q_a, q_b.x_stride = w->q_a_stride, q_b.out = w->q, q_b.out_stride = w->q_stride,
-        q_b.add = false;
-        dsv3__nn_linear(w, &q_b, 1, n);
+        q_b.w = &l->q_b, q_b.x = dsv3__nn_rows(w, w->q_a, w->q_a_stride, n);
+        q_b.out = w->q, q_b.out_stride = w->q_stride, q_b.add = false;
+        dsv3__nn_linear(w, &q_b, 1);
     }
     dsv3__mla_attend(&t);
 
     dsv3__pool_run(w->pool, n, dsv3__mla_pack_task, &t);
-    o.w = &l->o, o.x = w->o, o.x_stride = w->o_stride, o.out = w->x, o.out_stride = w->x_stride, o.add = true;
-    dsv3__nn_linear(w, &o, 1, n);
+    o.w = &l->o, o.x = dsv3__nn_rows(w, w->o, w->o_stride, n);
+    o.out = w->x, o.out_stride = w->x_stride, o.add = true;
+    dsv3__nn_linear(w, &o, 1);
 }
 
 // =============================================================================
@@ -12646,9 +12656,9 @@ static void dsv3__moe_forward(dsv3__work *w, const dsv3__layer *l, uint32_t moe_
         dsv3__linear router;
         dsv3__moe_task t;
         router.mode = &w->m->exact, router.w = &l->router;
-        router.x = dsv3__nn_input(w, &w->m->exact, &l->router), router.x_stride = w->x_stride;
+        router.x = dsv3__nn_input(w, &w->m->exact, &l->router, NULL, n);
         router.out = w->router, router.out_stride = experts, router.add = false;
-        dsv3__nn_linear(w, &router, 1, n);
+        dsv3__nn_linear(w, &router, 1);
         t.w = w, t.bias = NULL;
         if (l->router_bias.data) {
             dsv3__ten_row_values(w->m->k, w->router_bias, &l->router_bias, 0);
@@ -12725,8 +12735,9 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__worker *mine = &w->workers[worker];
     const uint32_t vocab = w->m->config.vocab_size, r0 = task * w->strip;
     const uint32_t r1 = r0 + w->strip < vocab ? r0 + w->strip : vocab, then = r0 + w->strip * w->pool->n_threads;
-    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, dsv3__nn_input(w, &w->m->mode, t->head), w->x_stride,
-                   t->asked, t->n, w->tiled, mine->a, DSV3__STRIP, then < vocab ? dsv3__ten_row(t->head, then) : NULL);
+    const dsv3__mm_x x = dsv3__nn_input(w, &w->m->mode, t->head, t->asked, t->n);
+    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, &x, mine->a, DSV3__STRIP,
+                   then < vocab ? dsv3__ten_row(t->head, then) : NULL);
     for (uint32_t i = 0; i < t->n; i++)
         memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
 }
@@ -12880,9 +12891,9 @@ static dsv3_result dsv3__mtp_rows(dsv3__work *w, uint32_t k, const dsv3__row *ro
     dsv3__ten_row_values(m->k, w->norm, &p->enorm, 0);
     dsv3__ten_row_values(m->k, w->norm2, &p->hnorm, 0);
     dsv3__pool_run(w->pool, n, dsv3__mtp_join_task, &t);
-    join.mode = &m->mode, join.w = &p->eh_proj, join.x = w->eh, join.x_stride = w->eh_stride;
+    join.mode = &m->mode, join.w = &p->eh_proj, join.x = dsv3__nn_rows(w, w->eh, w->eh_stride, n);
     join.out = w->x, join.out_stride = w->x_stride, join.add = false;
-    dsv3__nn_linear(w, &join, 1, n);
+    dsv3__nn_linear(w, &join, 1);
     dsv3__fwd_layer(w, m->config.num_hidden_layers + k, DSV3__MOE_UNCOUNTED, rows, n);
     return dsv3__fwd_logits(w, &p->norm, &p->head, rows, n, asked, err);
 }

@@ -80,12 +80,12 @@ static owned make(dsv3_dtype dtype, size_t rows, size_t cols)
 {
     owned o;
     dsv3_error e;
-    size_t n_scales = (rows + 127) / 128 * ((cols + 127) / 128);
+    size_t n_scales = dtype == DSV3_DTYPE_I8 ? rows : (rows + 127) / 128 * ((cols + 127) / 128);
     float *values = floats(rows * cols);
     for (size_t i = 0; i < rows * cols; i++)
         values[i] = random_float() * (1.0f + (float)(i / cols / 50)); /* blocks of different scale */
     o.data = (uint8_t *)malloc(rows * cols * dsv3_dtype_size(dtype));
-    o.scale = dtype == DSV3_DTYPE_F8_E4M3 ? floats(n_scales) : NULL;
+    o.scale = dtype == DSV3_DTYPE_F8_E4M3 || dtype == DSV3_DTYPE_I8 ? floats(n_scales) : NULL;
     CHECK_OK(dsv3_quantize(&o.t, o.data, rows * cols * dsv3_dtype_size(dtype), o.scale, o.scale ? n_scales : 0, dtype, values, rows,
                            cols, &e),
              e);
@@ -581,29 +581,32 @@ TEST(scratch_of_the_widest)
     enum { ROWS = 40, N = 2 * DSV3__MM_TOKENS + 8, GUARD = 65536 }; /* words: twice as many rows at a time */
     static const size_t widest[] = {128, 2048, 4000, 10944, 18432}, wide[] = {64, 512, 1408, 2048, 2112, 7168};
     random_state = 35;
-    for (size_t i = 0; i < DSV3__COUNT(wide); i++) {
-        owned w = make(DSV3_DTYPE_F8_E4M3, ROWS, wide[i]);
-        const size_t stride = dsv3__mm_pad(wide[i]);
-        float *in = random_rows(N * wide[i]), *x = floats(N * stride), *out = floats(N * ROWS);
+    for (size_t i = 0; i < 2 * DSV3__COUNT(wide); i++) {
+        const bool codes = i >= DSV3__COUNT(wide); /* of 8 bits */
+        const size_t cols = wide[i % DSV3__COUNT(wide)], n = codes && cols < 2048 ? 17 : N;
+        owned w = make(codes ? DSV3_DTYPE_I8 : DSV3_DTYPE_F8_E4M3, ROWS, cols);
+        const size_t stride = dsv3__mm_pad(cols);
+        float *in = random_rows(N * cols), *x = floats(N * stride), *out = floats(N * ROWS);
         for (size_t s = 0; s < DSV3__COUNT(isas); s++)
             for (size_t k = 0; k < DSV3__COUNT(widest); k++) {
                 const size_t room = dsv3__mm_panel_floats(widest[k]);
-                if (!dsv3_isa_supported(isas[s]) || isas[s] == DSV3_ISA_SCALAR || wide[i] > widest[k])
+                if (!dsv3_isa_supported(isas[s]) || isas[s] == DSV3_ISA_SCALAR || cols > widest[k])
                     continue;
                 float *panel = floats(room + GUARD);
                 size_t touched = 0;
                 for (size_t g = 0; g < GUARD; g++)
                     panel[room + g] = 42;
-                dsv3__mm_mode mode = {dsv3__kern_get(isas[s]), DSV3_COMPUTE_BF16, false};
+                dsv3__mm_mode mode = {dsv3__kern_get(isas[s]), codes ? DSV3_COMPUTE_INT8 : DSV3_COMPUTE_BF16, false};
+                const dsv3__mm_x rows = {x, stride, NULL, n, true};
                 uint32_t saved = dsv3__fp_enter();
                 for (size_t j = 0; j < N; j++)
-                    dsv3__mm_pack(&mode, x + j * stride, in + j * wide[i], wide[i], dsv3__mm_form(&mode, &w.t), true);
-                dsv3__mm_strip(&mode, panel, &w.t, 0, ROWS, x, stride, NULL, N, true, out, ROWS, NULL);
+                    dsv3__mm_pack(&mode, x + j * stride, in + j * cols, cols, dsv3__mm_form(&mode, &w.t), true);
+                dsv3__mm_strip(&mode, panel, &w.t, 0, ROWS, &rows, out, ROWS, NULL);
                 dsv3__fp_leave(saved);
                 for (size_t g = 0; g < GUARD; g++)
                     touched += panel[room + g] != 42;
                 if (!CHECK_EQ_UINT(touched, 0))
-                    printf("    %s: %u columns in scratch for %u\n", dsv3_isa_name(isas[s]), (unsigned)wide[i], (unsigned)widest[k]);
+                    printf("    %s: %u columns in scratch for %u\n", dsv3_isa_name(isas[s]), (unsigned)cols, (unsigned)widest[k]);
                 free(panel);
             }
         release(&w);
@@ -638,9 +641,10 @@ TEST(strips)
                 mode.k = dsv3__kern_get(isa);
                 for (size_t j = 0; j < N; j++)
                     dsv3__mm_pack(&mode, x + j * stride, in + j * COLS, COLS, dsv3__mm_form(&mode, &w.t), tiled);
+                const dsv3__mm_x rows = {x, stride, indexed % 2 ? index : NULL, n, tiled};
                 for (size_t i = 0; i + 1 < DSV3__COUNT(cuts); i++)
-                    dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], x, stride, indexed % 2 ? index : NULL, n,
-                                   tiled, out + cuts[i], ROWS, indexed ? (const uint8_t *)w.t.data : NULL);
+                    dsv3__mm_strip(&mode, panel, &w.t, cuts[i], cuts[i + 1], &rows, out + cuts[i], ROWS,
+                                   indexed ? (const uint8_t *)w.t.data : NULL);
                 dsv3__fp_leave(saved);
                 for (size_t j = 0; j < n; j++)
                     CHECK(memcmp(out + j * ROWS, expected + (indexed % 2 ? index[j] : j) * ROWS, ROWS * sizeof(float)) == 0);
