@@ -6054,6 +6054,10 @@ dsv3__k_bytes_many_x_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_t *
             DSV3__FETCH(ahead);
         DSV3__UNROLL
         for (size_t q = 0; q < 4; q++, turned += 4 * DSV3__BYTES_TURNED) {
+            __asm__ volatile(""
+                             :
+                             :
+                             : "memory"); /* clang would load for the next columns too and run out of registers */
             v0 = _mm512_xor_si512(_mm512_loadu_si512(turned), top);
             v1 = _mm512_xor_si512(_mm512_loadu_si512(turned + 64), top);
             DSV3__UNROLL

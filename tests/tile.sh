@@ -18,20 +18,25 @@ for cc in gcc clang; do
     for flags in -O2 -O3; do
         $cc -std=c99 -I. $flags -c -o $work/$cc.o $work/dsv3.c || exit 1
         objdump -d --no-show-raw-insn $work/$cc.o > $work/$cc.s
-        # A loop is a jump back; innermost, if no other jump back lies inside. Addresses are hexadecimal.
+        # A loop is a jump back; innermost, if no other loop that multiplies lies inside. Addresses are hexadecimal.
         awk -v most="$most" -v verbose="$verbose" -v cc="$cc $flags" '
             function hex(s,    i, v) {
                 v = 0
                 for (i = 1; i <= length(s); i++) v = v * 16 + index("0123456789abcdef", substr(s, i, 1)) - 1
                 return v
             }
-            function finish(    i, j, inner, stack, macs, k, worst) {
+            function finish(    i, j, inner, stack, macs, k, busy) {
                 if (name == "") return
                 functions++
                 for (i = 0; i < n_loops; i++) {
+                    busy[i] = 0
+                    for (k = 0; k < n; k++) if (at[k] >= from[i] && at[k] <= to[i]) busy[i] += mac[k]
+                }
+                for (i = 0; i < n_loops; i++) {
                     inner = 1
                     for (j = 0; j < n_loops; j++)
-                        if (j != i && from[j] >= from[i] && to[j] <= to[i] && (from[j] > from[i] || to[j] < to[i])) inner = 0
+                        if (j != i && busy[j] && from[j] >= from[i] && to[j] <= to[i] && (from[j] > from[i] || to[j] < to[i]))
+                            inner = 0
                     if (!inner) continue
                     stack = macs = 0
                     for (k = 0; k < n; k++) if (at[k] >= from[i] && at[k] <= to[i]) { stack += on_stack[k]; macs += mac[k] }
