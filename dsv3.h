@@ -6019,19 +6019,19 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_turn_avx512_vnni(uint8_
     int8_t edge[16][64];
     const void *from[16];
     for (size_t h = 0; h < DSV3__BYTES_TURNED; h += 16) {
+        uint8_t *to = turned + 4 * h;
         for (size_t i = 0; i < 16; i++)
             from[i] = w + dsv3__min(h + i, n_w - 1) * w_stride;
-        for (size_t c = 0; c < k; c += 64, turned += 64 * DSV3__BYTES_TURNED) {
+        for (size_t c = 0; c < k; c += 64, to += 64 * DSV3__BYTES_TURNED) {
             for (size_t i = 0; i < 16 && DSV3__UNLIKELY(k - c < 64); i++) {
                 memset(edge[i], 0, 64);
                 memcpy(edge[i], from[i], k - c);
                 from[i] = edge[i];
             }
-            dsv3__k_turn_avx512(turned + 4 * h, 4 * DSV3__BYTES_TURNED, from, 16);
+            dsv3__k_turn_avx512(to, 4 * DSV3__BYTES_TURNED, from, 16);
             for (size_t i = 0; i < 16; i++)
                 from[i] = (const uint8_t *)from[i] + 64;
         }
-        turned -= (k + 63) / 64 * 64 * DSV3__BYTES_TURNED;
     }
 }
 
@@ -6054,10 +6054,8 @@ dsv3__k_bytes_many_x_avx512_vnni(float (*y)[DSV3__BYTES_TURNED], const uint8_t *
             DSV3__FETCH(ahead);
         DSV3__UNROLL
         for (size_t q = 0; q < 4; q++, turned += 4 * DSV3__BYTES_TURNED) {
-            __asm__ volatile(""
-                             :
-                             :
-                             : "memory"); /* clang would load for the next columns too and run out of registers */
+            /* clang would load for the next columns too and run out of registers */
+            __asm__ volatile("" : : : "memory");
             v0 = _mm512_xor_si512(_mm512_loadu_si512(turned), top);
             v1 = _mm512_xor_si512(_mm512_loadu_si512(turned + 64), top);
             DSV3__UNROLL
