@@ -1292,23 +1292,25 @@ DSV3_API dsv3_result dsv3_generate(dsv3_session *session, const char *prompt, si
 #endif
 
 #if defined(__GNUC__)
-#define DSV3__INLINE      static inline __attribute__((always_inline))
-#define DSV3__NOINLINE    __attribute__((noinline))
-#define DSV3__RESTRICT    __restrict__
-#define DSV3__TARGET(isa) __attribute__((target(isa)))
-#define DSV3__FETCH(p)    __builtin_prefetch((p), 0, 2) /* the line of p, near but not into L1 */
-#define DSV3__FETCH_L1(p) __builtin_prefetch((p), 0, 3) /* the line of p, into L1 */
-#define DSV3__LIKELY(c)   __builtin_expect(!!(c), 1)
-#define DSV3__UNLIKELY(c) __builtin_expect(!!(c), 0)
+#define DSV3__INLINE        static inline __attribute__((always_inline))
+#define DSV3__NOINLINE      __attribute__((noinline))
+#define DSV3__RESTRICT      __restrict__
+#define DSV3__TARGET(isa)   __attribute__((target(isa)))
+#define DSV3__FETCH(p)      __builtin_prefetch((p), 0, 2) /* the line of p, near but not into L1 */
+#define DSV3__FETCH_L1(p)   __builtin_prefetch((p), 0, 3) /* the line of p, into L1 */
+#define DSV3__FETCH_ONCE(p) __builtin_prefetch((p), 0, 0) /* the line of p, into L1 and not by way of the others */
+#define DSV3__LIKELY(c)     __builtin_expect(!!(c), 1)
+#define DSV3__UNLIKELY(c)   __builtin_expect(!!(c), 0)
 #else
 #define DSV3__INLINE static inline
 #define DSV3__NOINLINE
 #define DSV3__RESTRICT
 #define DSV3__TARGET(isa)
-#define DSV3__FETCH(p)    ((void)(p))
-#define DSV3__FETCH_L1(p) ((void)(p))
-#define DSV3__LIKELY(c)   (c)
-#define DSV3__UNLIKELY(c) (c)
+#define DSV3__FETCH(p)      ((void)(p))
+#define DSV3__FETCH_L1(p)   ((void)(p))
+#define DSV3__FETCH_ONCE(p) ((void)(p))
+#define DSV3__LIKELY(c)     (c)
+#define DSV3__UNLIKELY(c)   (c)
 #endif
 
 #define DSV3__COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -2135,6 +2137,15 @@ static bool dsv3__cpu_fast_bf16(void)
 #endif
 }
 
+#if DSV3__AVX512 && DSV3__VNNI
+/* PERF: does it read weights best that were asked for once, into L1 (see >>kern)? Of CPUs with AVX512_BF16, Zen 5 does
+   and Zen 4 does not; AVX-VNNI tells them apart. */
+static bool dsv3__cpu_asks_once(void)
+{
+    return (dsv3__cpu_levels() >> DSV3_ISA_AVX_VNNI & 1) != 0;
+}
+#endif
+
 /* May this process use the tile registers? Linux lends them to one that asks, for all its threads and for good: 8 KB of
    state, which a thread has from its first tile on, and which signal frames must then have room for. It refuses where a
    thread's alternate signal stack is too small for that, where a filter forbids the call, and before version 5.16. */
@@ -2863,12 +2874,39 @@ static void dsv3__ten_scales(float *scale64, const dsv3_tensor *t, uint64_t row,
 #ifndef DSV3__PIN512
 #define DSV3__PIN512(v) __asm__("" : "+v"(v))
 #endif
+#define DSV3__PREFETCH_AT(p, bytes)      DSV3__FETCH((const void *)((uintptr_t)(p) + (bytes)))
+#define DSV3__PREFETCH_L1_AT(p, bytes)   DSV3__FETCH_L1((const void *)((uintptr_t)(p) + (bytes)))
+#define DSV3__PREFETCH_ONCE_AT(p, bytes) DSV3__FETCH_ONCE((const void *)((uintptr_t)(p) + (bytes)))
+#define DSV3__PREFETCH(p)                dsv3__k_ask(p, DSV3__ASK_TWICE)
+
 /* PERF: loads of x between those of weights crowd the weights out of the hardware's prefetcher. So they are asked for
-   ahead, into the rows that follow too: far ahead into L2, which bridges what memory is late, and near into L1. FP8, BF16
-   and int8 at 0.83 ... 1.0 of a plain read where 0.45 ... 0.75 was (Emerald Rapids). */
-#define DSV3__PREFETCH_AT(p, bytes)    DSV3__FETCH((const void *)((uintptr_t)(p) + (bytes)))
-#define DSV3__PREFETCH_L1_AT(p, bytes) DSV3__FETCH_L1((const void *)((uintptr_t)(p) + (bytes)))
-#define DSV3__PREFETCH(p)              (DSV3__PREFETCH_AT(p, 8192), DSV3__PREFETCH_L1_AT(p, 2048))
+   ahead, into the rows that follow too. CPUs differ in what they take to; which it is is a constant of a kernel:
+   TWICE  8 KB ahead into L2, which bridges what memory is late, and 2 KB ahead into L1: FP8, BF16 and int8 at 0.83 ... 1.0
+          of a plain read where 0.45 ... 0.75 was (Emerald Rapids)
+   L2     2 KB ahead into L2: int8 at 1.2 times the speed that 8 KB ahead gave (Zen 4)
+   ONCE   8 KB ahead, into L1 alone: int8 and BF16 at 1.18 times the speed that L2 gives, FP8 at 1.10. More than elsewhere
+          where rows begin in the middle of a line, as in files, and each load is of two lines (Zen 5) */
+enum { DSV3__ASK_TWICE, DSV3__ASK_L2, DSV3__ASK_ONCE };
+
+/* Asks for what is read soon behind the line at p. */
+DSV3__INLINE void dsv3__k_ask(const void *p, const int how)
+{
+    if (how == DSV3__ASK_ONCE)
+        DSV3__PREFETCH_ONCE_AT(p, 8192);
+    else
+        DSV3__PREFETCH_AT(p, how == DSV3__ASK_L2 ? 2048 : 8192);
+    if (how == DSV3__ASK_TWICE)
+        DSV3__PREFETCH_L1_AT(p, 2048);
+}
+
+/* Asks for the line `bytes` behind p, which lies in the rows that are read next. */
+DSV3__INLINE void dsv3__k_ask_at(const void *p, size_t bytes, const int how)
+{
+    if (how == DSV3__ASK_ONCE)
+        DSV3__PREFETCH_ONCE_AT(p, bytes);
+    else
+        DSV3__PREFETCH_AT(p, bytes);
+}
 #endif
 
 /* One instruction each, sums += products: of unsigned and signed bytes, four to an int32; of two bf16, the high first.
@@ -4919,7 +4957,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_load16_avx512(const uint8_t *w, 
 }
 
 DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, const float *x, const float *scale64,
-                                                          size_t k, dsv3_dtype dtype)
+                                                          size_t k, dsv3_dtype dtype, const int ask)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t block = dsv3__k_block_size(dtype), part = block / 4;
@@ -4934,7 +4972,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_avx512(const void *weights, c
         }
         __m512 s = _mm512_set1_ps(dtype == DSV3_DTYPE_I8 ? *scale64++ : 1.0f), v;
         for (size_t i = 0; i < block; i += 64)
-            DSV3__PREFETCH(w + i);
+            dsv3__k_ask(w + i, ask);
 #define DSV3__STEP(g)                               \
     v = dsv3__k_load16_avx512(w + g * part, dtype); \
     if (dtype == DSV3_DTYPE_I8)                     \
@@ -4972,22 +5010,33 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t bloc
     }
 }
 
-#define DSV3__K_DTYPE_AVX512(name, dtype)                                                                              \
-    DSV3__TARGET_AVX512 static float dsv3__k_dot_##name##_avx512(const void *w, const float *x, const float *scale64,  \
-                                                                 size_t k)                                             \
+#define DSV3__K_DOT_AVX512(name, dtype, ask)                                                                           \
+    DSV3__TARGET_AVX512 static float dsv3__k_dot_##name(const void *w, const float *x, const float *scale64, size_t k) \
     {                                                                                                                  \
-        return dsv3__k_dot_avx512(w, x, scale64, k, dtype);                                                            \
-    }                                                                                                                  \
-    DSV3__TARGET_AVX512 static void dsv3__k_row_##name##_avx512(float *out, size_t block, size_t group, const void *w, \
-                                                                const float *scale64, size_t k)                        \
-    {                                                                                                                  \
-        dsv3__k_row_avx512(out, block, group, w, scale64, k, dtype);                                                   \
+        return dsv3__k_dot_avx512(w, x, scale64, k, dtype, ask);                                                       \
     }
-DSV3__K_DTYPE_AVX512(f32, DSV3_DTYPE_F32)
-DSV3__K_DTYPE_AVX512(f16, DSV3_DTYPE_F16)
-DSV3__K_DTYPE_AVX512(bf16, DSV3_DTYPE_BF16)
-DSV3__K_DTYPE_AVX512(i8, DSV3_DTYPE_I8)
-#undef DSV3__K_DTYPE_AVX512
+#define DSV3__K_ROW_AVX512(name, dtype)                                                                       \
+    DSV3__TARGET_AVX512 static void dsv3__k_row_##name(float *out, size_t block, size_t group, const void *w, \
+                                                       const float *scale64, size_t k)                        \
+    {                                                                                                         \
+        dsv3__k_row_avx512(out, block, group, w, scale64, k, dtype);                                          \
+    }
+DSV3__K_DOT_AVX512(f32_avx512, DSV3_DTYPE_F32, DSV3__ASK_TWICE)
+DSV3__K_DOT_AVX512(f16_avx512, DSV3_DTYPE_F16, DSV3__ASK_TWICE)
+DSV3__K_DOT_AVX512(bf16_avx512, DSV3_DTYPE_BF16, DSV3__ASK_TWICE)
+DSV3__K_DOT_AVX512(i8_avx512, DSV3_DTYPE_I8, DSV3__ASK_TWICE)
+#if DSV3__VNNI
+DSV3__K_DOT_AVX512(f32_avx512_once, DSV3_DTYPE_F32, DSV3__ASK_ONCE)
+DSV3__K_DOT_AVX512(f16_avx512_once, DSV3_DTYPE_F16, DSV3__ASK_ONCE)
+DSV3__K_DOT_AVX512(bf16_avx512_once, DSV3_DTYPE_BF16, DSV3__ASK_ONCE)
+DSV3__K_DOT_AVX512(i8_avx512_once, DSV3_DTYPE_I8, DSV3__ASK_ONCE)
+#endif
+DSV3__K_ROW_AVX512(f32_avx512, DSV3_DTYPE_F32)
+DSV3__K_ROW_AVX512(f16_avx512, DSV3_DTYPE_F16)
+DSV3__K_ROW_AVX512(bf16_avx512, DSV3_DTYPE_BF16)
+DSV3__K_ROW_AVX512(i8_avx512, DSV3_DTYPE_I8)
+#undef DSV3__K_DOT_AVX512
+#undef DSV3__K_ROW_AVX512
 
 DSV3__TARGET_AVX512 DSV3__INLINE bool dsv3__k_fp8_nan_avx512(__m512i worst)
 {
@@ -5025,8 +5074,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512i dsv3__k_dot_fp8_block_avx512(__m512 *a,
 
 /* PERF: 8 lines of weights are loaded before the first is decoded: between them, the 4 loads of x a line would crowd the
    weights out of the prefetcher (10 against 25 GB/s on a Zen 4). */
-DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, const float *x, const float *scale64,
-                                                        size_t k)
+DSV3__TARGET_AVX512 DSV3__INLINE float dsv3__k_dot_fp8_ask_avx512(const void *weights, const float *x,
+                                                                  const float *scale64, size_t k, const int ask)
 {
     const uint8_t *w = (const uint8_t *)weights;
     const size_t blocks = k / 64;
@@ -5037,7 +5086,7 @@ DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, con
     a[0] = a[1] = a[2] = a[3] = _mm512_setzero_ps();
 #define DSV3__LOAD(i)                            \
     v##i = _mm512_loadu_si512(w + (b + i) * 64); \
-    DSV3__PREFETCH(w + (b + i) * 64);            \
+    dsv3__k_ask(w + (b + i) * 64, ask);          \
     DSV3__PIN512(v##i)
 #define DSV3__STEP(i) worst = dsv3__k_dot_fp8_block_avx512(a, v##i, x + (b + i) * 64, scale64[b + i], worst)
     for (; b + 8 <= blocks; b += 8) {
@@ -5075,6 +5124,19 @@ DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *weights, con
         return dsv3__k_dot_fp8_scalar(weights, x, scale64, k);
     return r;
 }
+
+DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512(const void *w, const float *x, const float *scale64, size_t k)
+{
+    return dsv3__k_dot_fp8_ask_avx512(w, x, scale64, k, DSV3__ASK_TWICE);
+}
+
+#if DSV3__VNNI
+DSV3__TARGET_AVX512 static float dsv3__k_dot_fp8_avx512_once(const void *w, const float *x, const float *scale64,
+                                                             size_t k)
+{
+    return dsv3__k_dot_fp8_ask_avx512(w, x, scale64, k, DSV3__ASK_ONCE);
+}
+#endif
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_avx512(float *out, size_t block, size_t group, const void *weights,
                                                        const float *scale64, size_t k)
@@ -5677,14 +5739,14 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_64_avx512(__m512 (*a)[2],
    which is found there, do too. */
 DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[2], const uint8_t *w,
                                                                     const float *const *x, size_t c, __m512i *worst,
-                                                                    const size_t T, const size_t L)
+                                                                    const int ask, const size_t T, const size_t L)
 {
     const __m512i magnitude = _mm512_set1_epi8(0x7F), normal = _mm512_set1_epi8(0x08), nan = _mm512_set1_epi8(0x77);
     __m512i v[4], s = _mm512_setzero_si512();
     DSV3__UNROLL
     for (size_t i = 0; i < L; i++) {
         v[i] = _mm512_loadu_si512(w + 64 * i);
-        DSV3__PREFETCH(w + 64 * i);
+        dsv3__k_ask(w + 64 * i, ask);
         DSV3__PIN512(v[i]);
         s = _mm512_max_epu8(s, _mm512_sub_epi8(_mm512_and_si512(v[i], magnitude), normal));
     }
@@ -5702,10 +5764,9 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512(__m512 (*a)[
 }
 
 /* T rows of x, a constant. */
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w,
-                                                                      size_t w_stride, size_t n_w,
-                                                                      const float *const *x, size_t k,
-                                                                      const uint8_t *ahead, const size_t T)
+DSV3__TARGET_AVX512 DSV3__INLINE void
+dsv3__k_dots_fp8_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w, size_t w_stride, size_t n_w,
+                                const float *const *x, size_t k, const uint8_t *ahead, const int ask, const size_t T)
 {
     uint8_t tail[64];
     (void)ahead;
@@ -5717,7 +5778,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out
         for (size_t j = 0; j < T; j++)
             a[j][0] = a[j][1] = _mm512_setzero_ps();
         for (; c + 256 <= k; c += 256)
-            dsv3__k_dots_fp8_lines_avx512(a, w + c, x, c, &worst, T, 4);
+            dsv3__k_dots_fp8_lines_avx512(a, w + c, x, c, &worst, ask, T, 4);
         for (; c < k; c += 64) {
             const uint8_t *p = w + c;
             if (DSV3__UNLIKELY(k - c < 64)) {
@@ -5725,7 +5786,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out
                 memcpy(tail, p, k - c);
                 p = tail;
             }
-            dsv3__k_dots_fp8_lines_avx512(a, p, x, c, &worst, T, 1);
+            dsv3__k_dots_fp8_lines_avx512(a, p, x, c, &worst, ask, T, 1);
         }
         const bool nan = dsv3__k_fp8_nan_avx512(worst);
         DSV3__UNROLL
@@ -5735,21 +5796,22 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512(float *out
 }
 
 /* dots_..._pairs of `of`, which takes up to four rows of x. */
-#define DSV3__K_DOTS_AVX512(target, name, of)                                                          \
+#define DSV3__K_DOTS_AVX512(target, name, of, ask)                                                     \
     target static void name(float *out, size_t out_stride, const void *w, size_t w_stride, size_t n_w, \
                             const float *const *x, size_t n_x, size_t k, const void *ahead)            \
     {                                                                                                  \
         const uint8_t *rows = (const uint8_t *)w, *next = (const uint8_t *)ahead;                      \
         for (; n_x >= 4; n_x -= 4, x += 4, out += 4 * out_stride, next = rows)                         \
-            of(out, out_stride, rows, w_stride, n_w, x, k, next, 4);                                   \
+            of(out, out_stride, rows, w_stride, n_w, x, k, next, ask, 4);                              \
         switch (n_x) {                                                                                 \
-        case 3: of(out, out_stride, rows, w_stride, n_w, x, k, next, 3); break;                        \
-        case 2: of(out, out_stride, rows, w_stride, n_w, x, k, next, 2); break;                        \
-        case 1: of(out, out_stride, rows, w_stride, n_w, x, k, next, 1); break;                        \
+        case 3: of(out, out_stride, rows, w_stride, n_w, x, k, next, ask, 3); break;                   \
+        case 2: of(out, out_stride, rows, w_stride, n_w, x, k, next, ask, 2); break;                   \
+        case 1: of(out, out_stride, rows, w_stride, n_w, x, k, next, ask, 1); break;                   \
         default: break;                                                                                \
         }                                                                                              \
     }
-DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_fp8_pairs_avx512, dsv3__k_dots_fp8_pairs_x_avx512)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_fp8_pairs_avx512, dsv3__k_dots_fp8_pairs_x_avx512,
+                    DSV3__ASK_TWICE)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_pairs_avx512(float *out, size_t block, size_t group,
                                                              const void *weights, const float *scale64, size_t k)
@@ -5790,10 +5852,9 @@ DSV3__TARGET_AVX512 DSV3__INLINE __m512 dsv3__k_first_avx512(__m512i v)
     return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 }
 
-DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w,
-                                                                       size_t w_stride, size_t n_w,
-                                                                       const float *const *x, size_t k,
-                                                                       const uint8_t *ahead, const size_t T)
+DSV3__TARGET_AVX512 DSV3__INLINE void
+dsv3__k_dots_bf16_pairs_x_avx512(float *out, size_t out_stride, const uint8_t *w, size_t w_stride, size_t n_w,
+                                 const float *const *x, size_t k, const uint8_t *ahead, const int ask, const size_t T)
 {
     uint8_t tail[128];
     __m512 a[4][2];
@@ -5813,7 +5874,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *ou
             for (size_t g = 0; g < 2; g++) {
                 __m512i v = _mm512_loadu_si512(p + 64 * g);
                 __m512 second = dsv3__k_second_avx512(v), first = dsv3__k_first_avx512(v);
-                DSV3__PREFETCH(p + 64 * g);
+                dsv3__k_ask(p + 64 * g, ask);
                 DSV3__UNROLL
                 for (size_t j = 0; j < T; j++) {
                     a[j][g] = _mm512_fmadd_ps(second, _mm512_loadu_ps(x[j] + c + 16 * g), a[j][g]);
@@ -5826,7 +5887,8 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512(float *ou
             out[j * out_stride + i] = dsv3__k_tree32_avx512(a[j][0], a[j][1]);
     }
 }
-DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512, dsv3__k_dots_bf16_pairs_avx512, dsv3__k_dots_bf16_pairs_x_avx512,
+                    DSV3__ASK_TWICE)
 
 DSV3__TARGET_AVX512 static void dsv3__k_row_bf16_pairs_avx512(float *out, size_t block, size_t group,
                                                               const void *weights, const float *scale64, size_t k)
@@ -5886,7 +5948,7 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32
    for 2 KB ahead, into L2. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                             const int8_t *const *x, size_t c, size_t n,
-                                                                            size_t ahead, const bool ask, const int X)
+                                                                            size_t ahead, const int ask, const int X)
 {
     const int8_t *w0 = w[0] + c, *w1 = w[1] + c, *w2 = w[2] + c, *w3 = w[3] + c, *x0 = x[0] + c,
                  *x1 = x[X > 1 ? 1 : 0] + c;
@@ -5928,9 +5990,9 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
     DSV3__STEP(w2, a20, a21, a22, a23, a24, a25); \
     DSV3__STEP(w3, a30, a31, a32, a33, a34, a35)
 #define DSV3__LOAD(p) _mm512_loadu_si512((p) + i)
-#define DSV3__ASK(p)             \
-    DSV3__PREFETCH_AT(p, ahead); \
-    if (ask)                     \
+#define DSV3__ASK(p)               \
+    dsv3__k_ask_at(p, ahead, ask); \
+    if (ask == DSV3__ASK_TWICE)    \
     DSV3__PREFETCH_L1_AT(p, 1024)
     for (; i + 64 <= n; i += 64) {
         DSV3__ASK(w0 + i);
@@ -5964,7 +6026,7 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int3
 }
 
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void
-dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group, const bool ask)
+dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, size_t k, size_t group, const int ask)
 {
     const __m512i top = _mm512_set1_epi8((char)0x80);
     for (size_t n; k; k -= n, w += n, x += n) {
@@ -5973,10 +6035,7 @@ dsv3__k_bytes_row_x_avx512_vnni(int32_t *sum, const int8_t *w, const int8_t *x, 
         n = dsv3__min(k, group);
         a0 = a1 = a2 = a3 = _mm512_setzero_si512();
 #define DSV3__STEP(a, at)                                      \
-    if (ask)                                                   \
-        DSV3__PREFETCH(w + i + at);                            \
-    else                                                       \
-        DSV3__PREFETCH_AT(w + i + at, 2048);                   \
+    dsv3__k_ask(w + i + at, ask);                              \
     v = _mm512_xor_si512(_mm512_loadu_si512(w + i + at), top); \
     y = _mm512_loadu_si512(x + i + at);                        \
     DSV3__DPBUSD512(a, v, y)
@@ -6173,8 +6232,9 @@ dsv3__k_bytes_many_avx512_vnni(float *out, size_t out_stride, const int8_t *w, s
         dsv3__k_bytes_vnni(dsv3__k_bytes_tile_##isa, dsv3__k_bytes_row_##isa, 6, out, out_stride, w, w_stride,    \
                            w_scale, n_w, x, x_scale, n_x, k, group);                                              \
     }
-DSV3__K_BYTES_AVX512(avx512_vnni, true)
-DSV3__K_BYTES_AVX512(avx512_bf16, false)
+DSV3__K_BYTES_AVX512(avx512_vnni, DSV3__ASK_TWICE)
+DSV3__K_BYTES_AVX512(avx512_bf16, DSV3__ASK_L2)
+DSV3__K_BYTES_AVX512(avx512_bf16_once, DSV3__ASK_ONCE)
 #undef DSV3__K_BYTES_AVX512
 
 /* The bf16 of a code without its sign: high bytes, low bytes. Every code is a normal number there, the denormal ones too;
@@ -6696,14 +6756,16 @@ DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_fp8x64_avx512_bf16(__m512i *p
 }
 
 /* L lines of w, all loaded before the first is decoded, by T rows of x, constants. x[j] + at: their words. */
-DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
-dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[2], const uint8_t *w, const float *const *x, size_t at,
-                                   const dsv3__k_fp8_bf16 *t, const uint8_t *ahead, const size_t T, const size_t L)
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[2], const uint8_t *w,
+                                                                              const float *const *x, size_t at,
+                                                                              const dsv3__k_fp8_bf16 *t,
+                                                                              const uint8_t *ahead, const int ask,
+                                                                              const size_t T, const size_t L)
 {
     __m512i v[4], p0, p1, y;
     DSV3__UNROLL
     for (size_t i = 0; i < L; i++)
-        DSV3__PREFETCH_AT(ahead, 64 * i);
+        dsv3__k_ask_at(ahead, 64 * i, ask);
     DSV3__UNROLL
     for (size_t i = 0; i < L; i++) {
         v[i] = _mm512_loadu_si512(w + 64 * i);
@@ -6725,9 +6787,11 @@ dsv3__k_dots_fp8_lines_avx512_bf16(__m512 (*a)[2], const uint8_t *w, const float
 /* T rows of x, a constant. PERF: as many columns at a time as leave x in L1; what that does to the order in which memory
    is read is made up for by asking for the next rows in order. Rows of 16,384 columns come at 25 GB/s, not 12, and those of
    2,048, which are in one part, at 0.99 of a read, not 0.87 (a loop of its own on a Zen 4). */
-DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
-dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_t *w, size_t w_stride, size_t n_w,
-                                     const float *const *x, size_t k, const uint8_t *ahead, const size_t T)
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride,
+                                                                                const uint8_t *w, size_t w_stride,
+                                                                                size_t n_w, const float *const *x,
+                                                                                size_t k, const uint8_t *ahead,
+                                                                                const int ask, const size_t T)
 {
     const dsv3__k_fp8_bf16 t = dsv3__k_fp8_bf16_tables();
     const size_t part = 8192 / T / 256 * 256;
@@ -6745,7 +6809,7 @@ dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_
                     a[j][g] = from ? chains[i][j][g] : _mm512_setzero_ps();
             }
             for (; c + 256 <= end; c += 256, ahead += 256)
-                dsv3__k_dots_fp8_lines_avx512_bf16(a, row + c, x, c / 2, &t, ahead, T, 4);
+                dsv3__k_dots_fp8_lines_avx512_bf16(a, row + c, x, c / 2, &t, ahead, ask, T, 4);
             for (; c < end; c += 64, ahead += 64) {
                 const uint8_t *p = row + c;
                 if (DSV3__UNLIKELY(k - c < 64)) {
@@ -6753,7 +6817,7 @@ dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_
                     memcpy(tail, p, k - c);
                     p = tail;
                 }
-                dsv3__k_dots_fp8_lines_avx512_bf16(a, p, x, c / 2, &t, ahead, T, 1);
+                dsv3__k_dots_fp8_lines_avx512_bf16(a, p, x, c / 2, &t, ahead, ask, T, 1);
             }
             DSV3__UNROLL
             for (size_t j = 0; j < T; j++) {
@@ -6766,7 +6830,10 @@ dsv3__k_dots_fp8_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_
         }
     }
 }
-DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_fp8_pairs_avx512_bf16, dsv3__k_dots_fp8_pairs_x_avx512_bf16)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_fp8_pairs_avx512_bf16, dsv3__k_dots_fp8_pairs_x_avx512_bf16,
+                    DSV3__ASK_L2)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_fp8_pairs_avx512_bf16_once,
+                    dsv3__k_dots_fp8_pairs_x_avx512_bf16, DSV3__ASK_ONCE)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                        const void *weights, const float *scale64,
@@ -6790,9 +6857,11 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_fp8_pairs_avx512_bf16(float *ou
 }
 
 /* Two columns of BF16 are a word as they lie. */
-DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
-dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8_t *w, size_t w_stride, size_t n_w,
-                                      const float *const *x, size_t k, const uint8_t *ahead, const size_t T)
+DSV3__TARGET_AVX512_BF16 DSV3__INLINE void dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride,
+                                                                                 const uint8_t *w, size_t w_stride,
+                                                                                 size_t n_w, const float *const *x,
+                                                                                 size_t k, const uint8_t *ahead,
+                                                                                 const int ask, const size_t T)
 {
     uint8_t tail[128];
     __m512i v, y;
@@ -6812,7 +6881,7 @@ dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8
             DSV3__UNROLL
             for (size_t g = 0; g < 2; g++) {
                 v = _mm512_loadu_si512(p + 64 * g);
-                DSV3__PREFETCH_AT(p + 64 * g, 2048);
+                dsv3__k_ask(p + 64 * g, ask);
                 DSV3__UNROLL
                 for (size_t j = 0; j < T; j++) {
                     y = _mm512_loadu_si512(x[j] + c / 2 + 16 * g);
@@ -6826,7 +6895,9 @@ dsv3__k_dots_bf16_pairs_x_avx512_bf16(float *out, size_t out_stride, const uint8
     }
 }
 DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_bf16_pairs_avx512_bf16,
-                    dsv3__k_dots_bf16_pairs_x_avx512_bf16)
+                    dsv3__k_dots_bf16_pairs_x_avx512_bf16, DSV3__ASK_L2)
+DSV3__K_DOTS_AVX512(DSV3__TARGET_AVX512_BF16, dsv3__k_dots_bf16_pairs_avx512_bf16_once,
+                    dsv3__k_dots_bf16_pairs_x_avx512_bf16, DSV3__ASK_ONCE)
 
 DSV3__TARGET_AVX512_BF16 static void dsv3__k_row_bf16_pairs_avx512_bf16(float *out, size_t block, size_t group,
                                                                         const void *weights, const float *scale64,
@@ -8041,6 +8112,33 @@ static const dsv3__kern dsv3__kern_avx512_bf16 = {
     1,
     DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
         DSV3__KERN_BYTES(DSV3__KERN_AVX512_BF16) DSV3__KERN_HALVES(DSV3__KERN_AVX512_BF16)};
+/* The ones that read weights differ in how they ask for them. */
+#define dsv3__k_dot_f32_avx512              dsv3__k_dot_f32_avx512_once
+#define dsv3__k_dot_f16_avx512              dsv3__k_dot_f16_avx512_once
+#define dsv3__k_dot_bf16_avx512             dsv3__k_dot_bf16_avx512_once
+#define dsv3__k_dot_fp8_avx512              dsv3__k_dot_fp8_avx512_once
+#define dsv3__k_dot_i8_avx512               dsv3__k_dot_i8_avx512_once
+#define dsv3__k_dots_bf16_pairs_avx512_bf16 dsv3__k_dots_bf16_pairs_avx512_bf16_once
+#define dsv3__k_dots_fp8_pairs_avx512_bf16  dsv3__k_dots_fp8_pairs_avx512_bf16_once
+#define dsv3__k_bytes_avx512_bf16           dsv3__k_bytes_avx512_bf16_once
+static const dsv3__kern dsv3__kern_avx512_bf16_once = {
+    DSV3_ISA_AVX512_BF16,
+    16,
+    6,
+    32,
+    256,
+    true,
+    1,
+    DSV3__KERN_COMMON(DSV3__KERN_AVX512) DSV3__KERN_PAIRS(DSV3__KERN_AVX512_BF16)
+        DSV3__KERN_BYTES(DSV3__KERN_AVX512_BF16) DSV3__KERN_HALVES(DSV3__KERN_AVX512_BF16)};
+#undef dsv3__k_dot_f32_avx512
+#undef dsv3__k_dot_f16_avx512
+#undef dsv3__k_dot_bf16_avx512
+#undef dsv3__k_dot_fp8_avx512
+#undef dsv3__k_dot_i8_avx512
+#undef dsv3__k_dots_bf16_pairs_avx512_bf16
+#undef dsv3__k_dots_fp8_pairs_avx512_bf16
+#undef dsv3__k_bytes_avx512_bf16
 #if DSV3__AMX
 #define dsv3__k_to_bytes_avx512_amx          dsv3__k_to_bytes_avx2
 #define dsv3__k_split_halves_avx512_amx      dsv3__k_split_halves_avx512
@@ -8093,7 +8191,7 @@ static const dsv3__kern *dsv3__kern_get(dsv3_isa isa)
 #endif
 #if DSV3__AVX512 && DSV3__VNNI
     case DSV3_ISA_AVX512_VNNI: return &dsv3__kern_avx512_vnni;
-    case DSV3_ISA_AVX512_BF16: return &dsv3__kern_avx512_bf16;
+    case DSV3_ISA_AVX512_BF16: return dsv3__cpu_asks_once() ? &dsv3__kern_avx512_bf16_once : &dsv3__kern_avx512_bf16;
 #endif
 #if DSV3__AMX
     case DSV3_ISA_AVX512_AMX: return &dsv3__kern_avx512_amx;

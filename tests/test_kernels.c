@@ -36,12 +36,16 @@ static const dsv3_isa isas[] = {DSV3_ISA_SCALAR,      DSV3_ISA_AVX2,        DSV3
 #define N_ISAS (sizeof isas / sizeof isas[0])
 
 /* Kernel tables that this machine can run, or emulates, scalar first. */
-static size_t variants(const dsv3__kern *list[N_ISAS])
+static size_t variants(const dsv3__kern *list[N_ISAS + 1])
 {
     size_t n = 0;
     for (size_t i = 0; i < N_ISAS; i++)
         if (dsv3_isa_supported(isas[i]) && (isas[i] != DSV3_ISA_AVX512_AMX || dsv3__cpu_lend_tiles()))
             list[n++] = dsv3__kern_get(isas[i]);
+#if DSV3__AVX512 && DSV3__VNNI
+    if (dsv3_isa_supported(DSV3_ISA_AVX512_BF16)) /* and what a CPU that asks otherwise would run */
+        list[n++] = dsv3__cpu_asks_once() ? &dsv3__kern_avx512_bf16 : &dsv3__kern_avx512_bf16_once;
+#endif
 #if DSV3__NEON
     if (dsv3__cpu_dotprod()) /* and what a CPU without would run */
         list[n++] = &dsv3__kern_neon;
@@ -50,7 +54,7 @@ static size_t variants(const dsv3__kern *list[N_ISAS])
 }
 
 #define FOR_VARIANTS(k)                                         \
-    const dsv3__kern *variant_list[N_ISAS], *k;                 \
+    const dsv3__kern *variant_list[N_ISAS + 1], *k;             \
     size_t n_variants = variants(variant_list), variant_at = 0; \
     while (variant_at < n_variants && (k = variant_list[variant_at++], true))
 
