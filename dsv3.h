@@ -5003,6 +5003,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_row_avx512(float *out, size_t bloc
             w = tail;
         }
         __m512 s = _mm512_set1_ps(dtype == DSV3_DTYPE_I8 ? scale64[b] : 1.0f);
+        DSV3__UNROLL
         for (size_t g = 0; g < 4; g++) {
             __m512 v = dsv3__k_load16_avx512(w + g * (size / 4), dtype);
             _mm512_storeu_ps(out + g * group, dtype == DSV3_DTYPE_I8 ? _mm512_mul_ps(v, s) : v);
@@ -5187,6 +5188,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
             p = tail;
         }
         worst = dsv3__k_fp8_worst_avx512(worst, _mm512_loadu_si512(p));
+        DSV3__UNROLL
         for (size_t i = 0; i < 64; i += 32) {
             __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(p + i));
             __m512i f16 = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(c), 7), keep);
@@ -8777,26 +8779,36 @@ static void dsv3__mm_strip(const dsv3__mm_mode *mode, float *panel, const dsv3_t
         dsv3__mm_many(mode->k, panel, w, form, r0, r1, x, out, out_stride, next);
 }
 
-/* out [cols] = the values of one row, columns in order. Inside dsv3__fp_enter. */
-static void dsv3__ten_row_values(const dsv3__kern *k, float *out, const dsv3_tensor *t, uint64_t row)
+/* out [n, stride] = the values of n rows from r0 on, columns in order. Inside dsv3__fp_enter. */
+static void dsv3__ten_rows_values(const dsv3__kern *k, float *out, size_t stride, const dsv3_tensor *t, uint64_t r0,
+                                  size_t n)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(t), size = dsv3_dtype_size(t->dtype);
     const dsv3__row_fn decode = t->dtype == DSV3_DTYPE_F8_E4M3 ? k->nat_fp8 : dsv3__kern_row(k, t->dtype, false);
-    const uint8_t *data = dsv3__ten_row(t, row);
     float scale64[16], tail[64];
-    for (size_t c = 0; c < cols;) {
-        size_t piece = dsv3__min(cols - c, 64 * DSV3__COUNT(scale64));
+    for (size_t c = 0, piece; c < cols; c += piece) {
+        uint64_t same = r0; /* the first row with other scales than scale64 */
+        piece = dsv3__min(cols - c, 64 * DSV3__COUNT(scale64));
         if (piece > 64)
             piece -= piece % 64; /* the ragged end is a piece of its own: decoders write whole blocks */
-        dsv3__ten_scales(scale64, t, row, c / 64, (piece + 63) / 64);
-        if (piece % 64) {
-            decode(tail, 64, k->lanes, data + c * size, scale64, piece);
-            memcpy(out + c, tail, piece * sizeof(float));
-        } else {
-            decode(out + c, 64, k->lanes, data + c * size, scale64, piece);
+        for (size_t i = 0; i < n; i++) {
+            const uint8_t *from = dsv3__ten_row(t, r0 + i) + c * size;
+            float *to = out + i * stride + c;
+            if (r0 + i == same) {
+                dsv3__ten_scales(scale64, t, same, c / 64, (piece + 63) / 64);
+                same = dsv3__mm_same_scales(t, same, r0 + n);
+            }
+            decode(piece % 64 ? tail : to, 64, k->lanes, from, scale64, piece);
+            if (piece % 64)
+                memcpy(to, tail, piece * sizeof(float));
         }
-        c += piece;
     }
+}
+
+/* out [cols] = the values of one row. */
+static void dsv3__ten_row_values(const dsv3__kern *k, float *out, const dsv3_tensor *t, uint64_t row)
+{
+    dsv3__ten_rows_values(k, out, 0, t, row, 1);
 }
 
 // ---- Public calls on tensors -----------------------------------------------------------------------------
@@ -12028,8 +12040,7 @@ static void dsv3__mla_fetch(const dsv3__kern *k, const dsv3__cache_part *p, cons
         t.block_rows = 1, t.block_cols = DSV3__CACHE_BLOCK;
         t.scale_stride = p->scale_row / sizeof(float);
     }
-    for (uint32_t i = 0; i < count; i++)
-        dsv3__ten_row_values(k, out + i * stride, &t, i);
+    dsv3__ten_rows_values(k, out, stride, &t, 0, count);
 }
 
 /* Rows 0 ... count - 1 of a page as f32 [count, cache_stride]: where they lie, or decoded into the worker's `keys`. */
@@ -12148,8 +12159,7 @@ static void dsv3__mla_absorb(const dsv3__mla_task *t, dsv3__worker *mine, const 
         memset(q + i * v->q_row, 0, w->query_stride * sizeof(float));
     for (uint32_t i = 0; i < nope; i += DSV3__UK_ROWS) {
         uint32_t count = nope - i < DSV3__UK_ROWS ? nope - i : DSV3__UK_ROWS;
-        for (uint32_t r = 0; r < count; r++)
-            dsv3__ten_row_values(w->m->k, mine->w_uk + (size_t)r * latent, &t->l->kv_b, w_uk + i + r);
+        dsv3__ten_rows_values(w->m->k, mine->w_uk, latent, &t->l->kv_b, w_uk + i, count);
         w->m->k->outer(q, v->q_row, v->n_rows, from + i, w->q_stride, mine->w_uk, latent, count, latent);
     }
     for (uint32_t i = 0; i < v->n_rows; i++)
