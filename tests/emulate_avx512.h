@@ -102,6 +102,13 @@ typedef struct emu_si {
 #undef _mm512_permutexvar_epi64
 #undef _mm512_unpacklo_epi8
 #undef _mm512_unpackhi_epi8
+#undef _mm512_unpacklo_epi16
+#undef _mm512_unpackhi_epi16
+#undef _mm512_unpacklo_ps
+#undef _mm512_unpackhi_ps
+#undef _mm512_shuffle_ps
+#undef _mm512_permutex2var_ps
+#undef _mm512_broadcastq_epi64
 
 #define __m512 emu_ps
 #define __m512d emu_pd
@@ -119,12 +126,16 @@ EMU_PS_2(mul_ps)
 EMU_PS_2(div_ps)
 EMU_PS_2(min_ps)
 EMU_PS_2(max_ps)
+EMU_PS_2(unpacklo_ps) /* within each 128 bits, at 512 as at 256 */
+EMU_PS_2(unpackhi_ps)
 #define _mm512_add_ps emu_add_ps
 #define _mm512_sub_ps emu_sub_ps
 #define _mm512_mul_ps emu_mul_ps
 #define _mm512_div_ps emu_div_ps
 #define _mm512_min_ps emu_min_ps
 #define _mm512_max_ps emu_max_ps
+#define _mm512_unpacklo_ps emu_unpacklo_ps
+#define _mm512_unpackhi_ps emu_unpackhi_ps
 
 #define EMU_SI_2(name, with)                                                \
     EMU emu_si emu_##name(emu_si a, emu_si b)                                \
@@ -141,6 +152,8 @@ EMU_SI_2(unpacklo_epi64, unpacklo_epi64)
 EMU_SI_2(unpackhi_epi64, unpackhi_epi64)
 EMU_SI_2(unpacklo_epi8, unpacklo_epi8)
 EMU_SI_2(unpackhi_epi8, unpackhi_epi8)
+EMU_SI_2(unpacklo_epi16, unpacklo_epi16)
+EMU_SI_2(unpackhi_epi16, unpackhi_epi16)
 EMU_SI_2(max_epu8, max_epu8)
 EMU_SI_2(sub_epi8, sub_epi8)
 EMU_SI_2(add_epi32, add_epi32)
@@ -154,6 +167,8 @@ EMU_SI_2(sub_epi32, sub_epi32)
 #define _mm512_unpackhi_epi64 emu_unpackhi_epi64
 #define _mm512_unpacklo_epi8 emu_unpacklo_epi8
 #define _mm512_unpackhi_epi8 emu_unpackhi_epi8
+#define _mm512_unpacklo_epi16 emu_unpacklo_epi16
+#define _mm512_unpackhi_epi16 emu_unpackhi_epi16
 #define _mm512_max_epu8 emu_max_epu8
 #define _mm512_sub_epi8 emu_sub_epi8
 #define _mm512_add_epi32 emu_add_epi32
@@ -389,6 +404,36 @@ EMU emu_si emu_shuffle_epi8(emu_si a, emu_si by)
     return r;
 }
 #define _mm512_shuffle_epi8 emu_shuffle_epi8
+
+EMU emu_si emu_broadcastq_epi64(__m128i low)
+{
+    emu_si r = {{_mm256_broadcastq_epi64(low), _mm256_broadcastq_epi64(low)}};
+    return r;
+}
+#define _mm512_broadcastq_epi64 emu_broadcastq_epi64
+
+/* SHUFPS: in each 128 bits two lanes of a, then two of b. */
+EMU emu_ps emu_shuffle_ps(emu_ps a, emu_ps b, int by)
+{
+    float x[16], y[16], r[16];
+    memcpy(x, &a, sizeof x), memcpy(y, &b, sizeof y);
+    for (int i = 0; i < 16; i++)
+        r[i] = (i % 4 < 2 ? x : y)[i / 4 * 4 + (by >> 2 * (i % 4) & 3)];
+    return emu_loadu_ps(r);
+}
+#define _mm512_shuffle_ps emu_shuffle_ps
+
+/* VPERMI2PS: bits 0 ... 3 of an index choose a lane, bit 4 the table. */
+EMU emu_ps emu_permutex2var_ps(emu_ps a, emu_si index, emu_ps b)
+{
+    float x[32], r[16];
+    int32_t at[16];
+    memcpy(x, &a, sizeof a), memcpy(x + 16, &b, sizeof b), memcpy(at, &index, sizeof at);
+    for (int i = 0; i < 16; i++)
+        r[i] = x[at[i] & 31];
+    return emu_loadu_ps(r);
+}
+#define _mm512_permutex2var_ps emu_permutex2var_ps
 
 EMU emu_si emu_maskz_loadu_epi8(uint64_t mask, const void *p)
 {
