@@ -5949,10 +5949,8 @@ DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_store_avx512_vnni(int32
     _mm_storeu_si128((__m128i *)(void *)sum, _mm_add_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));
 }
 
-/* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X is a constant, and so is `ask`: whether weights
-   are asked for shortly before they are read, too. PERF: Intel's cores want that. Zen 4, which is what level AVX512_BF16
-   means (Intel's with BF16 have AMX), is a twelfth slower for it here, and in a single row a quarter slower than when asked
-   for 2 KB ahead, into L2. */
+/* 24 of the 32 registers sum 4 x 6 pairs, 10 loads for 24 instructions. X and ask are constants. PERF: what lies `ahead` is
+   asked for once more 1 KB before it is read, where a CPU likes to be asked twice; a Zen 4 is a twelfth slower for it. */
 DSV3__TARGET_AVX512_VNNI DSV3__INLINE void dsv3__k_bytes_tile_x_avx512_vnni(int32_t (*sum)[4], const int8_t *const *w,
                                                                             const int8_t *const *x, size_t c, size_t n,
                                                                             size_t ahead, const int ask, const int X)
