@@ -272,6 +272,29 @@ static peak peak_of(dsv3_isa isa, const char *products)
     return zmm && peak_there(PEAK_FMA_ZMM) ? PEAK_FMA_ZMM : PEAK_FMA_YMM;
 }
 
+enum { N_TRIPS = 5000 };
+
+static void trip_job(void *ctx, uint32_t i, uint32_t n)
+{
+    uint32_t *line = (uint32_t *)ctx;
+    (void)n;
+    for (uint32_t k = 0; k < N_TRIPS; k++) {
+        while (__atomic_load_n(line, __ATOMIC_ACQUIRE) != 2 * k + i)
+            continue;
+        __atomic_store_n(line, 2 * k + i + 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* Nanoseconds from one thread to another and back, through one cache line: cores of one die take about 100, cores of two
+   dies 450, and a virtual machine's cores move from the one to the other while it runs. What memory gives depends on it,
+   since each die has a path of its own. 0 for one thread. */
+static double round_trip(uint32_t n)
+{
+    static uint32_t line[32];
+    line[16] = 0; /* no neighbours */
+    return n < 2 ? 0 : 1e9 * on_threads(2, trip_job, &line[16]) / N_TRIPS;
+}
+
 typedef struct span {
     const uint8_t *p;
     size_t n;
