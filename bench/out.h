@@ -1,7 +1,7 @@
 /* Records: one JSON object a line, or the rows of a Markdown table with aligned columns. A field has a JSON key, a heading,
    or both: it appears where it has a name. Used by bench.c, which supplies die, progress and opt.json. */
 
-enum { MAX_ROWS = 128, MAX_COLUMNS = 20, MAX_CELL = 48 };
+enum { MAX_ROWS = 128, MAX_COLUMNS = 24, MAX_CELL = 48 };
 
 static struct {
     char cell[MAX_ROWS][MAX_COLUMNS][MAX_CELL]; /* row 0: headings */
