@@ -228,7 +228,7 @@ TEST(greedy)
             float logits[6];
             memcpy(logits, rows[k], sizeof logits);
             o.seed = seed;
-            CHECK_EQ_INT(dsv3__smp_pick(logits, 6, &o, seed), expected[k]);
+            CHECK_EQ_INT(dsv3__smp_pick(dsv3__kern_get(DSV3_ISA_SCALAR), logits, 6, &o, seed), expected[k]);
         }
     int32_t id = 5;
     const float *logits;
@@ -262,7 +262,7 @@ TEST(ties)
             for (int v = 0; v < 16; v++)
                 logits[v] = 2.5f;
             o.seed = i;
-            seen |= 1u << dsv3__smp_pick(logits, 16, &o, 3);
+            seen |= 1u << dsv3__smp_pick(dsv3__kern_get(DSV3_ISA_SCALAR), logits, 16, &o, 3);
         }
         CHECK_EQ_UINT(seen, k < 2 ? 0x1F : 0xFFFF); /* 5 of 16 is the first sum to reach 0.31 */
     }
@@ -282,11 +282,11 @@ TEST(extremes)
                     logits[v] = v % 3 == 1 ? values[b] : -values[(b + v) % 6] / 2;
                 o.temperature = temperatures[a], o.seed = seed;
                 o.top_p = seed % 2 ? 0.9f : 0, o.top_k = seed % 3 ? 4 : 0;
-                int32_t id = dsv3__smp_pick(logits, 8, &o, seed);
+                int32_t id = dsv3__smp_pick(dsv3__kern_get(DSV3_ISA_SCALAR), logits, 8, &o, seed);
                 CHECK(id >= 0 && id < 8);
             }
     float one[1] = {-7};
-    CHECK_EQ_INT(dsv3__smp_pick(one, 1, &o, 5), 0);
+    CHECK_EQ_INT(dsv3__smp_pick(dsv3__kern_get(DSV3_ISA_SCALAR), one, 1, &o, 5), 0);
 }
 
 /* The result depends on logits, options and position alone: not on how the session came there, nor on what was drawn before. */
@@ -384,10 +384,53 @@ TEST(log_probabilities_of_close_logits)
     logits[1200] = 0.1f;
     logits[1300] = nextafterf(0.1f, 1);
     logits[1400] = 0.1f;
-    dsv3__smp_top(best, 3, logits, 2000);
+    dsv3__smp_top(dsv3__kern_get(DSV3_ISA_SCALAR), best, 3, logits, 2000);
     CHECK_EQ_INT(best[0].token, 1300);
     CHECK_EQ_INT(best[1].token, 1200);
     CHECK_EQ_INT(best[2].token, 1400);
+}
+
+/* Loops of sixteen and what is left of them; every variant of exp_sum makes the same sum. */
+TEST(all_lengths)
+{
+    static const dsv3_isa isas[] = {DSV3_ISA_SCALAR, DSV3_ISA_AVX2,        DSV3_ISA_AVX_VNNI,    DSV3_ISA_AVX512,
+                                    DSV3_ISA_AVX512_VNNI, DSV3_ISA_AVX512_BF16, DSV3_ISA_NEON};
+    static float logits[1100], scratch[1100];
+    const float inf = dsv3__bits_float(0x7F800000u), nan = dsv3__bits_float(0x7FC00000u);
+    const uint32_t saved = dsv3__fp_enter();
+    uint64_t state = 5;
+    for (uint32_t n = 1; n <= 1100; n = n < 70 ? n + 1 : n + 103) {
+        double sum = 0, exact, ours, max = -1e30;
+        for (uint32_t i = 0; i < n; i++) {
+            logits[i] = (float)(tiny_uniform(&state) * 30 - 20);
+            max = (double)logits[i] > max ? (double)logits[i] : max;
+        }
+        if (n > 2)
+            logits[n / 2] = -inf; /* masked */
+        for (uint32_t i = 0; i < n; i++)
+            sum += exp((double)logits[i] - max);
+        exact = max + log(sum), ours = dsv3__smp_log_sum(dsv3__kern_get(DSV3_ISA_SCALAR), logits, n);
+        CHECK(fabs(ours - exact) < 1e-6);
+        for (size_t k = 0; k < sizeof isas / sizeof isas[0]; k++)
+            if (dsv3_isa_supported(isas[k]))
+                CHECK(dsv3__smp_log_sum(dsv3__kern_get(isas[k]), logits, n) == ours);
+        for (uint32_t at = 0; at < n; at += n < 70 ? 1 : 97) {
+            dsv3_sample_opts o;
+            memset(&o, 0, sizeof o);
+            memcpy(scratch, logits, n * sizeof(float));
+            scratch[at] = scratch[n - 1] = 11; /* equals: the first */
+            CHECK_EQ_UINT(dsv3__smp_argmax(scratch, n), at);
+            CHECK_EQ_INT(dsv3__smp_pick(dsv3__kern_get(DSV3_ISA_SCALAR), scratch, n, &o, 0), at);
+            memcpy(scratch, logits, n * sizeof(float));
+            scratch[n / 2] = 1;
+            CHECK(dsv3__fwd_finite(scratch, n));
+            scratch[at] = at % 2 ? inf : nan;
+            CHECK(!dsv3__fwd_finite(scratch, n));
+        }
+    }
+    logits[0] = logits[1] = logits[2] = -inf;
+    CHECK_EQ_UINT(dsv3__smp_argmax(logits, 3), 0);
+    dsv3__fp_leave(saved);
 }
 
 TEST(options_out_of_range)
@@ -838,6 +881,6 @@ TEST(text)
 #endif
 
 TEST_MAIN(RUN(draws_follow_the_filters), RUN(chi_square), RUN(uniform_numbers), RUN(pinned_stream), RUN(greedy), RUN(ties), RUN(extremes),
-          RUN(deterministic), RUN(log_probabilities), RUN(log_probabilities_of_close_logits), RUN(options_out_of_range),
+          RUN(deterministic), RUN(log_probabilities), RUN(log_probabilities_of_close_logits), RUN(all_lengths), RUN(options_out_of_range),
           RUN(generate_is_sample_and_append), RUN(generate_until_the_context_is_full), RUN(generate_stops_at_tokens),
           RUN(generate_stops_when_told), RUN(generate_with_nothing_to_go_on_from), TEXT_TESTS)
