@@ -586,7 +586,7 @@ static void scene_measure(model *b, dsv3_session *s, const int32_t *ids, uint32_
 
 static bool scene_done(const scene *c)
 {
-    return c->reps == opt.reps.v[0] || c->spent > (c->reps == 1 ? 30 : 60);
+    return c->reps == opt.reps.v[0] || (c->reps && c->spent > (c->reps == 1 ? 30 : 60));
 }
 
 static void scene_start(model *b, dsv3_session *s, const int32_t *ids, scene *c, const char *what, uint32_t context,
@@ -617,7 +617,7 @@ static void scene_run(model *b, dsv3_session *s, const int32_t *ids, uint32_t th
             c->peers[k][c->reps - 1] = peer_rate(k, threads, decode, c->context, decode ? c->calls : c->rows);
             r = roofs_now(b, threads);
         }
-        if (roofs_moved(&ours, &r) && c->reps > 1 && tries++ < opt.reps.v[0])
+        if (roofs_moved(&ours, &r) && tries++ < opt.reps.v[0])
             c->reps--;
     }
 }
