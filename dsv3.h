@@ -12381,8 +12381,16 @@ static void dsv3__mla_span_task(void *ctx, uint32_t task, uint32_t worker)
 {
     const dsv3__mla_task *t = (const dsv3__mla_task *)ctx;
     const uint32_t span = task / t->shares, share = task % t->shares, groups = t->w->head_groups;
-    dsv3__mla_span(t, &t->w->workers[worker], &t->all, t->t0 + span * DSV3__KEY_SPAN, groups * share / t->shares,
-                   groups * (share + 1) / t->shares, t->w->span_sums + span * t->span_floats);
+    dsv3__worker *mine = &t->w->workers[worker];
+    /* PERF: added up where only this thread writes, then copied: the thread that merged the last layer's has the lines, and
+       cores of two dies pulled them from one another while adding up (decoding behind 4,096 positions: 1.10). */
+    const size_t room = DSV3__HEAD_ROWS * dsv3__nn_sum_floats(t->w->m, DSV3__HEAD_GROUP);
+    const bool here = t->w->pool->n_threads > 1 && t->shares == 1 && t->span_floats <= room;
+    float *sums = t->w->span_sums + span * t->span_floats;
+    dsv3__mla_span(t, mine, &t->all, t->t0 + span * DSV3__KEY_SPAN, groups * share / t->shares,
+                   groups * (share + 1) / t->shares, here ? mine->span_sums : sums);
+    if (here)
+        memcpy(sums, mine->span_sums, t->span_floats * sizeof(float));
 }
 
 static void dsv3__mla_merge_task(void *ctx, uint32_t j, uint32_t worker)
