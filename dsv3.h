@@ -8561,7 +8561,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
        of two groups: of eight at once tiles wait (FP8 prompts 1.01 to 1.02). */
     const size_t bytes = next ? rows * (size_t)w->row_stride : 0, pair = 2;
     const size_t tiles = (blocks + chunk - 1) / chunk * u.chains * ((n + k->tile_x - 1) / k->tile_x);
-    const size_t fetch = (bytes / (tiles * ((groups + 1) / pair)) / 64 + 1) * 64;
+    const size_t fetch = (bytes / (tiles * ((groups + pair - 1) / pair)) / 64 + 1) * 64;
     size_t fetched = 0;
     for (size_t b0 = 0; b0 < blocks; b0 += chunk) {
         const size_t here = dsv3__min(blocks - b0, chunk), piece = dsv3__min(cols - b0 * 64, here * 64);
