@@ -8496,16 +8496,6 @@ DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
     return dsv3__mm_pad((k + 63) / 64) + dsv3__max(halves, dsv3__max(floats, bytes));
 }
 
-/* Rows of w that make a task of good size when there are n rows of x: no result depends on it. */
-static size_t dsv3__mm_strip_rows(const dsv3_tensor *w, size_t n)
-{
-    if (n > 1)
-        return 128;
-    size_t rows =
-        (size_t)(131072 / (dsv3__ten_n_cols(w) * dsv3_dtype_size(w->dtype))); /* microseconds of memory traffic */
-    return rows < 4 ? 4 : rows;
-}
-
 /* The scales of 64-blocks for the row block of `row`, 1 where there are none, unless they are there already: *have is what
    scale64 holds. */
 DSV3__INLINE void dsv3__mm_scales(float *scale64, const dsv3_tensor *w, uint64_t row, size_t blocks, uint64_t *have)
@@ -8658,10 +8648,11 @@ static void dsv3__mm_for_dot(const dsv3__kern *k, float *y, const float *x, dsv3
 /* Asks for what this thread reads next, a line in 16 KB, while it reads `bytes` of rows that begin `at` behind the first.
    PERF: elsewhere in a file the tables of pages are met anew, and the hardware's prefetcher has to learn. A line of each
    4 KB made decoding take 0.92 of the time where the system maps pages of that size, 0.99 where it has pages of 2 MB (Zen
-   4, one thread). A line in 16 KB decodes at 1.04 to 1.10 of the speed of that, with either pages (Zen 5). */
+   4, one thread). A line in 16 KB decodes at 1.04 to 1.10 of the speed of that, with either pages (Zen 5). The first 2 KB,
+   each line: 1.01 (Zen 4). */
 DSV3__INLINE void dsv3__mm_ahead(const uint8_t *next, size_t at, size_t bytes)
 {
-    for (size_t i = 0; next && i < bytes; i += 16384)
+    for (size_t i = 0; next && i < bytes; i += at + i < 2048 ? 64 : 16384)
         DSV3__FETCH(next + at + i);
 }
 
@@ -9035,7 +9026,8 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
         c.n = dsv3__min(n - j, DSV3__MM_BATCH);
         c.tiled = c.n > DSV3__MM_FEW;
         c.out = out + j * (size_t)rows;
-        c.strip = dsv3__mm_strip_rows(w, c.n);
+        c.strip =
+            c.n > 1 ? 128 : 64; /* rows of an FP8 block share what is made of x for them; no result depends on it */
         if (rows / c.strip > UINT32_MAX / 2)
             c.strip = rows / (UINT32_MAX / 2) + 1;
         uint32_t saved = dsv3__fp_enter();
@@ -11330,7 +11322,8 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
-#define DSV3__STRIP       128 /* outputs a task computes: those that share scales; of few rows on many threads half of it */
+#define DSV3__STRIP       128 /* outputs a task computes of many rows: those that share scales */
+#define DSV3__STRIP_FEW   512 /* the most of few rows */
 #define DSV3__HEAD_ROWS   16  /* rows, and */
 #define DSV3__HEAD_GROUP  16  /* heads at most, that meet a block of the cache at once */
 #define DSV3__UK_ROWS     8   /* rows of W_UK decoded at a time */
@@ -11368,7 +11361,7 @@ typedef struct dsv3__expanded {
 /* Where a worker writes what only it reads. */
 typedef struct dsv3__worker {
     float *panel;     /* [dsv3__mm_panel_floats(widest)] decoded weights, see >>mm */
-    float *a, *b;     /* [max_batch, DSV3__STRIP] outputs of a strip */
+    float *a, *b;     /* [n, strip] outputs of a task */
     float *q;         /* [DSV3__HEAD_ROWS, DSV3__HEAD_GROUP, query_stride] absorbed queries */
     float *sums;      /* [DSV3__HEAD_ROWS, dsv3__nn_sum_floats(DSV3__HEAD_GROUP)] over all positions */
     float *span_sums; /* the same, of one span of them */
@@ -11403,8 +11396,8 @@ typedef struct dsv3__work {
     bool expand;                         /* attention of many rows of one timeline writes keys and values out */
     size_t key_stride;                   /* of a head: nope + rope, in 64s */
     size_t half_nope, half_v, key_width; /* as halves: in 32s; half_nope + 3 half_rope */
-    bool tiled;                          /* this pass: how rows are packed, see >>mm, and */
-    uint32_t strip;                      /* the outputs of a task */
+    bool tiled;                          /* this pass: how rows are packed, see >>mm */
+    uint32_t strip;                      /* this join: the outputs of a task */
     bool halves; /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
     size_t half_latent, half_rope, half_width; /* latent, k_pe, k_pe, rest of k_pe; each to a multiple of 32; in all */
     size_t query_stride;                       /* floats of a head's query, in either form */
@@ -11492,6 +11485,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 {
     const dsv3_config *c = &m->config;
     const uint64_t f = sizeof(float), n = max_batch;
+    const uint64_t outputs = dsv3__max(n * DSV3__STRIP, dsv3__min(n, DSV3__MM_FEW) * DSV3__STRIP_FEW);
     uint64_t used = 0, h_moe = 0, h_dense = 0, slots = n * c->num_experts_per_tok, experts = c->n_routed_experts;
     bool moe = m->any_moe;
     size_t widest = dsv3__work_widest(m);
@@ -11554,8 +11548,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
     for (uint32_t i = 0; i < n_threads; i++) {
         dsv3__worker t;
         t.panel = (float *)dsv3__carve(base, &used, dsv3__mm_panel_floats(widest), f);
-        t.a = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
-        t.b = (float *)dsv3__carve(base, &used, n * DSV3__STRIP, f);
+        t.a = (float *)dsv3__carve(base, &used, outputs, f);
+        t.b = (float *)dsv3__carve(base, &used, outputs, f);
         t.q = (float *)dsv3__carve(base, &used, (uint64_t)DSV3__HEAD_ROWS * DSV3__HEAD_GROUP * w->query_stride, f);
         t.sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__nn_sum_floats(m, DSV3__HEAD_GROUP) * f);
         t.span_sums = (float *)dsv3__carve(base, &used, DSV3__HEAD_ROWS, dsv3__nn_sum_floats(m, DSV3__HEAD_GROUP) * f);
@@ -11592,6 +11586,20 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 }
 
 // ---- Linear maps -----------------------------------------------------------------------------------------
+
+/* The outputs of a task, where a join has `rows` of them. PERF: each task begins elsewhere in a file, which costs a stream of
+   reads its start: with up to 512, not 128, int8 decodes at 1.03 times the speed on one thread, at 1.02 and 1.07 on two of
+   one die and of two, FP8 at 1.015 and 1.02 (Zen 4). Threads that wait for the last one cost more. */
+static uint32_t dsv3__nn_strip(const dsv3__work *w, uint64_t rows)
+{
+    const uint64_t tasks = w->pool->n_threads > 1 ? 4 * (uint64_t)w->pool->n_threads : 1;
+    uint32_t strip = DSV3__STRIP_FEW;
+    if (w->tiled)
+        return DSV3__STRIP;
+    while (strip > 64 && rows < strip * tasks)
+        strip /= 2;
+    return strip;
+}
 
 /* to [n] += weight * from. PERF: sixteen of a copy, which cannot be the same memory, make vectors at -O2. */
 static void dsv3__nn_add(float *to, const float *from, float weight, size_t n)
@@ -11649,17 +11657,20 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
         dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, map->out + r0, map->out_stride, next);
         return;
     }
-    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, mine->a, DSV3__STRIP, next);
+    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, mine->a, t->w->strip, next);
     for (size_t i = 0; i < map->x.n; i++)
-        dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * DSV3__STRIP, 1.0f, (size_t)(r1 - r0));
+        dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * t->w->strip, 1.0f, (size_t)(r1 - r0));
 }
 
 /* Independent maps, one join for all. */
 static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_maps)
 {
     dsv3__linear_task t;
-    uint64_t tasks = 0;
+    uint64_t tasks = 0, rows = 0;
     t.w = w, t.maps = maps, t.n_maps = n_maps;
+    for (uint32_t i = 0; i < n_maps; i++)
+        rows += maps[i].w->shape[0];
+    w->strip = dsv3__nn_strip(w, rows);
     for (uint32_t i = 0; i < n_maps; i++)
         tasks += dsv3__ceil_div(maps[i].w->shape[0], w->strip);
     dsv3__pool_run(w->pool, (uint32_t)tasks, dsv3__nn_linear_task, &t);
@@ -11842,11 +11853,11 @@ static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
     const uint32_t r1 = (uint32_t)dsv3__min(r0 + t->w->strip, g->inter);
     const dsv3__mm_x to_gate = dsv3__nn_input(t->w, &m->mode, &mlp->gate, g->rows, g->n);
     const dsv3__mm_x to_up = dsv3__nn_input(t->w, &m->mode, &mlp->up, g->rows, g->n);
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, &to_gate, mine->a, DSV3__STRIP,
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, &to_gate, mine->a, t->w->strip,
                    dsv3__ten_row(&mlp->up, r0));
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, &to_up, mine->b, DSV3__STRIP, next);
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, &to_up, mine->b, t->w->strip, next);
     for (uint32_t i = 0; i < g->n; i++)
-        m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * DSV3__STRIP, mine->b + i * DSV3__STRIP, r1 - r0);
+        m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * t->w->strip, mine->b + i * t->w->strip, r1 - r0);
 }
 
 /* One row of one group: h as `down` wants it, which may need the whole row. */
@@ -11874,23 +11885,22 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
     dsv3__worker *mine = &w->workers[worker];
     const uint32_t dim = w->m->config.hidden_size, r0 = task * w->strip;
     const uint32_t r1 = r0 + w->strip < dim ? r0 + w->strip : dim;
-    float *sum = mine->b; /* [n, DSV3__STRIP] */
-    memset(sum, 0, (size_t)t->n * DSV3__STRIP * sizeof(float));
+    float *sum = mine->b; /* [n, strip] */
+    memset(sum, 0, (size_t)t->n * w->strip * sizeof(float));
     for (uint32_t j = 0; j < t->n_groups; j++) {
         const dsv3__mlp_group *g = &t->groups[j];
         const dsv3_tensor *after = &t->groups[(j + 1) % t->n_groups].mlp->down;
         const uint32_t then = j + 1 < t->n_groups ? r0 : r0 + w->strip * w->pool->n_threads;
         const dsv3__mm_x h = {g->h, g->h_stride, NULL, g->n, g->n > DSV3__MM_FEW};
-        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, &h, mine->a, DSV3__STRIP,
+        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, &h, mine->a, w->strip,
                        then < dim ? dsv3__ten_row(after, then) : NULL);
         for (uint32_t i = 0; i < g->n; i++) {
-            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * DSV3__STRIP,
-                  *from = mine->a + (size_t)i * DSV3__STRIP;
+            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * w->strip, *from = mine->a + (size_t)i * w->strip;
             dsv3__nn_add(to, from, g->weights ? g->weights[i] : 1.0f, r1 - r0);
         }
     }
     for (uint32_t i = 0; i < t->n; i++)
-        dsv3__nn_add(w->x + i * w->x_stride + r0, sum + i * DSV3__STRIP, 1.0f, r1 - r0);
+        dsv3__nn_add(w->x + i * w->x_stride + r0, sum + i * w->strip, 1.0f, r1 - r0);
 }
 
 /* x += all groups, n rows; xn holds the normalised rows. Three joins, however many experts. */
@@ -11898,7 +11908,11 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
 {
     dsv3__mlp_task t;
     uint32_t tasks = 0, n_rows = 0;
+    uint64_t outputs = 0;
     t.w = w, t.groups = groups, t.n_groups = n_groups, t.n = n;
+    for (uint32_t i = 0; i < n_groups; i++)
+        outputs += groups[i].inter;
+    w->strip = dsv3__nn_strip(w, outputs);
     for (uint32_t i = 0; i < n_groups; i++) {
         groups[i].first_task = tasks;
         groups[i].first_row = n_rows;
@@ -11907,6 +11921,7 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
     }
     dsv3__pool_run(w->pool, tasks, dsv3__nn_mlp_up_task, &t);
     dsv3__pool_run(w->pool, n_rows, dsv3__nn_mlp_pack_task, &t);
+    w->strip = dsv3__nn_strip(w, w->m->config.hidden_size);
     dsv3__pool_run(w->pool, (w->m->config.hidden_size + w->strip - 1) / w->strip, dsv3__nn_mlp_down_task, &t);
 }
 // =============================================================================
@@ -12867,10 +12882,10 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     const uint32_t vocab = w->m->config.vocab_size, r0 = task * w->strip;
     const uint32_t r1 = r0 + w->strip < vocab ? r0 + w->strip : vocab, then = r0 + w->strip * w->pool->n_threads;
     const dsv3__mm_x x = dsv3__nn_input(w, &w->m->mode, t->head, t->asked, t->n);
-    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, &x, mine->a, DSV3__STRIP,
+    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, &x, mine->a, w->strip,
                    then < vocab ? dsv3__ten_row(t->head, then) : NULL);
     for (uint32_t i = 0; i < t->n; i++)
-        memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * DSV3__STRIP, (r1 - r0) * sizeof(float));
+        memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * w->strip, (r1 - r0) * sizeof(float));
 }
 
 /* The normalised state of a row that asks for it. w->norm holds the weights. */
@@ -12919,6 +12934,7 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, cons
     dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, dsv3__wt_form(&w->m->mode, head), n);
     if (states)
         dsv3__pool_run(w->pool, n, dsv3__fwd_state_task, &t);
+    w->strip = dsv3__nn_strip(w, vocab);
     if (t.n)
         dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
     for (uint32_t i = 0; i < t.n; i++)
@@ -12931,7 +12947,6 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, cons
 static void dsv3__fwd_begin(dsv3__work *w, const dsv3__row *rows, uint32_t n)
 {
     w->tiled = n > DSV3__MM_FEW;
-    w->strip = w->tiled || w->pool->n_threads <= 4 ? DSV3__STRIP : DSV3__STRIP / 2;
     for (uint32_t i = 0; i < n; i++)
         dsv3__nn_rope_table(w->m, w->rope + (size_t)i * w->m->config.qk_rope_head_dim, rows[i].position);
 }
