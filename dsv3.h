@@ -11587,8 +11587,8 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 
 // ---- Linear maps -----------------------------------------------------------------------------------------
 
-/* The outputs of a task, where a join has `rows` of them. PERF: each task begins elsewhere in a file, which costs a stream of
-   reads its start: with up to 512, not 128, int8 decodes at 1.03 times the speed on one thread, at 1.02 and 1.07 on two of
+/* The outputs of a task, where a join has `rows` of them. PERF: each task begins elsewhere in a file, which costs a stream
+   of reads its start: with up to 512, not 128, int8 decodes at 1.03 times the speed on one thread, at 1.02 and 1.07 on two of
    one die and of two, FP8 at 1.015 and 1.02 (Zen 4). Threads that wait for the last one cost more. */
 static uint32_t dsv3__nn_strip(const dsv3__work *w, uint64_t rows)
 {
