@@ -11322,8 +11322,8 @@ static dsv3_result dsv3__wt_blame(const dsv3_model *m, const uint32_t *cancel, d
 //        One function for one row and for many; a row's bits depend on no other row.
 // =============================================================================
 
-#define DSV3__STRIP       128 /* outputs a task computes of many rows: those that share scales */
-#define DSV3__STRIP_FEW   512 /* the most of few rows */
+#define DSV3__STRIP_MANY  256 /* the most outputs that a task computes of many rows, */
+#define DSV3__STRIP_FEW   512 /* and of few */
 #define DSV3__HEAD_ROWS   16  /* rows, and */
 #define DSV3__HEAD_GROUP  16  /* heads at most, that meet a block of the cache at once */
 #define DSV3__UK_ROWS     8   /* rows of W_UK decoded at a time */
@@ -11485,7 +11485,7 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 {
     const dsv3_config *c = &m->config;
     const uint64_t f = sizeof(float), n = max_batch;
-    const uint64_t outputs = dsv3__max(n * DSV3__STRIP, dsv3__min(n, DSV3__MM_FEW) * DSV3__STRIP_FEW);
+    const uint64_t outputs = dsv3__max(n * DSV3__STRIP_MANY, dsv3__min(n, DSV3__MM_FEW) * DSV3__STRIP_FEW);
     uint64_t used = 0, h_moe = 0, h_dense = 0, slots = n * c->num_experts_per_tok, experts = c->n_routed_experts;
     bool moe = m->any_moe;
     size_t widest = dsv3__work_widest(m);
@@ -11587,16 +11587,16 @@ static uint64_t dsv3__work_plan(dsv3__work *w, const dsv3_model *m, uint32_t max
 
 // ---- Linear maps -----------------------------------------------------------------------------------------
 
-/* The outputs of a task, where a join has `rows` of them. PERF: each task begins elsewhere in a file, which costs a stream
-   of reads its start: with up to 512, not 128, int8 decodes at 1.03 times the speed on one thread, at 1.02 and 1.07 on two of
-   one die and of two, FP8 at 1.015 and 1.02 (Zen 4). Threads that wait for the last one cost more. */
+/* The outputs of a task, where a join has `rows` of them: as many as leave four tasks to a thread, but, of many rows, those
+   that share scales. PERF: each task begins elsewhere in a file, which costs a stream of reads its start: with up to 512,
+   not 128, int8 decodes at 1.03 times the speed on one thread, at 1.02 and 1.07 on two of one die and of two, FP8 at 1.015
+   and 1.02. Prompts, whose rows of x are read again for each task, come at 1.013 to 1.018 with 256 (Zen 4). */
 static uint32_t dsv3__nn_strip(const dsv3__work *w, uint64_t rows)
 {
     const uint64_t tasks = w->pool->n_threads > 1 ? 4 * (uint64_t)w->pool->n_threads : 1;
-    uint32_t strip = DSV3__STRIP_FEW;
-    if (w->tiled)
-        return DSV3__STRIP;
-    while (strip > 64 && rows < strip * tasks)
+    const uint32_t least = w->tiled ? 128 : 64;
+    uint32_t strip = w->tiled ? DSV3__STRIP_MANY : DSV3__STRIP_FEW;
+    while (strip > least && rows < strip * tasks)
         strip /= 2;
     return strip;
 }
