@@ -8390,25 +8390,28 @@ DSV3__INLINE size_t dsv3__mm_register(const dsv3__kern *k, bool pairs, size_t b,
     return at.start + r / chains * k->lanes + r % chains * at.group;
 }
 
-/* 64 columns in order to their positions (>>kern). */
-static void dsv3__mm_order(float *placed, const float *v, dsv3__form form)
+/* 64 columns in order to their positions (>>kern). PERF: copies, which cannot be the same memory, make vectors at -O2. */
+static void dsv3__mm_order(float *placed, const float *columns, dsv3__form form)
 {
+    float v[64], to[64];
+    memcpy(v, columns, sizeof v);
     if (form == DSV3__FORM_QUADS || form == DSV3__FORM_FP8) {
-        for (size_t i = 0; i < 16; i++)
-            for (size_t p = 0; p < 4; p++)
-                placed[16 * p + i] = v[4 * i + p];
-    } else if (dsv3__mm_is_pairs(form)) {
-        const dsv3_dtype dtype = form == DSV3__FORM_PAIRS ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F8_E4M3;
-        for (size_t r = 0; r < 2; r++) {
-            const size_t first = dsv3__k_pair_column(32 + 16 * r, dtype), next = form == DSV3__FORM_PAIRS ? 2 : 4;
-            for (size_t i = 0; i < 16; i++) {
-                placed[16 * r + i] = v[first + next * i + 1];
-                placed[32 + 16 * r + i] = v[first + next * i];
-            }
+        for (size_t i = 0; i < 16; i++) {
+            to[i] = v[4 * i], to[16 + i] = v[4 * i + 1];
+            to[32 + i] = v[4 * i + 2], to[48 + i] = v[4 * i + 3];
         }
+    } else if (form == DSV3__FORM_PAIRS_FP8) {
+        for (size_t i = 0; i < 16; i++) {
+            to[i] = v[4 * i + 1], to[16 + i] = v[4 * i + 3];
+            to[32 + i] = v[4 * i], to[48 + i] = v[4 * i + 2];
+        }
+    } else if (form == DSV3__FORM_PAIRS) {
+        for (size_t i = 0; i < 32; i++)
+            to[i] = v[2 * i + 1], to[32 + i] = v[2 * i];
     } else {
-        memcpy(placed, v, 64 * sizeof(float));
+        memcpy(to, v, sizeof to);
     }
+    memcpy(placed, to, sizeof to);
 }
 
 /* row takes the form of k values. row: room for dsv3__mm_pad(k); values and row do not overlap. */
