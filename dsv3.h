@@ -416,7 +416,7 @@ typedef enum dsv3_isa {
    BF16   of F8_E4M3 weights code * bf16(x * scale), of BF16 weights w * bf16(x), rounded to nearest even: finer than the
           published recipe, which rounds activations to 4 bits; what would round to less than 2^-126 becomes 0. F32, F16
           and I8 weights as in F32. The same bits on all ISAs, but that AVX512_BF16 takes products and sums below 2^-126,
-          and such weights, as 0, as its instruction does
+          and such weights and x * scale, as 0, as its instructions do
    FP8    as published (DeepSeek's act_quant): for F8_E4M3 weights every 128 activations of a row share a scale max / 448 (a
           power of two where config.json says ue8m0) and become E4M3 codes; products and sums as in F32. Others as in BF16.
           The same bits on all ISAs
@@ -2931,6 +2931,9 @@ DSV3__INLINE void dsv3__k_ask_at(const void *p, size_t bytes, const int how)
     __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(u), "x"(s)) /* 256 bits */
 #define DSV3__DPBUSD512(sum, u, s) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(u), "v"(s))
 #define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
+/* 32 floats become bf16, `low` in the low half of the register */
+#define DSV3__TO_BF16(words, low, high) \
+    __asm__("vcvtne2ps2bf16 {%1, %2, %0|%0, %2, %1}" : "=v"(words) : "v"(low), "v"(high))
 #endif
 
 /* Of tiles, named by their numbers. As asm, since gcc 12's intrinsics do not say that a load reads memory. */
@@ -3021,7 +3024,7 @@ typedef struct dsv3__half_block {
                  of these is infinite gives infinity or NaN. The n_w * w_stride bytes at `ahead` may be asked for meanwhile.
    round_pairs   bf16(x * scale) * up, 0 instead of a bf16 below 2^-126, for n positions, a multiple of 64, in pairs; x are
                  floats in order. scale64 [n / 64], the scales of each 64. Writes as row_..._pairs does; with pair_words up
-                 is 1.
+                 is 1, and the two floats of a word lie side by side in x, the low half's first.
    to_bytes      codes [n], the nearest of x [n] / scale, ties to even; *sum: their sum. Returns the scale: max |x| / 127,
                  NaN if an x is not finite; where it is not above 0 all codes are 0.
    bytes         out[j * out_stride + i] = codes of 8 bits times codes of 8 bits, row i < n_w of w (w_stride bytes apart)
@@ -6945,15 +6948,14 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_round_pairs_avx512_bf16(float *out,
                                                                      const float *x, const float *scale64, float up,
                                                                      size_t n)
 {
-    const __m512i high = _mm512_set1_epi32((int)0xFFFF0000);
     (void)up;
-    for (size_t b = 0; b < n / 64; b++, x += 64, out += block) {
+    for (size_t b = 0; b < n / 64; b++, out += block) {
         const __m512 s = _mm512_set1_ps(scale64[b]);
-        for (size_t g = 0; g < 2; g++) {
-            __m512i second = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * g), s));
-            __m512i first = dsv3__k_bf16_avx512(_mm512_mul_ps(_mm512_loadu_ps(x + 32 + 16 * g), s));
-            __m512i word = _mm512_or_si512(_mm512_and_si512(second, high), _mm512_srli_epi32(first, 16));
-            _mm512_storeu_ps(out + g * group, _mm512_castsi512_ps(word));
+        for (size_t g = 0; g < 2; g++, x += 32) {
+            const __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), s), high = _mm512_mul_ps(_mm512_loadu_ps(x + 16), s);
+            __m512 words;
+            DSV3__TO_BF16(words, low, high);
+            _mm512_storeu_ps(out + g * group, words);
         }
     }
 }
@@ -8253,7 +8255,8 @@ typedef enum dsv3__form {
     DSV3__FORM_QUADS, /* at the positions of F8_E4M3 */
     DSV3__FORM_FP8,   /* the same, but rounded to what E4M3 codes and a scale for each 128 can say */
     DSV3__FORM_PAIRS, /* at the positions of BF16 in pairs, rounded to bf16; words where kernels want these */
-    DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs, never for tiles; dsv3__mm_strip scales and rounds */
+    DSV3__FORM_PAIRS_FP8, /* at the positions of F8_E4M3 in pairs, or the two of a word side by side where kernels want
+                             words; never for tiles; dsv3__mm_strip scales and rounds */
     DSV3__FORM_BYTES,     /* int8 codes [ceil64(k)], then a float: their scale, then an int32: 128 times their sum */
     DSV3__FORM_BYTES_128, /* int8 codes, then a float for each 128 of them, then an int32 for each */
     DSV3__FORM_HALVES,    /* halves [ceil128(k)] */
@@ -8390,8 +8393,9 @@ DSV3__INLINE size_t dsv3__mm_register(const dsv3__kern *k, bool pairs, size_t b,
     return at.start + r / chains * k->lanes + r % chains * at.group;
 }
 
-/* 64 columns in order to their positions (>>kern). PERF: copies, which cannot be the same memory, make vectors at -O2. */
-static void dsv3__mm_order(float *placed, const float *columns, dsv3__form form)
+/* 64 columns in order to their positions (>>kern); `words`: of FP8 in pairs, as round_pairs wants them there.
+   PERF: copies, which cannot be the same memory, make vectors at -O2. */
+static void dsv3__mm_order(float *placed, const float *columns, dsv3__form form, bool words)
 {
     float v[64], to[64];
     memcpy(v, columns, sizeof v);
@@ -8399,6 +8403,11 @@ static void dsv3__mm_order(float *placed, const float *columns, dsv3__form form)
         for (size_t i = 0; i < 16; i++) {
             to[i] = v[4 * i], to[16 + i] = v[4 * i + 1];
             to[32 + i] = v[4 * i + 2], to[48 + i] = v[4 * i + 3];
+        }
+    } else if (form == DSV3__FORM_PAIRS_FP8 && words) {
+        for (size_t i = 0; i < 16; i++) {
+            to[2 * i] = v[4 * i], to[2 * i + 1] = v[4 * i + 1];
+            to[32 + 2 * i] = v[4 * i + 2], to[33 + 2 * i] = v[4 * i + 3];
         }
     } else if (form == DSV3__FORM_PAIRS_FP8) {
         for (size_t i = 0; i < 16; i++) {
@@ -8464,7 +8473,7 @@ static void dsv3__mm_pack(const dsv3__mm_mode *mode, float *row, const float *va
             for (size_t i = 0; words && i < 32; i++) /* two columns of BF16 are a word as they lie */
                 placed[i] = dsv3__bits_float(dsv3__float_bits(block[2 * i + 1]) | dsv3__float_bits(block[2 * i]) >> 16);
             if (!words)
-                dsv3__mm_order(placed, block, form);
+                dsv3__mm_order(placed, block, form, mode->k->pair_words);
             for (size_t r = 0; tiled && r < (words ? 32 : 64) / lanes; r++) {
                 float *to = row + dsv3__mm_register(mode->k, pairs, b, blocks, r);
                 for (size_t l = 0; l < lanes; l += 4)

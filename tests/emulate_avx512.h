@@ -518,6 +518,26 @@ EMU emu_ps emu_dpbf16(emu_ps sum, const void *w, const void *x)
 }
 #define DSV3__DPBF16(sum, w, x) ((sum) = emu_dpbf16(sum, &(w), &(x)))
 
+/* VCVTNE2PS2BF16: to nearest even; what is denormal becomes 0 of its sign, a NaN a quiet one. */
+EMU emu_ps emu_to_bf16(const void *low, const void *high)
+{
+    uint32_t v[32];
+    uint16_t halves[32];
+    memcpy(v, low, 64);
+    memcpy(v + 16, high, 64);
+    for (int i = 0; i < 32; i++) {
+        if ((v[i] & 0x7F800000) == 0)
+            v[i] &= 0x80000000;
+        if ((v[i] & 0x7FFFFFFF) > 0x7F800000)
+            v[i] |= 0x00400000;
+        else
+            v[i] += 0x7FFF + (v[i] >> 16 & 1);
+        halves[i] = (uint16_t)(v[i] >> 16);
+    }
+    return emu_loadu_ps(halves);
+}
+#define DSV3__TO_BF16(words, low, high) ((words) = emu_to_bf16(&(low), &(high)))
+
 /* AMX: eight tiles a thread, of 16 rows of 64 bytes, or of a word. What a tile holds before anything was loaded is not 0 here. */
 typedef struct emu_tile {
     int32_t word[16][16];
