@@ -648,7 +648,7 @@ TEST(pairs)
                     at[p] = dsv3__bf16_decode(dsv3__bf16_encode(scaled));
                 }
                 pair_form(expected, at, padded, k->pair_words);
-                for (size_t p = 0; p < padded; p++) /* where words are wanted, the floats of each lie side by side, the low half's first */
+                for (size_t p = 0; p < padded; p++) /* the floats of a word lie side by side, the low half's first */
                     doubled[k->pair_words ? p / 64 * 64 + p % 32 * 2 + (p % 64 < 32) : p] = raw[p];
                 k->round_pairs(out, 64 / unit, lanes, doubled, scale64, 1, padded);
                 ok = ok && same_bits(out, expected, floats);
@@ -945,6 +945,57 @@ TEST(outer_bits)
         }
 }
 
+/* The same of codes as they lie, where a variant does that; what it does not do it must say, and of what is not finite. */
+TEST(outer_of_codes)
+{
+    static const size_t rows[] = {1, 7, 8, 16, 20, 128}, columns[] = {24, 64, 128, 200, 512};
+    static const dsv3_dtype code_dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8};
+    enum { T = 128, STRIDE = 515 };
+    static uint8_t w[T * STRIDE];
+    static float a[T], scale[T], values[STRIDE], u[STRIDE], expected[STRIDE];
+    size_t done = 0;
+    random_state = 18;
+    for (size_t i = 0; i < T; i++)
+        a[i] = random_float(), scale[i] = 0.01f + fabsf(random_float());
+    for (size_t d = 0; d < DSV3__COUNT(code_dtypes); d++)
+        for (size_t i = 0; i < DSV3__COUNT(rows); i++)
+            for (size_t j = 0; j < DSV3__COUNT(columns); j++) {
+                const size_t n = rows[i], k_columns = columns[j];
+                const bool fp8 = code_dtypes[d] == DSV3_DTYPE_F8_E4M3, whole = n % 8 == 0 && k_columns % 64 == 0;
+                random_weights(w, sizeof w, code_dtypes[d]);
+                w[3] = fp8 ? 0x01 : 0x80; /* denormal; -128 */
+                memset(expected, 0, sizeof expected);
+                for (size_t t = 0; t < n; t++) {
+                    for (size_t c = 0; c < k_columns; c++) {
+                        volatile float value = fp8 ? dsv3__fp8_value[w[t * STRIDE + c]] * scale[c / 64]
+                                                   : (float)(int8_t)w[t * STRIDE + c] * scale[t];
+                        values[c] = value;
+                    }
+                    for (size_t c = 0; c < k_columns; c++)
+                        expected[c] = fmaf(a[t], values[c], expected[c]);
+                }
+                FOR_VARIANTS(k)
+                {
+                    exact e = exact_copy(w, (n - 1) * STRIDE + k_columns, 1 + i);
+                    memset(u, 0x55, sizeof u);
+                    const bool made = k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns);
+                    CHECK(!made || (whole && same_bits(u, expected, k_columns)));
+                    CHECK(made || !whole || k->outer_codes == dsv3__k_outer_codes_scalar);
+                    done += made;
+                    const float kept = scale[0];
+                    scale[0] = INFINITY;
+                    CHECK(!k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns));
+                    scale[0] = kept;
+                    free(e.block);
+                    e = exact_copy(w, (n - 1) * STRIDE + k_columns, 1 + i);
+                    ((uint8_t *)(uintptr_t)e.p)[(n - 1) * STRIDE + k_columns / 2] = 0xFF;
+                    CHECK(!fp8 || !k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns));
+                    free(e.block);
+                }
+            }
+    printf("    %u products made of codes as they lie\n", (unsigned)done);
+}
+
 // ---- Halves ----------------------------------------------------------------------------------------------
 
 static float half(float v)
@@ -1234,5 +1285,6 @@ TEST(tables)
 TEST_MAIN(RUN(fp8_decode), RUN(fp8_encode), RUN(i8), RUN(f16_and_bf16), RUN(e8m0), RUN(fp8_codes_everywhere),
           RUN(dot_bits), RUN(rows), RUN(nan_codes), RUN(scales), RUN(tile_bits), RUN(pairs),
           RUN(pairs_of_rows), RUN(pair_codes_everywhere),
-          RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(halves), RUN(halves_nan),
+          RUN(to_bytes_bits), RUN(bytes_bits), RUN(order_is_frozen), RUN(outer_bits), RUN(outer_of_codes),
+          RUN(halves), RUN(halves_nan),
           RUN(scale_max_bits), RUN(exp_accuracy), RUN(exp_bits), RUN(tables))
