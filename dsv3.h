@@ -9118,8 +9118,7 @@ static dsv3_result dsv3__mm_matmul(float *out, const float *in, size_t n, const 
         c.n = dsv3__min(n - j, DSV3__MM_BATCH);
         c.tiled = c.n > DSV3__MM_FEW;
         c.out = out + j * (size_t)rows;
-        c.strip =
-            c.n > 1 ? 128 : 64; /* rows of an FP8 block share what is made of x for them; no result depends on it */
+        c.strip = c.n > 1 ? 128 : 64; /* rows that share scales share what is made of x; no result depends on it */
         if (rows / c.strip > UINT32_MAX / 2)
             c.strip = rows / (UINT32_MAX / 2) + 1;
         uint32_t saved = dsv3__fp_enter();
