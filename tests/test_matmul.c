@@ -884,6 +884,25 @@ TEST(dtypes_of_safetensors)
     CHECK_EQ_UINT(dsv3_dtype_size((dsv3_dtype)1000), 0);
 }
 
+/* Outputs of a task: long, but four tasks to a thread where that leaves 64 (128 of many rows), and a scratch that holds them. */
+TEST(tasks_of_a_join)
+{
+    static const uint32_t outputs[] = {1, 64, 100, 576, 2048, 7168, 12672, 129280};
+    static dsv3__work w;
+    static dsv3__pool pool;
+    w.pool = &pool;
+    for (int tiled = 0; tiled < 2; tiled++)
+        for (pool.n_threads = 1, w.tiled = tiled != 0; pool.n_threads <= 64; pool.n_threads++)
+            for (size_t i = 0; i < DSV3__COUNT(outputs); i++) {
+                const uint32_t strip = dsv3__nn_strip(&w, outputs[i]), least = tiled ? 128 : 64, most = tiled ? 256 : 512;
+                CHECK(strip >= least && strip <= most && (strip & (strip - 1)) == 0);
+                CHECK(strip <= (tiled ? DSV3__STRIP_MANY : DSV3__STRIP_FEW));
+                if (pool.n_threads > 1) /* as few tasks as that leaves, no fewer */
+                    CHECK((strip == least || outputs[i] >= 4 * strip * pool.n_threads) &&
+                          (strip == most || outputs[i] < 8 * strip * pool.n_threads));
+            }
+}
+
 TEST_MAIN(RUN(bits), RUN(bits_are_frozen), RUN(accuracy), RUN(rows_are_independent), RUN(executors), RUN(allocators),
           RUN(floating_point_state), RUN(errors), RUN(blocks_and_strides), RUN(rank_1), RUN(scratch_of_the_widest), RUN(strips), RUN(packing), RUN(quantize_fp8), RUN(quantize_i8),
-          RUN(quantize_floats), RUN(dtypes_of_safetensors))
+          RUN(quantize_floats), RUN(dtypes_of_safetensors), RUN(tasks_of_a_join))
