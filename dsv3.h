@@ -5199,11 +5199,23 @@ DSV3__TARGET_AVX512 static void dsv3__k_row_fp8_avx512(float *out, size_t block,
         dsv3__k_row_scalar(out, block, group, 16, weights, scale64, k, DSV3_DTYPE_F8_E4M3);
 }
 
+/* 64 codes * 2^-8, columns in order. */
+DSV3__TARGET_AVX512 DSV3__INLINE void dsv3__k_nat_fp8x64_avx512(__m512 *o, const uint8_t *p)
+{
+    const __m512i keep = _mm512_set1_epi16((short)0xBF80);
+    DSV3__UNROLL
+    for (size_t g = 0; g < 2; g++) {
+        __m256i codes = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32 * g));
+        __m512i f16 = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), keep);
+        o[2 * g] = _mm512_cvtph_ps(_mm512_castsi512_si256(f16));
+        o[2 * g + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(f16, 1));
+    }
+}
+
 /* As dsv3__k_nat_fp8_avx2. */
 DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block, size_t group, const void *weights,
                                                        const float *scale64, size_t k)
 {
-    const __m512i keep = _mm512_set1_epi16((short)0xBF80);
     const uint8_t *w = (const uint8_t *)weights;
     uint8_t tail[64];
     __m512i worst = _mm512_setzero_si512();
@@ -5211,7 +5223,7 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
     for (size_t b = 0; b * 64 < k; b++) {
         const uint8_t *p = w + b * 64;
         float scaled = scale64[b] * 256.0f;
-        __m512 s = _mm512_set1_ps(scaled);
+        __m512 s = _mm512_set1_ps(scaled), o[4];
         scales = fmaf(scaled, 0.0f, scales);
         if (DSV3__UNLIKELY(k - b * 64 < 64)) {
             memset(tail, 0, sizeof tail);
@@ -5219,14 +5231,10 @@ DSV3__TARGET_AVX512 static void dsv3__k_nat_fp8_avx512(float *out, size_t block,
             p = tail;
         }
         worst = dsv3__k_fp8_worst_avx512(worst, _mm512_loadu_si512(p));
+        dsv3__k_nat_fp8x64_avx512(o, p);
         DSV3__UNROLL
-        for (size_t i = 0; i < 64; i += 32) {
-            __m256i c = _mm256_loadu_si256((const __m256i *)(const void *)(p + i));
-            __m512i f16 = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(c), 7), keep);
-            _mm512_storeu_ps(out + b * 64 + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(f16)), s));
-            _mm512_storeu_ps(out + b * 64 + i + 16,
-                             _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(f16, 1)), s));
-        }
+        for (size_t g = 0; g < 4; g++)
+            _mm512_storeu_ps(out + b * 64 + 16 * g, _mm512_mul_ps(o[g], s));
     }
     if (DSV3__UNLIKELY(dsv3__k_fp8_nan_avx512(worst) || scales != scales))
         dsv3__k_nat_fp8_scalar(out, block, group, weights, scale64, k);
@@ -5510,7 +5518,6 @@ DSV3__TARGET_AVX512 static void dsv3__k_outer_avx512(float *u, size_t u_stride, 
 DSV3__TARGET_AVX512 static bool dsv3__k_outer_codes_avx512(float *u, const float *a, const uint8_t *w, size_t w_stride,
                                                            dsv3_dtype dtype, const float *scale, size_t n_t, size_t n_c)
 {
-    const __m512i keep = _mm512_set1_epi16((short)0xBF80);
     const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
     __m512i worst = _mm512_setzero_si512();
     float scales = 0;
@@ -5529,15 +5536,9 @@ DSV3__TARGET_AVX512 static bool dsv3__k_outer_codes_avx512(float *u, const float
                 const __m512 x = _mm512_set1_ps(a[i]), s = _mm512_set1_ps(fp8 ? scale[c / 64] * 256.0f : scale[t + i]);
                 __m512 v[4];
                 DSV3__PREFETCH_AT(p, 8192);
-                if (fp8) { /* as dsv3__k_nat_fp8_avx512 */
+                if (fp8) {
                     worst = dsv3__k_fp8_worst_avx512(worst, _mm512_loadu_si512(p));
-                    DSV3__UNROLL
-                    for (size_t g = 0; g < 2; g++) {
-                        __m256i codes = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32 * g));
-                        __m512i f16 = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7), keep);
-                        v[2 * g] = _mm512_cvtph_ps(_mm512_castsi512_si256(f16));
-                        v[2 * g + 1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(f16, 1));
-                    }
+                    dsv3__k_nat_fp8x64_avx512(v, p);
                 } else {
                     DSV3__UNROLL
                     for (size_t g = 0; g < 4; g++)
@@ -11488,7 +11489,6 @@ typedef struct dsv3__work {
     size_t key_stride;                   /* of a head: nope + rope, in 64s */
     size_t half_nope, half_v, key_width; /* as halves: in 32s; half_nope + 3 half_rope */
     bool tiled;                          /* this pass: how rows are packed, see >>mm */
-    uint32_t strip;                      /* this join: the outputs of a task */
     bool halves; /* attention multiplies numbers rounded to bf16, see >>kern: in every mode but f32. Then a row is */
     size_t half_latent, half_rope, half_width; /* latent, k_pe, k_pe, rest of k_pe; each to a multiple of 32; in all */
     size_t query_stride;                       /* floats of a head's query, in either form */
@@ -11719,15 +11719,15 @@ typedef struct dsv3__linear {
 typedef struct dsv3__linear_task {
     dsv3__work *w;
     const dsv3__linear *maps;
-    uint32_t n_maps;
+    uint32_t n_maps, strip; /* outputs of a task */
 } dsv3__linear_task;
 
 /* The map that a task is a strip of, and the strip's first row; NULL behind the last. */
 static const dsv3__linear *dsv3__nn_linear_strip(const dsv3__linear_task *t, uint32_t task, uint64_t *r0)
 {
     for (const dsv3__linear *map = t->maps; map < t->maps + t->n_maps; map++) {
-        const uint32_t strips = (uint32_t)dsv3__ceil_div(map->w->shape[0], t->w->strip);
-        *r0 = (uint64_t)task * t->w->strip;
+        const uint32_t strips = (uint32_t)dsv3__ceil_div(map->w->shape[0], t->strip);
+        *r0 = (uint64_t)task * t->strip;
         if (task < strips)
             return map;
         task -= strips;
@@ -11743,14 +11743,14 @@ static void dsv3__nn_linear_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__linear *map = dsv3__nn_linear_strip(t, task, &r0);
     const dsv3__linear *after = dsv3__nn_linear_strip(t, task + t->w->pool->n_threads, &then);
     const uint8_t *next = after ? dsv3__ten_row(after->w, then) : NULL;
-    const uint64_t r1 = dsv3__min(r0 + t->w->strip, map->w->shape[0]);
+    const uint64_t r1 = dsv3__min(r0 + t->strip, map->w->shape[0]);
     if (!map->add) {
         dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, map->out + r0, map->out_stride, next);
         return;
     }
-    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, mine->a, t->w->strip, next);
+    dsv3__mm_strip(map->mode, mine->panel, map->w, r0, r1, &map->x, mine->a, t->strip, next);
     for (size_t i = 0; i < map->x.n; i++)
-        dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * t->w->strip, 1.0f, (size_t)(r1 - r0));
+        dsv3__nn_add(map->out + i * map->out_stride + r0, mine->a + i * t->strip, 1.0f, (size_t)(r1 - r0));
 }
 
 /* Independent maps, one join for all. */
@@ -11761,9 +11761,9 @@ static void dsv3__nn_linear(dsv3__work *w, const dsv3__linear *maps, uint32_t n_
     t.w = w, t.maps = maps, t.n_maps = n_maps;
     for (uint32_t i = 0; i < n_maps; i++)
         rows += maps[i].w->shape[0];
-    w->strip = dsv3__nn_strip(w, rows);
+    t.strip = dsv3__nn_strip(w, rows);
     for (uint32_t i = 0; i < n_maps; i++)
-        tasks += dsv3__ceil_div(maps[i].w->shape[0], w->strip);
+        tasks += dsv3__ceil_div(maps[i].w->shape[0], t.strip);
     dsv3__pool_run(w->pool, (uint32_t)tasks, dsv3__nn_linear_task, &t);
 }
 
@@ -11911,7 +11911,7 @@ static void dsv3__nn_rope(const dsv3_model *m, float *out, const float *v, const
 typedef struct dsv3__mlp_task {
     dsv3__work *w;
     const dsv3__mlp_group *groups;
-    uint32_t n_groups, n;
+    uint32_t n_groups, n, strip; /* outputs of a task */
 } dsv3__mlp_task;
 
 /* The last group whose first_task <= task, and the first row of the strip, which lies behind the group's where there is no
@@ -11926,7 +11926,7 @@ static const dsv3__mlp_group *dsv3__nn_mlp_strip(const dsv3__mlp_task *t, uint32
         else
             hi = mid;
     }
-    *r0 = (task - t->groups[lo].first_task) * t->w->strip;
+    *r0 = (task - t->groups[lo].first_task) * t->strip;
     return &t->groups[lo];
 }
 
@@ -11941,14 +11941,13 @@ static void dsv3__nn_mlp_up_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp_group *after = dsv3__nn_mlp_strip(t, task + t->w->pool->n_threads, &then);
     const dsv3__mlp *mlp = g->mlp;
     const uint8_t *next = then < after->inter ? dsv3__ten_row(&after->mlp->gate, then) : NULL;
-    const uint32_t r1 = (uint32_t)dsv3__min(r0 + t->w->strip, g->inter);
+    const uint32_t r1 = (uint32_t)dsv3__min(r0 + t->strip, g->inter);
     const dsv3__mm_x to_gate = dsv3__nn_input(t->w, &m->mode, &mlp->gate, g->rows, g->n);
     const dsv3__mm_x to_up = dsv3__nn_input(t->w, &m->mode, &mlp->up, g->rows, g->n);
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, &to_gate, mine->a, t->w->strip,
-                   dsv3__ten_row(&mlp->up, r0));
-    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, &to_up, mine->b, t->w->strip, next);
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->gate, r0, r1, &to_gate, mine->a, t->strip, dsv3__ten_row(&mlp->up, r0));
+    dsv3__mm_strip(&m->mode, mine->panel, &mlp->up, r0, r1, &to_up, mine->b, t->strip, next);
     for (uint32_t i = 0; i < g->n; i++)
-        m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * t->w->strip, mine->b + i * t->w->strip, r1 - r0);
+        m->k->swiglu(g->h + i * g->h_stride + r0, mine->a + i * t->strip, mine->b + i * t->strip, r1 - r0);
 }
 
 /* One row of one group: h as `down` wants it, which may need the whole row. */
@@ -11974,24 +11973,24 @@ static void dsv3__nn_mlp_down_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__mlp_task *t = (const dsv3__mlp_task *)ctx;
     dsv3__work *w = t->w;
     dsv3__worker *mine = &w->workers[worker];
-    const uint32_t dim = w->m->config.hidden_size, r0 = task * w->strip;
-    const uint32_t r1 = r0 + w->strip < dim ? r0 + w->strip : dim;
+    const uint32_t dim = w->m->config.hidden_size, r0 = task * t->strip;
+    const uint32_t r1 = r0 + t->strip < dim ? r0 + t->strip : dim;
     float *sum = mine->b; /* [n, strip] */
-    memset(sum, 0, (size_t)t->n * w->strip * sizeof(float));
+    memset(sum, 0, (size_t)t->n * t->strip * sizeof(float));
     for (uint32_t j = 0; j < t->n_groups; j++) {
         const dsv3__mlp_group *g = &t->groups[j];
         const dsv3_tensor *after = &t->groups[(j + 1) % t->n_groups].mlp->down;
-        const uint32_t then = j + 1 < t->n_groups ? r0 : r0 + w->strip * w->pool->n_threads;
+        const uint32_t then = j + 1 < t->n_groups ? r0 : r0 + t->strip * w->pool->n_threads;
         const dsv3__mm_x h = {g->h, g->h_stride, NULL, g->n, g->n > DSV3__MM_FEW};
-        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, &h, mine->a, w->strip,
+        dsv3__mm_strip(&w->m->mode, mine->panel, &g->mlp->down, r0, r1, &h, mine->a, t->strip,
                        then < dim ? dsv3__ten_row(after, then) : NULL);
         for (uint32_t i = 0; i < g->n; i++) {
-            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * w->strip, *from = mine->a + (size_t)i * w->strip;
+            float *to = sum + (size_t)(g->rows ? g->rows[i] : i) * t->strip, *from = mine->a + (size_t)i * t->strip;
             dsv3__nn_add(to, from, g->weights ? g->weights[i] : 1.0f, r1 - r0);
         }
     }
     for (uint32_t i = 0; i < t->n; i++)
-        dsv3__nn_add(w->x + i * w->x_stride + r0, sum + i * w->strip, 1.0f, r1 - r0);
+        dsv3__nn_add(w->x + i * w->x_stride + r0, sum + i * t->strip, 1.0f, r1 - r0);
 }
 
 /* x += all groups, n rows; xn holds the normalised rows. Three joins, however many experts. */
@@ -12003,17 +12002,17 @@ static void dsv3__nn_mlp(dsv3__work *w, dsv3__mlp_group *groups, uint32_t n_grou
     t.w = w, t.groups = groups, t.n_groups = n_groups, t.n = n;
     for (uint32_t i = 0; i < n_groups; i++)
         outputs += groups[i].inter;
-    w->strip = dsv3__nn_strip(w, outputs);
+    t.strip = dsv3__nn_strip(w, outputs);
     for (uint32_t i = 0; i < n_groups; i++) {
         groups[i].first_task = tasks;
         groups[i].first_row = n_rows;
         n_rows += groups[i].n;
-        tasks += (groups[i].inter + w->strip - 1) / w->strip;
+        tasks += (groups[i].inter + t.strip - 1) / t.strip;
     }
     dsv3__pool_run(w->pool, tasks, dsv3__nn_mlp_up_task, &t);
     dsv3__pool_run(w->pool, n_rows, dsv3__nn_mlp_pack_task, &t);
-    w->strip = dsv3__nn_strip(w, w->m->config.hidden_size);
-    dsv3__pool_run(w->pool, (w->m->config.hidden_size + w->strip - 1) / w->strip, dsv3__nn_mlp_down_task, &t);
+    t.strip = dsv3__nn_strip(w, w->m->config.hidden_size);
+    dsv3__pool_run(w->pool, (w->m->config.hidden_size + t.strip - 1) / t.strip, dsv3__nn_mlp_down_task, &t);
 }
 // =============================================================================
 // >>mla   Multi-head latent attention (DeepSeek-V2 paper, section 2.1). Needs: nn.
@@ -12963,6 +12962,7 @@ typedef struct dsv3__head_task {
     const dsv3__row *rows;
     uint32_t n;
     const uint32_t *asked; /* [n] which rows */
+    uint32_t strip;        /* outputs of a task */
 } dsv3__head_task;
 
 /* One strip of the vocabulary for all rows that ask. */
@@ -12971,13 +12971,13 @@ static void dsv3__fwd_head_task(void *ctx, uint32_t task, uint32_t worker)
     const dsv3__head_task *t = (const dsv3__head_task *)ctx;
     dsv3__work *w = t->w;
     dsv3__worker *mine = &w->workers[worker];
-    const uint32_t vocab = w->m->config.vocab_size, r0 = task * w->strip;
-    const uint32_t r1 = r0 + w->strip < vocab ? r0 + w->strip : vocab, then = r0 + w->strip * w->pool->n_threads;
+    const uint32_t vocab = w->m->config.vocab_size, r0 = task * t->strip;
+    const uint32_t r1 = r0 + t->strip < vocab ? r0 + t->strip : vocab, then = r0 + t->strip * w->pool->n_threads;
     const dsv3__mm_x x = dsv3__nn_input(w, &w->m->mode, t->head, t->asked, t->n);
-    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, &x, mine->a, w->strip,
+    dsv3__mm_strip(&w->m->mode, mine->panel, t->head, r0, r1, &x, mine->a, t->strip,
                    then < vocab ? dsv3__ten_row(t->head, then) : NULL);
     for (uint32_t i = 0; i < t->n; i++)
-        memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * w->strip, (r1 - r0) * sizeof(float));
+        memcpy(t->rows[t->asked[i]].logits + r0, mine->a + (size_t)i * t->strip, (r1 - r0) * sizeof(float));
 }
 
 /* The normalised state of a row that asks for it. w->norm holds the weights. */
@@ -13026,9 +13026,9 @@ static dsv3_result dsv3__fwd_logits(dsv3__work *w, const dsv3_tensor *norm, cons
     dsv3__nn_rmsnorm(w, norm, w->m->config.rms_norm_eps, dsv3__wt_form(&w->m->mode, head), n);
     if (states)
         dsv3__pool_run(w->pool, n, dsv3__fwd_state_task, &t);
-    w->strip = dsv3__nn_strip(w, vocab);
+    t.strip = dsv3__nn_strip(w, vocab);
     if (t.n)
-        dsv3__pool_run(w->pool, (vocab + w->strip - 1) / w->strip, dsv3__fwd_head_task, &t);
+        dsv3__pool_run(w->pool, (vocab + t.strip - 1) / t.strip, dsv3__fwd_head_task, &t);
     for (uint32_t i = 0; i < t.n; i++)
         if (!rows[asked[i]].draft && !dsv3__fwd_finite(rows[asked[i]].logits, vocab))
             return dsv3__wt_blame(w->m, rows[asked[i]].cancel, err);
