@@ -3044,8 +3044,9 @@ typedef struct dsv3__half_block {
    outer         u[h * u_stride + c] = fmaf(a[h * a_stride + t], b[t * b_stride + c], u[h * u_stride + c]) for t rising
                  from 0 to n_t - 1, for every h < n_h and c < n_c.
    outer_codes   u[c] = the sum of a[t] times column c of row t, by fmaf from +0 for t rising, for t < n_t, c < n_c: rows of
-                 F8_E4M3 (scale [n_c / 64] of all of them) or I8 (scale [n_t]), w_stride bytes apart. false: these it does
-                 not do (what is no multiple of 8 rows and 64 columns; all, most variants), or a value is not finite.
+                 F8_E4M3 (scale [n_c / 64] of all of them) or of others (scale [n_t]), w_stride bytes apart. false: these it
+                 does not do (what is no multiple of 8 rows and 64 columns; all, most variants), or a code of FP8 is NaN,
+                 or a scale not finite.
    shrink        x[i] *= scale, or 0 where that is below `least`, for i < n.
    scale_max     x[i] *= scale for i < n; returns the largest that is not NaN, or -infinity.
    to_halves     out[i] = x[i] as a half, a bf16, for i < n.
@@ -5519,6 +5520,7 @@ DSV3__TARGET_AVX512 static bool dsv3__k_outer_codes_avx512(float *u, const float
                                                            dsv3_dtype dtype, const float *scale, size_t n_t, size_t n_c)
 {
     const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
+    const size_t size = dsv3_dtype_size(dtype);
     __m512i worst = _mm512_setzero_si512();
     float scales = 0;
     if (n_t % 8 || n_c % 64)
@@ -5532,18 +5534,18 @@ DSV3__TARGET_AVX512 static bool dsv3__k_outer_codes_avx512(float *u, const float
             for (size_t g = 0; g < 4; g++)
                 sum[g] = t ? _mm512_loadu_ps(u + c + 16 * g) : _mm512_setzero_ps();
             for (size_t i = 0; i < 8; i++) {
-                const uint8_t *p = w + i * w_stride + c;
+                const uint8_t *p = w + i * w_stride + c * size;
                 const __m512 x = _mm512_set1_ps(a[i]), s = _mm512_set1_ps(fp8 ? scale[c / 64] * 256.0f : scale[t + i]);
                 __m512 v[4];
-                DSV3__PREFETCH_AT(p, 8192);
+                for (size_t b = 0; b < size; b++)
+                    DSV3__PREFETCH_AT(p + 64 * b, 8192);
                 if (fp8) {
                     worst = dsv3__k_fp8_worst_avx512(worst, _mm512_loadu_si512(p));
                     dsv3__k_nat_fp8x64_avx512(v, p);
                 } else {
                     DSV3__UNROLL
                     for (size_t g = 0; g < 4; g++)
-                        v[g] = _mm512_cvtepi32_ps(
-                            _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p + 16 * g))));
+                        v[g] = dsv3__k_load16_avx512(p + 16 * size * g, dtype);
                 }
                 DSV3__UNROLL
                 for (size_t g = 0; g < 4; g++)
@@ -8391,18 +8393,18 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
         x[i] = dsv3__fp8_value[dsv3__fp8_encode(x[i] / scale)] * scale;
 }
 
-/* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, DSV3__MM_CHUNK
-   columns of it, into registers in the order in which tiles read them: those of the panel's first registers of chains, then
-   those of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2. Words of two bf16 take half
+/* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, a chunk of columns
+   of it, into registers in the order in which tiles read them: those of the panel's first registers of chains, then those of
+   the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2. Words of two bf16 take half
    the room, so that twice as many rows of either side meet. */
 #define DSV3__MM_FEW     8
 #define DSV3__MM_BYTES   128    /* the most rows of w that meet rows of x at a time as codes of 8 bits */
 #define DSV3__MM_BYTES_X 256    /* the most rows of x that do */
 #define DSV3__MM_CODES   524288 /* as many of them at a time */
 #define DSV3__MM_ROWS    16
-#define DSV3__MM_CHUNK   2048
+#define DSV3__MM_CHUNK   2048 /* columns of registers of less than 512 bits */
 #define DSV3__MM_TOKENS  96
-#define DSV3__MM_ROUNDED 196608 /* floats of x rounded at a time */
+#define DSV3__MM_ROUNDED 393216 /* floats of x rounded at a time */
 
 /* Rows of x as floats at a time. */
 DSV3__INLINE size_t dsv3__mm_tokens(size_t cols)
@@ -8411,10 +8413,12 @@ DSV3__INLINE size_t dsv3__mm_tokens(size_t cols)
     return tokens < 6 ? 6 : tokens > DSV3__MM_TOKENS ? DSV3__MM_TOKENS : tokens;
 }
 
-/* Blocks of 64 columns that make a chunk, as equal as can be. */
-DSV3__INLINE size_t dsv3__mm_chunk(size_t blocks)
+/* Blocks of 64 columns that make a chunk, as equal as can be. PERF: registers of 512 bits take all columns at once: chunks
+   of 2,048 made prompts take 1.08 times as long (7,168 columns; 16,384: 1.04), since sums wait for the next one. AVX2 would
+   lose by that, up to a fifth. */
+DSV3__INLINE size_t dsv3__mm_chunk(const dsv3__kern *k, size_t blocks)
 {
-    const size_t most = DSV3__MM_CHUNK / 64, chunks = (blocks + most - 1) / most;
+    const size_t most = k->lanes == 16 ? blocks : DSV3__MM_CHUNK / 64, chunks = (blocks + most - 1) / most;
     return (blocks + chunks - 1) / chunks;
 }
 
@@ -8443,7 +8447,7 @@ typedef struct dsv3__mm_place {
 DSV3__INLINE dsv3__mm_place dsv3__mm_place_of(const dsv3__kern *k, bool pairs, size_t b, size_t blocks)
 {
     const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
-    const size_t chunk = dsv3__mm_chunk(blocks), b0 = b / chunk * chunk, here = dsv3__min(blocks - b0, chunk);
+    const size_t chunk = dsv3__mm_chunk(k, blocks), b0 = b / chunk * chunk, here = dsv3__min(blocks - b0, chunk);
     dsv3__mm_place at;
     at.block = u.depth * k->lanes;
     at.group = here * at.block;
@@ -8560,8 +8564,7 @@ DSV3__INLINE size_t dsv3__mm_half_tokens(size_t k)
    more rows of x are taken at a time, so each part is the largest that any width up to k asks for. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
-    const size_t chunk = k < DSV3__MM_CHUNK ? (k + 127) / 128 * 128 : DSV3__MM_CHUNK;
-    const size_t decoded = DSV3__MM_ROWS * chunk + 16 * 16;
+    const size_t decoded = DSV3__MM_ROWS * dsv3__mm_pad(k) + 16 * 16;
     const size_t sums = DSV3__MM_ROWS * 64 * (k > DSV3__MM_CHUNK ? 2 * DSV3__MM_TOKENS : 6); /* see dsv3__mm_panel */
     const size_t at_least = 6 * dsv3__mm_pad(k), most = DSV3__MM_TOKENS * dsv3__mm_pad(k);
     const size_t up_to = most < DSV3__MM_ROUNDED ? most : DSV3__MM_ROUNDED;
@@ -8617,7 +8620,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
 {
     const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
     const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype), lanes = k->lanes;
-    const size_t blocks = (cols + 63) / 64, chunk = dsv3__mm_chunk(blocks);
+    const size_t blocks = (cols + 63) / 64, chunk = dsv3__mm_chunk(k, blocks);
     const size_t groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W;
     const size_t w_step = DSV3__TILE_W * lanes, one = w_step * k->tile_x, all = u.chains * one;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);
@@ -8672,7 +8675,7 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
     const size_t unit = dsv3__mm_unit_of(k, pairs).floats;
     const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
     const size_t words = pairs && k->pair_words ? 2 : 1; /* in a float */
-    const size_t chunk = dsv3__mm_chunk(blocks), tokens = dsv3__mm_tokens(cols) * words;
+    const size_t chunk = dsv3__mm_chunk(k, blocks), tokens = dsv3__mm_tokens(cols) * words;
     /* PERF: 16 rows of x pass 8 of weights at 1.14 times the speed of 32, 48 at the same, 512 at 0.99 (Zen 4). */
     const size_t rows = x->n > 32 ? DSV3__MM_ROWS * words : DSV3__MM_ROWS / 2;
     float *scale64 = panel;                                      /* [blocks] */
@@ -8892,7 +8895,7 @@ static void dsv3__ten_rows_values(const dsv3__kern *k, float *out, size_t stride
 static bool dsv3__ten_outer(const dsv3__kern *k, float *u, const float *a, const dsv3_tensor *t, uint64_t r0, size_t n)
 {
     const size_t cols = (size_t)dsv3__ten_n_cols(t), blocks = (cols + 63) / 64;
-    const bool fp8 = t->dtype == DSV3_DTYPE_F8_E4M3, rows = t->dtype == DSV3_DTYPE_I8 && t->block_cols >= cols;
+    const bool fp8 = t->dtype == DSV3_DTYPE_F8_E4M3, rows = !fp8 && (!t->scale || t->block_cols >= cols);
     float scale[256];
     if (!(fp8 || rows) || dsv3__max(blocks, n) > DSV3__COUNT(scale) ||
         (fp8 && dsv3__mm_same_scales(t, r0, r0 + n) < r0 + n))

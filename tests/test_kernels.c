@@ -949,9 +949,10 @@ TEST(outer_bits)
 TEST(outer_of_codes)
 {
     static const size_t rows[] = {1, 7, 8, 16, 20, 128}, columns[] = {24, 64, 128, 200, 512};
-    static const dsv3_dtype code_dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8};
+    static const dsv3_dtype code_dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8, DSV3_DTYPE_BF16, DSV3_DTYPE_F16,
+                                              DSV3_DTYPE_F32};
     enum { T = 128, STRIDE = 515 };
-    static uint8_t w[T * STRIDE];
+    static uint8_t w[T * STRIDE * 4];
     static float a[T], scale[T], values[STRIDE], u[STRIDE], expected[STRIDE];
     size_t done = 0;
     random_state = 18;
@@ -962,13 +963,15 @@ TEST(outer_of_codes)
             for (size_t j = 0; j < DSV3__COUNT(columns); j++) {
                 const size_t n = rows[i], k_columns = columns[j];
                 const bool fp8 = code_dtypes[d] == DSV3_DTYPE_F8_E4M3, whole = n % 8 == 0 && k_columns % 64 == 0;
-                random_weights(w, sizeof w, code_dtypes[d]);
-                w[3] = fp8 ? 0x01 : 0x80; /* denormal; -128 */
+                const size_t size = dsv3_dtype_size(code_dtypes[d]), used = ((n - 1) * STRIDE + k_columns) * size;
+                random_weights(w, T * STRIDE, code_dtypes[d]);
+                if (size == 1)
+                    w[3] = fp8 ? 0x01 : 0x80; /* denormal; -128 */
                 memset(expected, 0, sizeof expected);
                 for (size_t t = 0; t < n; t++) {
                     for (size_t c = 0; c < k_columns; c++) {
-                        volatile float value = fp8 ? dsv3__fp8_value[w[t * STRIDE + c]] * scale[c / 64]
-                                                   : (float)(int8_t)w[t * STRIDE + c] * scale[t];
+                        const float code = dsv3__num_get(w, code_dtypes[d], t * STRIDE + c);
+                        volatile float value = code * scale[fp8 ? c / 64 : t];
                         values[c] = value;
                     }
                     for (size_t c = 0; c < k_columns; c++)
@@ -976,20 +979,20 @@ TEST(outer_of_codes)
                 }
                 FOR_VARIANTS(k)
                 {
-                    exact e = exact_copy(w, (n - 1) * STRIDE + k_columns, 1 + i);
+                    exact e = exact_copy(w, used, 1 + i);
                     memset(u, 0x55, sizeof u);
-                    const bool made = k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns);
+                    const bool made = k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns);
                     CHECK(!made || (whole && same_bits(u, expected, k_columns)));
                     CHECK(made || !whole || k->outer_codes == dsv3__k_outer_codes_scalar);
                     done += made;
                     const float kept = scale[0];
                     scale[0] = INFINITY;
-                    CHECK(!k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns));
+                    CHECK(!k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns));
                     scale[0] = kept;
                     free(e.block);
-                    e = exact_copy(w, (n - 1) * STRIDE + k_columns, 1 + i);
+                    e = exact_copy(w, used, 1 + i);
                     ((uint8_t *)(uintptr_t)e.p)[(n - 1) * STRIDE + k_columns / 2] = 0xFF;
-                    CHECK(!fp8 || !k->outer_codes(u, a, e.p, STRIDE, code_dtypes[d], scale, n, k_columns));
+                    CHECK(!fp8 || !k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns));
                     free(e.block);
                 }
             }
