@@ -8414,15 +8414,6 @@ DSV3__INLINE size_t dsv3__mm_tokens(size_t cols)
     return tokens < 6 ? 6 : tokens > DSV3__MM_TOKENS ? DSV3__MM_TOKENS : tokens;
 }
 
-/* Blocks of 64 columns that make a chunk, as equal as can be. PERF: registers of 512 bits take all columns at once: chunks
-   of 2,048 made prompts take 1.08 times as long (7,168 columns; 16,384: 1.04), since sums wait for the next one. AVX2 would
-   lose by that, up to a fifth. */
-DSV3__INLINE size_t dsv3__mm_chunk(const dsv3__kern *k, size_t blocks)
-{
-    const size_t most = k->lanes == 16 ? blocks : DSV3__MM_CHUNK / 64, chunks = (blocks + most - 1) / most;
-    return (blocks + chunks - 1) / chunks;
-}
-
 /* What 64 columns are in a variant: `depth` times `chains` registers. A dot product has `chains` registers of chains, and a
    chain takes `depth` of its numbers from a block. */
 typedef struct dsv3__mm_unit {
@@ -8438,6 +8429,20 @@ DSV3__INLINE dsv3__mm_unit dsv3__mm_unit_of(const dsv3__kern *k, bool pairs)
     return u;
 }
 
+/* Blocks of 64 columns that make a chunk, as equal as can be. */
+DSV3__INLINE size_t dsv3__mm_chunk(size_t blocks)
+{
+    const size_t most = DSV3__MM_CHUNK / 64, chunks = (blocks + most - 1) / most;
+    return (blocks + chunks - 1) / chunks;
+}
+
+/* The same of rows of x for tiles. PERF: chunks of 2,048 columns let registers of 512 bits make prompts in 1.08 times the
+   time (7,168 columns; 16,384: 1.04), since sums wait for the next one. AVX2 gains by them, up to a fifth. */
+DSV3__INLINE size_t dsv3__mm_x_chunk(const dsv3__kern *k, size_t blocks)
+{
+    return k->lanes == 16 ? blocks : dsv3__mm_chunk(blocks);
+}
+
 /* Rows of x that meet weights one by one are in order of positions. Rows for tiles (`tiled`) have all that a chunk has of
    chain register 0, then all of register 1, and so on: a tile reads them in that order, and once packed they serve all rows
    of weights. So register g + chains * d of block b is at `start + d * lanes + g * group`. */
@@ -8448,10 +8453,10 @@ typedef struct dsv3__mm_place {
 DSV3__INLINE dsv3__mm_place dsv3__mm_place_of(const dsv3__kern *k, bool pairs, size_t b, size_t blocks)
 {
     const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
-    const size_t chunk = dsv3__mm_chunk(k, blocks), b0 = b / chunk * chunk, here = dsv3__min(blocks - b0, chunk);
+    const size_t chunk = dsv3__mm_x_chunk(k, blocks), b0 = b / chunk * chunk;
     dsv3__mm_place at;
     at.block = u.depth * k->lanes;
-    at.group = here * at.block;
+    at.group = dsv3__min(blocks - b0, chunk) * at.block;
     at.start = b0 * u.floats + (b - b0) * at.block;
     return at;
 }
@@ -8620,7 +8625,9 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
 {
     const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
     const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype), lanes = k->lanes;
-    const size_t blocks = (cols + 63) / 64, chunk = dsv3__mm_chunk(k, blocks);
+    const size_t blocks = (cols + 63) / 64;
+    /* PERF: 16 rows of x are too few to have a wide panel come back from L2: 1.12 times the time (Zen 4) */
+    const size_t chunk = n < 24 ? dsv3__mm_chunk(blocks) : dsv3__mm_x_chunk(k, blocks);
     const size_t groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W;
     const size_t w_step = DSV3__TILE_W * lanes, one = w_step * k->tile_x, all = u.chains * one;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);
@@ -8635,6 +8642,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
     const size_t fetch = (bytes / (tiles * ((groups + pair - 1) / pair)) / 64 + 1) * 64;
     size_t fetched = 0;
     for (size_t b0 = 0; b0 < blocks; b0 += chunk) {
+        const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b0, blocks);
         const size_t here = dsv3__min(blocks - b0, chunk), piece = dsv3__min(cols - b0 * 64, here * 64);
         const size_t steps = here * u.depth;                  /* registers of a chain's numbers */
         const size_t part = groups * steps * w_step + 16;     /* a line more: not all in the same cache sets */
@@ -8650,7 +8658,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
             t = dsv3__k_tile_rows(n - j, k->tile_x);
             for (size_t g = 0; g < u.chains; g++) {
                 for (size_t i = 0; i < t; i++)
-                    xr[i] = x[j + i] + b0 * u.floats + g * steps * lanes;
+                    xr[i] = x[j + i] + at.start + g * at.group;
                 for (size_t q = 0; q < groups; q += pair) {
                     for (size_t end = fetched + fetch; fetched < end && fetched < bytes; fetched += 64)
                         DSV3__FETCH(next + fetched);
@@ -8672,10 +8680,9 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
                           uint64_t r1, const dsv3__mm_x *x, float *out, size_t out_stride, const uint8_t *next)
 {
     const bool pairs = dsv3__mm_is_pairs(form), round = form == DSV3__FORM_PAIRS_FP8;
-    const size_t unit = dsv3__mm_unit_of(k, pairs).floats;
     const size_t cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
     const size_t words = pairs && k->pair_words ? 2 : 1; /* in a float */
-    const size_t chunk = dsv3__mm_chunk(k, blocks), tokens = dsv3__mm_tokens(cols) * words;
+    const size_t chunk = dsv3__mm_x_chunk(k, blocks), tokens = dsv3__mm_tokens(cols) * words;
     /* PERF: 16 rows of x pass 8 of weights at 1.14 times the speed of 32, 48 at the same, 512 at 0.99 (Zen 4). */
     const size_t rows = x->n > 32 ? DSV3__MM_ROWS * words : DSV3__MM_ROWS / 2;
     float *scale64 = panel;                                      /* [blocks] */
@@ -8694,7 +8701,7 @@ static void dsv3__mm_many(const dsv3__kern *k, float *panel, const dsv3_tensor *
                 xr[i] = dsv3__mm_row(x, j + i);
                 for (size_t b = 0; b < blocks && round; b += chunk) {
                     const dsv3__mm_place at = dsv3__mm_place_of(k, pairs, b, blocks);
-                    k->round_pairs(rounded + i * pad / words + b * unit, at.block, at.group, xr[i] + b * 64,
+                    k->round_pairs(rounded + i * pad / words + at.start, at.block, at.group, xr[i] + b * 64,
                                    scale64 + b, 1, dsv3__min(blocks - b, chunk) * 64);
                 }
                 xr[i] = round ? rounded + i * pad / words : xr[i];
