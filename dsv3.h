@@ -8395,7 +8395,7 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
 
 /* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, a chunk of columns
    of it, into registers in the order in which tiles read them: those of the panel's first registers of chains, then those
-   of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2, or L3. Words of two bf16 take half
+   of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2 or L3. Words of two bf16 take half
    the room, so that twice as many rows of either side meet. */
 #define DSV3__MM_FEW     8
 #define DSV3__MM_BYTES   128     /* the most rows of w that meet rows of x at a time as codes of 8 bits */
