@@ -8404,6 +8404,7 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
 #define DSV3__MM_HALVES  524288  /* the same of halves */
 #define DSV3__MM_ROWS    16
 #define DSV3__MM_CHUNK   2048 /* columns of registers of less than 512 bits */
+#define DSV3__MM_WHOLE   24 /* PERF: rows of x that whole panels of 512 bits want; for 16 they take 1.12 times as long */
 #define DSV3__MM_TOKENS  96
 #define DSV3__MM_ROUNDED 393216 /* floats of x rounded at a time */
 
@@ -8570,10 +8571,12 @@ DSV3__INLINE size_t dsv3__mm_half_tokens(size_t k)
    more rows of x are taken at a time, so each part is the largest that any width up to k asks for. */
 DSV3__INLINE size_t dsv3__mm_panel_floats(size_t k)
 {
-    const size_t pad = dsv3__mm_pad(k), decoded = DSV3__MM_ROWS * pad + 16 * 16;
-    const size_t sums = DSV3__MM_ROWS * 64 * (k > DSV3__MM_CHUNK ? 2 * DSV3__MM_TOKENS : 6); /* see dsv3__mm_panel */
+    const size_t pad = dsv3__mm_pad(k);
+    /* A panel and the sums that wait (dsv3__mm_panel): all columns, sums of fewer than DSV3__MM_WHOLE rows of x; chunks */
+    const size_t whole = DSV3__MM_ROWS * (pad + 64 * DSV3__MM_WHOLE) + 16 * 16;
+    const size_t parts = k > DSV3__MM_CHUNK ? DSV3__MM_ROWS * (DSV3__MM_CHUNK + 64 * DSV3__MM_TOKENS) + 16 * 16 : 0;
     const size_t rounded = dsv3__max(6 * pad, dsv3__min(DSV3__MM_TOKENS * pad, DSV3__MM_ROUNDED));
-    const size_t floats = dsv3__max(decoded + sums + rounded, (DSV3__MM_FEW + 1) * pad);
+    const size_t floats = dsv3__max(dsv3__max(whole, parts) + rounded, (DSV3__MM_FEW + 1) * pad);
     const size_t codes = dsv3__max(32 * pad, dsv3__min(DSV3__MM_BYTES_X * pad, DSV3__MM_CODES));
     const size_t scales = DSV3__MM_BYTES * ((k + 127) / 128) + 16;
     const size_t bytes = scales + codes / 64 * (64 / sizeof(float) + 1);
@@ -8626,8 +8629,7 @@ static void dsv3__mm_panel(const dsv3__kern *k, float *panel, float *sums, float
     const dsv3__mm_unit u = dsv3__mm_unit_of(k, pairs);
     const size_t cols = (size_t)dsv3__ten_n_cols(w), size = dsv3_dtype_size(w->dtype), lanes = k->lanes;
     const size_t blocks = (cols + 63) / 64;
-    /* PERF: 16 rows of x are too few to have a wide panel come back from L2: 1.12 times the time (Zen 4) */
-    const size_t chunk = n < 24 ? dsv3__mm_chunk(blocks) : dsv3__mm_x_chunk(k, blocks);
+    const size_t chunk = n < DSV3__MM_WHOLE ? dsv3__mm_chunk(blocks) : dsv3__mm_x_chunk(k, blocks);
     const size_t groups = (rows + DSV3__TILE_W - 1) / DSV3__TILE_W;
     const size_t w_step = DSV3__TILE_W * lanes, one = w_step * k->tile_x, all = u.chains * one;
     const dsv3__row_fn decode = dsv3__kern_row(k, w->dtype, pairs);

@@ -578,12 +578,13 @@ TEST(rank_1)
    what lies behind the scratch stays as it is. */
 TEST(scratch_of_the_widest)
 {
-    enum { ROWS = 40, N = 2 * DSV3__MM_TOKENS + 8, GUARD = 65536 }; /* words: twice as many rows at a time */
-    static const size_t widest[] = {128, 2048, 4000, 10944, 18432}, wide[] = {64, 512, 1408, 2048, 2112, 7168};
+    enum { ROWS = 40, N = 2 * DSV3__MM_TOKENS + DSV3__MM_WHOLE - 1, GUARD = 65536 }; /* words: twice as many rows at a time */
+    static const size_t widest[] = {128, 2048, 4000, 7168, 10944, 18432}, wide[] = {64, 512, 1408, 2048, 2112, 7168};
     random_state = 35;
-    for (size_t i = 0; i < 2 * DSV3__COUNT(wide); i++) {
-        const bool codes = i >= DSV3__COUNT(wide); /* of 8 bits */
-        const size_t cols = wide[i % DSV3__COUNT(wide)], n = codes && cols < 2048 ? 17 : N;
+    for (size_t i = 0; i < 3 * DSV3__COUNT(wide); i++) {
+        const bool codes = i / DSV3__COUNT(wide) == 1, few = i / DSV3__COUNT(wide) == 2; /* of 8 bits; few rows at the end */
+        const size_t cols = wide[i % DSV3__COUNT(wide)], words = 2 * dsv3__mm_tokens(cols);
+        const size_t n = few ? words + DSV3__MM_WHOLE - 1 : codes && cols < 2048 ? 17 : N;
         owned w = make(codes ? DSV3_DTYPE_I8 : DSV3_DTYPE_F8_E4M3, ROWS, cols);
         const size_t stride = dsv3__mm_pad(cols);
         float *in = random_rows(N * cols), *x = floats(N * stride), *out = floats(N * ROWS);
