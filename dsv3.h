@@ -8393,17 +8393,17 @@ static void dsv3__mm_to_fp8(float *x, size_t n, bool powers)
         x[i] = dsv3__fp8_value[dsv3__fp8_encode(x[i] / scale)] * scale;
 }
 
-/* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, a chunk of columns
-   of it, into registers in the order in which tiles read them: those of the panel's first registers of chains, then those
-   of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2 or L3. Words of two bf16 take half
-   the room, so that twice as many rows of either side meet. */
+/* With more than DSV3__MM_FEW rows of x, a panel of DSV3__MM_ROWS rows of weights is decoded at a time, a chunk of its
+   columns or all, into registers in the order in which tiles read them: those of the panel's first registers of chains,
+   then those of the next ones, and so on. x of at most DSV3__MM_TOKENS rows streams past it from L2 or L3. Words of two
+   bf16 take half the room, so that twice as many rows of either side meet. */
 #define DSV3__MM_FEW     8
 #define DSV3__MM_BYTES   128     /* the most rows of w that meet rows of x at a time as codes of 8 bits */
 #define DSV3__MM_BYTES_X 256     /* the most rows of x that do */
 #define DSV3__MM_CODES   1048576 /* as many of them at a time. PERF: half as many, 1.05 times as long (7,168 columns) */
 #define DSV3__MM_HALVES  524288  /* the same of halves */
 #define DSV3__MM_ROWS    16
-#define DSV3__MM_CHUNK   2048 /* columns of registers of less than 512 bits */
+#define DSV3__MM_CHUNK   2048 /* columns of a chunk, where not all are one: see dsv3__mm_x_chunk, DSV3__MM_WHOLE */
 #define DSV3__MM_WHOLE   24 /* PERF: rows of x that whole panels of 512 bits want; for 16 they take 1.12 times as long */
 #define DSV3__MM_TOKENS  96
 #define DSV3__MM_ROUNDED 393216 /* floats of x rounded at a time */

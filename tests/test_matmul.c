@@ -583,8 +583,8 @@ TEST(scratch_of_the_widest)
     random_state = 35;
     for (size_t i = 0; i < 3 * DSV3__COUNT(wide); i++) {
         const bool codes = i / DSV3__COUNT(wide) == 1, few = i / DSV3__COUNT(wide) == 2; /* of 8 bits; few rows at the end */
-        const size_t cols = wide[i % DSV3__COUNT(wide)], words = 2 * dsv3__mm_tokens(cols);
-        const size_t n = few ? words + DSV3__MM_WHOLE - 1 : codes && cols < 2048 ? 17 : N;
+        const size_t cols = wide[i % DSV3__COUNT(wide)], at_once = 2 * dsv3__mm_tokens(cols);
+        const size_t n = few ? at_once + DSV3__MM_WHOLE - 1 : codes && cols < 2048 ? 17 : N;
         owned w = make(codes ? DSV3_DTYPE_I8 : DSV3_DTYPE_F8_E4M3, ROWS, cols);
         const size_t stride = dsv3__mm_pad(cols);
         float *in = random_rows(N * cols), *x = floats(N * stride), *out = floats(N * ROWS);
