@@ -981,18 +981,18 @@ TEST(outer_of_codes)
                 {
                     exact e = exact_copy(w, used, 1 + i);
                     memset(u, 0x55, sizeof u);
-                    const bool made = k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns);
+                    const bool made = k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns, e.p);
                     CHECK(!made || (whole && same_bits(u, expected, k_columns)));
                     CHECK(made || !whole || k->outer_codes == dsv3__k_outer_codes_scalar);
                     done += made;
                     const float kept = scale[0];
                     scale[0] = INFINITY;
-                    CHECK(!k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns));
+                    CHECK(!k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns, e.p));
                     scale[0] = kept;
                     free(e.block);
                     e = exact_copy(w, used, 1 + i);
                     ((uint8_t *)(uintptr_t)e.p)[(n - 1) * STRIDE + k_columns / 2] = 0xFF;
-                    CHECK(!fp8 || !k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns));
+                    CHECK(!fp8 || !k->outer_codes(u, a, e.p, STRIDE * size, code_dtypes[d], scale, n, k_columns, e.p));
                     free(e.block);
                 }
             }
