@@ -5524,7 +5524,7 @@ DSV3__TARGET_AVX512 DSV3__INLINE bool dsv3__k_outer_codes_of_avx512(float *u, co
                                                                     const dsv3_dtype dtype)
 {
     const bool fp8 = dtype == DSV3_DTYPE_F8_E4M3;
-    const size_t size = dtype == DSV3_DTYPE_F32 ? 4 : dtype == DSV3_DTYPE_BF16 || dtype == DSV3_DTYPE_F16 ? 2 : 1;
+    const size_t size = dsv3_dtype_size(dtype);
     __m512i worst = _mm512_setzero_si512();
     float scales = 0;
     if (n_t % 8 || n_c % 64)

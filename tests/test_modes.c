@@ -985,6 +985,36 @@ TEST(logits_of_a_model)
     }
 }
 
+/* W_UK meets one row of queries as it lies where its shape allows that, and several rows, or with other kernels, written
+   out: the same logits. Rows of a head share their scales (F8_E4M3), or each has its own (I8). */
+TEST(queries_of_one_row)
+{
+    enum { N = 6 };
+    static const dsv3_dtype dtypes[] = {DSV3_DTYPE_F8_E4M3, DSV3_DTYPE_I8, DSV3_DTYPE_BF16, DSV3_DTYPE_F16, DSV3_DTYPE_F32};
+    static const mode both[] = {F32, AUTO};
+    int32_t ids[N];
+    for (size_t d = 0; d < COUNT(dtypes); d++) {
+        tiny t;
+        tiny_opts o = tiny_default();
+        o.dtype = dtypes[d], o.kv_lora = 256, o.nope = 32, o.v_dim = 32, o.n_layers = 2;
+        tiny_build(&t, &o);
+        tiny_ids(ids, N, o.vocab, 7);
+        float *together = floats(N * o.vocab), *out = floats(N * o.vocab);
+        for (size_t m = 0; m < COUNT(both); m++) {
+            REQUIRE(run_model(&t, together, ids, N, N, 1, DSV3_ISA_AUTO, both[m]));
+            for (size_t s = 0; s < COUNT(isas); s++)
+                for (uint32_t n_threads = 1; n_threads < 3 && dsv3_isa_supported(isas[s]); n_threads++) {
+                    REQUIRE(run_model(&t, out, ids, N, 1, n_threads, isas[s], both[m]));
+                    if (!CHECK(same_bits(out, together, N * o.vocab)))
+                        printf("    %s, %s, %s, %u threads\n", mode_names[both[m]], dsv3_dtype_name(dtypes[d]),
+                               dsv3_isa_name(isas[s]), (unsigned)n_threads);
+                }
+        }
+        free(together), free(out);
+        tiny_free(&t);
+    }
+}
+
 /* Logits [n, vocab] behind appends of `first`, then `step` tokens, with keys and values written out or not. */
 static bool run_expanded(tiny *t, float *logits, const int32_t *ids, size_t n, size_t first, size_t step, bool expand,
                          uint32_t n_threads, dsv3_isa isa, mode m, dsv3_cache cache)
@@ -1201,5 +1231,6 @@ TEST(names_and_refusals)
 
 TEST_MAIN(RUN(values), RUN(modes_that_differ), RUN(borders_between_codes), RUN(rows_alone), RUN(threads),
           RUN(every_code_at_every_place), RUN(nan_codes), RUN(zeros_and_worse), RUN(powers_of_two),
-          RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(expanded), RUN(what_stays_f32),
-          RUN(floating_point_state_of_a_host), RUN(nan_code_in_a_model), RUN(names_and_refusals))
+          RUN(longest_int8_sums), RUN(floating_point_state), RUN(logits_of_a_model), RUN(queries_of_one_row),
+          RUN(expanded), RUN(what_stays_f32), RUN(floating_point_state_of_a_host), RUN(nan_code_in_a_model),
+          RUN(names_and_refusals))
