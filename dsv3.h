@@ -8780,7 +8780,7 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
     const size_t n = x->n, cols = (size_t)dsv3__ten_n_cols(w), pad = dsv3__mm_pad(cols), blocks = (cols + 63) / 64;
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
     const bool again = round || x->tiled;
-    const size_t at_once = !pairs ? 1 : w->row_stride < 2048 || n * cols > 8192 ? 8 : 4; /* rows: 8 KB or more */
+    const size_t at_once = !pairs ? 1 : w->row_stride < 2048 || n * cols > 8192 ? 8 : 4; /* rows of a call */
     const dsv3__dots_fn dots = dsv3__kern_dots(k, w->dtype);
     const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype);
     float *scale64 = panel;                                 /* [blocks] */
