@@ -8781,6 +8781,7 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
     const float up = form == DSV3__FORM_PAIRS_FP8 ? k->up : 1;
     const bool again = round || x->tiled;
     const size_t at_once = !pairs ? 1 : w->row_stride < 2048 || n * cols > 8192 ? 8 : 4; /* rows of a call */
+    const size_t lead = dsv3__max(at_once, 8192 / cols); /* rows, FP8 being what looks that far */
     const dsv3__dots_fn dots = dsv3__kern_dots(k, w->dtype);
     const dsv3__dot_fn dot = dsv3__kern_dot(k, w->dtype);
     float *scale64 = panel;                                 /* [blocks] */
@@ -8801,7 +8802,6 @@ static void dsv3__mm_few(const dsv3__kern *k, float *panel, const dsv3_tensor *w
             const uint8_t *row = dsv3__ten_row(w, p);
             float *result = out + (size_t)(p - r0);
             some = dsv3__min((size_t)(same - p), at_once);
-            const uint64_t lead = dsv3__max(some, 8192 / cols); /* rows, FP8 being what looks that far */
             const uint8_t *ahead =
                 p + lead < r1 || !next ? row + lead * w->row_stride : next + (p + lead - r1) * w->row_stride;
             if ((p - r0) % 32 == 0)
