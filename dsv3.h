@@ -2932,6 +2932,8 @@ DSV3__INLINE void dsv3__k_ask_at(const void *p, size_t bytes, const int how)
 #define DSV3__DPBUSD512(sum, u, s) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(u), "v"(s))
 #define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
 /* 32 floats become bf16, `low` in the low half of the register */
+#define DSV3__DPBF16_EACH(sum, w, word) /* of one word in memory, with each lane */ \
+    __asm__("vdpbf16ps {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(sum) : "v"(w), "m"(word))
 #define DSV3__TO_BF16(words, low, high) \
     __asm__("vcvtne2ps2bf16 {%1, %2, %0|%0, %2, %1}" : "=v"(words) : "v"(low), "v"(high))
 #endif
@@ -7071,10 +7073,11 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_tile_add_pairs_avx512_bf16(float *s
 /* vdpbf16ps adds the products of the high halves of two words to a chain, then those of the low ones. So of four
    neighbours 0 and 2, high and low, are a word of the even chain, 1 and 3 one of the odd chain, and a run is 8 words of
    each. Halves make nothing that is denormal, so that the bits are those of two fmaf. PERF: twice the products of the FMAs
-   of dsv3__k_half_outer_avx512, on a Zen 4. Rows of the cache are met as they lie: four neighbours of a row become words in
-   a register, for all heads, and those of four rows by interleaving. Written out as words first, a block of 64 rows and 16
-   heads from cold memory took 10.7 us, not 7.4 (Zen 5).
-   query   [width / 4][2][8]: the even and the odd word of heads 0, 1, 4, 5, 8, 9, 12, 13, then of the others */
+   of dsv3__k_half_outer_avx512, on a Zen 4. Rows of the cache are met as they lie: 32 columns of 8 of them become words at a
+   time, for all heads, and those of four rows by interleaving in registers. With all 64 rows written out first, a block from
+   cold memory took 10.7 us for 16 heads, not 7.4 (Zen 5); with words made in registers at each use, scores came at 0.79 of
+   the peak of products, not 0.92 (Zen 4, whose shuffles share a port with products).
+   query   [width / 4][2][16 heads]: the even word, the odd word */
 
 /* Four halves in order of words: the low half of a word lies first. */
 #define DSV3__4(i) (i) + 4, (i) + 5, (i), (i) + 1, (i) + 6, (i) + 7, (i) + 2, (i) + 3
@@ -7109,11 +7112,6 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_query_avx512_bf16(float *query
             dsv3__k_half_words_avx512_bf16(halves[h], halves[h]);
         }
         dsv3__k_turn_avx512(query + c / 2 * 16, 64, from, 16);
-        for (size_t i = c / 2; i < c / 2 + 16; i += 2) {
-            const __m512 even = _mm512_loadu_ps(query + i * 16), odd = _mm512_loadu_ps(query + i * 16 + 16);
-            _mm512_storeu_ps(query + i * 16, _mm512_unpacklo_ps(even, odd));
-            _mm512_storeu_ps(query + i * 16 + 16, _mm512_unpackhi_ps(even, odd));
-        }
     }
 }
 
@@ -7121,9 +7119,8 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_half_query_avx512_bf16(float *query
 DSV3__TARGET_AVX512_BF16 DSV3__INLINE void
 dsv3__k_half_scores_t_avx512_bf16(float *y, const dsv3__half_block *keys, size_t t, const float *query, const size_t T)
 {
-    const __m512i words = _mm512_loadu_si512(dsv3__k_half_words);
-    __m512 a[8], b[8], sum[8];
-    __m512i q0, q1, w;
+    __m512 even[8], odd[8], sum[8], q0, q1;
+    uint32_t words[8][16];
     DSV3__UNROLL
     for (size_t i = 0; i < T; i++)
         sum[i] = _mm512_setzero_ps();
@@ -7131,26 +7128,25 @@ dsv3__k_half_scores_t_avx512_bf16(float *y, const dsv3__half_block *keys, size_t
     for (size_t part = 0; part < 4; part++) {
         const size_t next = keys->row_bytes[part], n = keys->n[part];
         const uint8_t *row = keys->rows[part] + t * next;
-        for (size_t c = 0; c < n; c += 32, step += T) {
+        for (size_t c = 0; c < n; c += 32, step += T, row += 64) {
             dsv3__k_ahead(keys, step, step + T, 4 * keys->width, true);
             DSV3__UNROLL
-            for (size_t i = 0; i < T; i++)
-                a[i] = b[i] = _mm512_setzero_ps();
-            for (size_t g = 0; g < 8; g++, row += 8, query += 32) {
-                q0 = _mm512_loadu_si512(query);
-                q1 = _mm512_loadu_si512(query + 16);
+            for (size_t i = 0; i < T; i++) {
+                dsv3__k_half_words_avx512_bf16(words[i], row + i * next);
+                even[i] = odd[i] = _mm512_setzero_ps();
+            }
+            for (size_t g = 0; g < 16; g += 2, query += 32) {
+                q0 = _mm512_loadu_ps(query);
+                q1 = _mm512_loadu_ps(query + 16);
                 DSV3__UNROLL
                 for (size_t i = 0; i < T; i++) {
-                    w = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(const void *)(row + i * next)));
-                    w = _mm512_shuffle_epi8(w, words);
-                    DSV3__DPBF16(a[i], q0, w);
-                    DSV3__DPBF16(b[i], q1, w);
+                    DSV3__DPBF16_EACH(even[i], q0, words[i][g]);
+                    DSV3__DPBF16_EACH(odd[i], q1, words[i][g + 1]);
                 }
             }
             DSV3__UNROLL
             for (size_t i = 0; i < T; i++)
-                sum[i] = _mm512_add_ps(
-                    sum[i], _mm512_add_ps(_mm512_shuffle_ps(a[i], b[i], 0x88), _mm512_shuffle_ps(a[i], b[i], 0xDD)));
+                sum[i] = _mm512_add_ps(sum[i], _mm512_add_ps(even[i], odd[i]));
         }
     }
     DSV3__UNROLL

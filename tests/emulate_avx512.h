@@ -516,7 +516,13 @@ EMU emu_ps emu_dpbf16(emu_ps sum, const void *w, const void *x)
     emu_ps r = {{emu_dpbf16_256(sum.v[0], a.v[0], b.v[0]), emu_dpbf16_256(sum.v[1], a.v[1], b.v[1])}};
     return r;
 }
+EMU emu_ps emu_dpbf16_each(emu_ps sum, const void *w, uint32_t word)
+{
+    const emu_si x = emu_set1_epi32((int)word);
+    return emu_dpbf16(sum, w, &x);
+}
 #define DSV3__DPBF16(sum, w, x) ((sum) = emu_dpbf16(sum, &(w), &(x)))
+#define DSV3__DPBF16_EACH(sum, w, word) ((sum) = emu_dpbf16_each(sum, &(w), word))
 
 /* VCVTNE2PS2BF16: to nearest even; what is denormal becomes 0 of its sign, a NaN a quiet one. */
 EMU emu_ps emu_to_bf16(const void *low, const void *high)
