@@ -2931,9 +2931,10 @@ DSV3__INLINE void dsv3__k_ask_at(const void *p, size_t bytes, const int how)
     __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(u), "x"(s)) /* 256 bits */
 #define DSV3__DPBUSD512(sum, u, s) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(u), "v"(s))
 #define DSV3__DPBF16(sum, w, x)    __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(w), "v"(x))
-/* 32 floats become bf16, `low` in the low half of the register */
-#define DSV3__DPBF16_EACH(sum, w, word) /* of one word in memory, with each lane */ \
+/* the same with one word in memory for all lanes */
+#define DSV3__DPBF16_EACH(sum, w, word) \
     __asm__("vdpbf16ps {%2%{1to16%}, %1, %0|%0, %1, %2%{1to16%}}" : "+v"(sum) : "v"(w), "m"(word))
+/* 32 floats become bf16, `low` in the low half of the register */
 #define DSV3__TO_BF16(words, low, high) \
     __asm__("vcvtne2ps2bf16 {%1, %2, %0|%0, %2, %1}" : "=v"(words) : "v"(low), "v"(high))
 #endif
