@@ -936,7 +936,8 @@ enum { DSV3_PAGE_TOKENS = 64 }; /* positions of a timeline that a page of the ca
    and positions alone; what each costs in accuracy is in README.md. */
 typedef enum dsv3_cache {
     DSV3_CACHE_AUTO = 0,
-    DSV3_CACHE_F32 = 1,
+    DSV3_CACHE_F32 =
+        1, /* of rotated keys beside latents of fewer bits: the two bf16 that attention meets, but in f32 */
     DSV3_CACHE_BF16 = 2, /* rounded to nearest even */
     DSV3_CACHE_I8 = 3,   /* 64 numbers share a scale max / 127; codes rounded to nearest even */
     DSV3_CACHE_FORCE_32BIT = 0x7fffffff
@@ -7074,10 +7075,10 @@ DSV3__TARGET_AVX512_BF16 static void dsv3__k_tile_add_pairs_avx512_bf16(float *s
 /* vdpbf16ps adds the products of the high halves of two words to a chain, then those of the low ones. So of four
    neighbours 0 and 2, high and low, are a word of the even chain, 1 and 3 one of the odd chain, and a run is 8 words of
    each. Halves make nothing that is denormal, so that the bits are those of two fmaf. PERF: twice the products of the FMAs
-   of dsv3__k_half_outer_avx512, on a Zen 4. Rows of the cache are met as they lie: 32 columns of 8 of them become words at a
-   time, for all heads, and those of four rows by interleaving in registers. With all 64 rows written out first, a block from
-   cold memory took 10.7 us for 16 heads, not 7.4 (Zen 5); with words made in registers at each use, scores came at 0.79 of
-   the peak of products, not 0.92 (Zen 4, whose shuffles share a port with products).
+   of dsv3__k_half_outer_avx512, on a Zen 4. Rows of the cache are met as they lie: 32 columns of 8 of them become words at
+   a time, for all heads, and those of four rows by interleaving in registers. With all 64 rows written out first, a block
+   from cold memory took 10.7 us for 16 heads, not 7.4 (Zen 5); with words made in registers at each use, scores came at
+   0.79 of the peak of products, not 0.92 (Zen 4, whose shuffles share a port with products).
    query   [width / 4][2][16 heads]: the even word, the odd word */
 
 /* Four halves in order of words: the low half of a word lies first. */
@@ -11516,6 +11517,7 @@ typedef struct dsv3__worker {
 typedef struct dsv3__cache_part {
     dsv3_dtype dtype; /* F32, BF16, I8 */
     uint32_t n;       /* numbers of a position */
+    size_t halves;    /* not 0: each F32 as two halves, the second what the first leaves, rows [2, halves] */
     uint64_t codes, scales;
     size_t code_row, scale_row; /* I8: an f32 for each DSV3__CACHE_BLOCK numbers; else 0 */
 } dsv3__cache_part;
@@ -12106,12 +12108,13 @@ typedef struct dsv3__mla_task {
 
 // ---- The cache -------------------------------------------------------------------------------------------
 
-static void dsv3__mla_part(dsv3__cache_part *p, dsv3_cache type, uint32_t n, uint64_t *used)
+static void dsv3__mla_part(dsv3__cache_part *p, dsv3_cache type, uint32_t n, size_t halves, uint64_t *used)
 {
     p->dtype = type == DSV3_CACHE_I8 ? DSV3_DTYPE_I8 : type == DSV3_CACHE_BF16 ? DSV3_DTYPE_BF16 : DSV3_DTYPE_F32;
     p->n = n;
+    p->halves = halves;
     p->codes = *used;
-    p->code_row = n * dsv3_dtype_size(p->dtype);
+    p->code_row = halves ? 2 * halves * sizeof(uint16_t) : n * dsv3_dtype_size(p->dtype);
     *used += ((uint64_t)p->code_row * DSV3_PAGE_TOKENS + 63) & ~(uint64_t)63;
     p->scales = *used;
     p->scale_row = type == DSV3_CACHE_I8 ? (size_t)dsv3__ceil_div(n, DSV3__CACHE_BLOCK) * sizeof(float) : 0;
@@ -12119,17 +12122,20 @@ static void dsv3__mla_part(dsv3__cache_part *p, dsv3_cache type, uint32_t n, uin
 }
 
 /* How a page is laid out. Of f32 alone a layer is rows [DSV3_PAGE_TOKENS, cache_stride]; else it has the latents' codes,
-   their scales, then the same of k_pe. No type is AUTO. */
+   their scales, then the same of k_pe. No type is AUTO. PERF: where attention multiplies halves, k_pe in f32 lies as the
+   two halves that it meets, which take as much room: made of each block for each token, they took 2 % of decoding behind
+   4,096 positions (Zen 4). */
 static void dsv3__mla_layout(dsv3__work *w, dsv3_cache latent, dsv3_cache rope_key, uint32_t n_layers)
 {
     const dsv3_config *c = &w->m->config;
     w->plain = latent == DSV3_CACHE_F32 && rope_key == DSV3_CACHE_F32;
     w->layer_bytes = 0;
-    dsv3__mla_part(&w->latent, latent, c->kv_lora_rank, &w->layer_bytes);
-    dsv3__mla_part(&w->rope_key, rope_key, c->qk_rope_head_dim, &w->layer_bytes);
+    dsv3__mla_part(&w->latent, latent, c->kv_lora_rank, 0, &w->layer_bytes);
+    dsv3__mla_part(&w->rope_key, rope_key, c->qk_rope_head_dim, rope_key == DSV3_CACHE_F32 ? w->half_rope : 0,
+                   &w->layer_bytes);
     if (w->plain) {
         w->latent.code_row = w->rope_key.code_row = w->cache_stride * sizeof(float);
-        w->rope_key.codes = c->kv_lora_rank * sizeof(float);
+        w->rope_key.halves = 0, w->rope_key.codes = c->kv_lora_rank * sizeof(float);
         w->rope_key.n = (uint32_t)w->cache_stride - c->kv_lora_rank; /* with the zeros behind it */
         w->layer_bytes = (uint64_t)w->latent.code_row * DSV3_PAGE_TOKENS;
     }
@@ -12160,6 +12166,12 @@ static void dsv3__mla_store(const dsv3__kern *k, const dsv3__cache_part *p, bool
 {
     uint8_t *codes = page + p->codes + slot * p->code_row;
     float *scales = (float *)(void *)(page + p->scales + slot * p->scale_row);
+    if (p->halves) {
+        uint16_t *first = (uint16_t *)(void *)codes;
+        memset(codes, 0, p->code_row);
+        k->split_halves(first, first + p->halves, v, p->n);
+        return;
+    }
     if (p->dtype == DSV3_DTYPE_F32) {
         memcpy(codes, v, p->n * sizeof(float));
         return;
@@ -12186,6 +12198,14 @@ static void dsv3__mla_fetch(const dsv3__kern *k, const dsv3__cache_part *p, cons
                             float *out, size_t stride)
 {
     dsv3_tensor t;
+    for (uint32_t i = 0; p->halves && i < count; i++) {
+        const uint8_t *first = page + p->codes + i * p->code_row, *rest = first + p->halves * sizeof(uint16_t);
+        for (uint32_t j = 0; j < p->n; j++)
+            out[i * stride + j] =
+                dsv3__bf16_decode(dsv3__load16(first + 2 * j)) + dsv3__bf16_decode(dsv3__load16(rest + 2 * j));
+    }
+    if (p->halves)
+        return;
     memset(&t, 0, sizeof t);
     t.data = page + p->codes;
     t.dtype = p->dtype;
@@ -12268,17 +12288,23 @@ static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worke
             k->to_halves(mine->codes + t * w->half_latent, mine->keys + (none + t) * w->cache_stride, w->latent.n);
         b->rows[0] = (const uint8_t *)mine->codes, b->row_bytes[0] = w->half_latent * sizeof(uint16_t);
     }
-    if (w->rope_key.dtype != DSV3_DTYPE_F32)
-        dsv3__mla_fetch(k, &w->rope_key, page, count, mine->keys, w->cache_stride);
-    for (size_t t = 0; t < b->count; t++) {
-        const float *key =
-            w->rope_key.dtype == DSV3_DTYPE_F32
-                ? (const float *)(const void *)(page + w->rope_key.codes + (none + t) * w->rope_key.code_row)
-                : mine->keys + (none + t) * w->cache_stride;
-        k->split_halves(split + t * 2 * w->half_rope, split + (t * 2 + 1) * w->half_rope, key, rope);
+    const size_t bytes = 2 * w->half_rope * sizeof(uint16_t); /* of k_pe's row */
+    const uint8_t *rope_key = page + w->rope_key.codes + none * w->rope_key.code_row;
+    if (w->rope_key.halves && none) { /* 64 rows behind these would not all be the page's */
+        memcpy(split, rope_key, b->count * bytes);
+    } else if (!w->rope_key.halves) {
+        const bool plain = w->rope_key.dtype == DSV3_DTYPE_F32;
+        if (!plain)
+            dsv3__mla_fetch(k, &w->rope_key, page, count, mine->keys, w->cache_stride);
+        for (size_t t = 0; t < b->count; t++)
+            k->split_halves(split + t * 2 * w->half_rope, split + (t * 2 + 1) * w->half_rope,
+                            plain ? (const float *)(const void *)(rope_key + t * w->rope_key.code_row)
+                                  : mine->keys + (none + t) * w->cache_stride,
+                            rope);
     }
-    b->rows[1] = b->rows[2] = (const uint8_t *)split, b->rows[3] = (const uint8_t *)(split + w->half_rope);
-    b->row_bytes[1] = b->row_bytes[2] = b->row_bytes[3] = 2 * w->half_rope * sizeof(uint16_t);
+    b->rows[1] = b->rows[2] = w->rope_key.halves && !none ? rope_key : (const uint8_t *)split;
+    b->rows[3] = b->rows[1] + w->half_rope * sizeof(uint16_t);
+    b->row_bytes[1] = b->row_bytes[2] = b->row_bytes[3] = bytes;
     k->half_keys(b);
     return b;
 }
@@ -23257,7 +23283,7 @@ static dsv3_result dsv3__ses_generate(dsv3_session *s, const char *prompt, size_
 // =============================================================================
 
 #define DSV3__SNAP_HEADER  256u
-#define DSV3__SNAP_VERSION 1u
+#define DSV3__SNAP_VERSION 2u
 
 /* A checksum of 64 bits, 32 bytes a step in four lanes. Each step is one-to-one in the lane and in the word, so a change of
    bytes of one word never goes unseen. */
