@@ -933,11 +933,11 @@ DSV3_API const char *dsv3_model_tensor_file(const dsv3_model *model, size_t inde
 enum { DSV3_PAGE_TOKENS = 64 }; /* positions of a timeline that a page of the cache holds, of all layers */
 
 /* How numbers lie in the cache. A row is stored the same way whoever stores it, so bits of logits still depend on tokens
-   and positions alone; what each costs in accuracy is in README.md. */
+   and positions alone; what each costs in accuracy is in README.md. Rotated keys of F32 beside latents of fewer bits are
+   kept as two bf16 each, which is what attention meets, in every mode but f32. */
 typedef enum dsv3_cache {
     DSV3_CACHE_AUTO = 0,
-    DSV3_CACHE_F32 =
-        1, /* of rotated keys beside latents of fewer bits: the two bf16 that attention meets, but in f32 */
+    DSV3_CACHE_F32 = 1,
     DSV3_CACHE_BF16 = 2, /* rounded to nearest even */
     DSV3_CACHE_I8 = 3,   /* 64 numbers share a scale max / 127; codes rounded to nearest even */
     DSV3_CACHE_FORCE_32BIT = 0x7fffffff
