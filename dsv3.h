@@ -12198,14 +12198,15 @@ static void dsv3__mla_fetch(const dsv3__kern *k, const dsv3__cache_part *p, cons
                             float *out, size_t stride)
 {
     dsv3_tensor t;
-    for (uint32_t i = 0; p->halves && i < count; i++) {
-        const uint8_t *first = page + p->codes + i * p->code_row, *rest = first + p->halves * sizeof(uint16_t);
-        for (uint32_t j = 0; j < p->n; j++)
-            out[i * stride + j] =
-                dsv3__bf16_decode(dsv3__load16(first + 2 * j)) + dsv3__bf16_decode(dsv3__load16(rest + 2 * j));
-    }
-    if (p->halves)
+    if (p->halves) {
+        for (uint32_t i = 0; i < count; i++) {
+            const uint8_t *first = page + p->codes + i * p->code_row, *rest = first + p->halves * sizeof(uint16_t);
+            for (uint32_t j = 0; j < p->n; j++)
+                out[i * stride + j] =
+                    dsv3__bf16_decode(dsv3__load16(first + 2 * j)) + dsv3__bf16_decode(dsv3__load16(rest + 2 * j));
+        }
         return;
+    }
     memset(&t, 0, sizeof t);
     t.data = page + p->codes;
     t.dtype = p->dtype;
@@ -12290,17 +12291,13 @@ static const dsv3__half_block *dsv3__mla_halves(const dsv3__work *w, dsv3__worke
     }
     const size_t bytes = 2 * w->half_rope * sizeof(uint16_t); /* of k_pe's row */
     const uint8_t *rope_key = page + w->rope_key.codes + none * w->rope_key.code_row;
-    if (w->rope_key.halves && none) { /* 64 rows behind these would not all be the page's */
-        memcpy(split, rope_key, b->count * bytes);
-    } else if (!w->rope_key.halves) {
-        const bool plain = w->rope_key.dtype == DSV3_DTYPE_F32;
-        if (!plain)
-            dsv3__mla_fetch(k, &w->rope_key, page, count, mine->keys, w->cache_stride);
+    if (!w->rope_key.halves) {
+        dsv3__mla_fetch(k, &w->rope_key, page, count, mine->keys, w->cache_stride);
         for (size_t t = 0; t < b->count; t++)
             k->split_halves(split + t * 2 * w->half_rope, split + (t * 2 + 1) * w->half_rope,
-                            plain ? (const float *)(const void *)(rope_key + t * w->rope_key.code_row)
-                                  : mine->keys + (none + t) * w->cache_stride,
-                            rope);
+                            mine->keys + (none + t) * w->cache_stride, rope);
+    } else if (none) { /* 64 rows behind these would not all be the page's */
+        memcpy(split, rope_key, b->count * bytes);
     }
     b->rows[1] = b->rows[2] = w->rope_key.halves && !none ? rope_key : (const uint8_t *)split;
     b->rows[3] = b->rows[1] + w->half_rope * sizeof(uint16_t);
