@@ -6,7 +6,8 @@
 #include "test.h"
 #include "tiny.h"
 
-#define N 40
+#define N    40
+#define LONG 600 /* positions: nine blocks of attention and a piece, in two spans */
 #define TOLERANCE 2e-5 /* of the largest logit */
 
 /* Mistakes that a reader of the paper could make. */
@@ -22,8 +23,9 @@ typedef struct reference {
     const tiny_opts *o;
     rope_settings rope;
     int mistake;
+    size_t n;        /* positions */
     double **values; /* [n_tensors] decoded */
-    double *k, *v;   /* [n_layers, N, n_heads, nope + rope], [n_layers, N, n_heads, v_dim] */
+    double *k, *v;   /* [n_layers, n, n_heads, nope + rope], [n_layers, n, n_heads, v_dim] */
     double *x, *y, *a, *b, *c; /* scratch */
 } reference;
 
@@ -41,13 +43,14 @@ static double decode(const tiny_tensor *x, size_t i)
     return strcmp(x->dtype, "F16") == 0 ? tiny_f16_value(half) : (double)tiny_float((uint32_t)half << 16);
 }
 
-static void reference_open(reference *r, const tiny *t, rope_settings rope)
+static void reference_open(reference *r, const tiny *t, rope_settings rope, size_t n_positions)
 {
-    size_t rows = (size_t)t->o.n_layers * N * t->o.n_heads, most = t->o.vocab + t->o.inter + 4096;
+    size_t rows = (size_t)t->o.n_layers * n_positions * t->o.n_heads, most = t->o.vocab + t->o.inter + 4096;
     memset(r, 0, sizeof *r);
     r->t = t;
     r->o = &t->o;
     r->rope = rope;
+    r->n = n_positions;
     r->values = (double **)calloc(t->n_tensors, sizeof *r->values);
     for (size_t i = 0; i < t->n_tensors; i++) {
         const tiny_tensor *x = &t->tensors[i], *scale = NULL; /* of F8_E4M3 by blocks, of I8 by rows */
@@ -146,10 +149,10 @@ static void attention(reference *r, uint32_t l, uint32_t position, const double 
 {
     const tiny_opts *o = r->o;
     size_t dk = o->nope + o->rope, n_q = o->n_heads * dk, dkv = o->nope + o->v_dim;
-    double *q = (double *)malloc((n_q + o->q_lora + 2 * (o->kv_lora + o->rope) + o->n_heads * (dkv + o->v_dim) + N) * sizeof(double));
+    double *q = (double *)malloc((n_q + o->q_lora + 2 * (o->kv_lora + o->rope) + o->n_heads * (dkv + o->v_dim) + r->n) * sizeof(double));
     double *latent_q = q + n_q, *kv = latent_q + o->q_lora, *c = kv + o->kv_lora + o->rope, *up = c + o->kv_lora + o->rope;
     double *mixed = up + o->n_heads * dkv, *p = mixed + o->n_heads * o->v_dim;
-    double *k = r->k + (size_t)l * N * n_q, *v = r->v + (size_t)l * N * o->n_heads * o->v_dim;
+    double *k = r->k + l * r->n * n_q, *v = r->v + l * r->n * o->n_heads * o->v_dim;
     double m = r->rope.factor > 0 && r->rope.mscale_all_dim != 0 && r->mistake != NO_MSCALE ? yarn_mscale(r->rope.factor, r->rope.mscale_all_dim) : 1;
     double eps = r->mistake == LATENT_EPS ? 1e-5 : 1e-6;
     if (o->q_lora) {
@@ -298,15 +301,15 @@ static void step(reference *r, int32_t id, uint32_t position, double *logits, in
 }
 
 /* Largest difference of the logits, as a part of the largest logit. Experts are compared where nothing is wrong on purpose. */
-static double compare(const tiny *t, rope_settings rope, int mistake, const int32_t *ids, const float *logits, const int32_t *chosen)
+static double compare(const tiny *t, rope_settings rope, int mistake, size_t n, const int32_t *ids, const float *logits, const int32_t *chosen)
 {
     reference r;
     size_t row = (size_t)(t->o.n_layers - t->o.n_dense) * t->o.top_k;
     double *expected = (double *)malloc(t->o.vocab * sizeof(double)), worst = 0, max = 0;
     int32_t *expected_experts = (int32_t *)malloc((row + 1) * sizeof(int32_t));
-    reference_open(&r, t, rope);
+    reference_open(&r, t, rope, n);
     r.mistake = mistake;
-    for (uint32_t i = 0; i < N; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         step(&r, ids[i], i, expected, expected_experts);
         for (size_t k = 0; k < t->o.vocab; k++) {
             double d = fabs(expected[k] - (double)logits[i * t->o.vocab + k]);
@@ -323,7 +326,8 @@ static double compare(const tiny *t, rope_settings rope, int mistake, const int3
 
 typedef struct run_of {
     tiny t;
-    int32_t ids[N];
+    size_t n;
+    int32_t ids[LONG];
     float *logits;
     int32_t *experts;
     rope_settings rope;
@@ -338,7 +342,7 @@ static const dsv3_model_opts *exact(void)
     return &opts;
 }
 
-static bool run(run_of *x, tiny_opts o, rope_settings rope)
+static bool run(run_of *x, tiny_opts o, rope_settings rope, size_t positions)
 {
     dsv3_model *model = NULL;
     dsv3_session *s = NULL;
@@ -349,7 +353,7 @@ static bool run(run_of *x, tiny_opts o, rope_settings rope)
     o.yarn = rope.factor > 0;
     memset(&out, 0, sizeof out);
     tiny_build(&x->t, &o);
-    x->rope = rope;
+    x->rope = rope, x->n = positions;
     snprintf(text, sizeof text, "%.9g", rope.theta);
     tiny_set(&x->t, "config.json", "rope_theta", text);
     if (o.yarn) {
@@ -360,13 +364,13 @@ static bool run(run_of *x, tiny_opts o, rope_settings rope)
         snprintf(text + n, sizeof text - (size_t)n, "}");
         tiny_set(&x->t, "config.json", "rope_scaling", text);
     }
-    tiny_ids(x->ids, N, o.vocab, 17);
-    x->logits = (float *)malloc(N * o.vocab * sizeof(float));
-    x->experts = (int32_t *)malloc(N * (o.n_layers * o.top_k + 1) * sizeof(int32_t));
+    tiny_ids(x->ids, x->n, o.vocab, 17);
+    x->logits = (float *)malloc(x->n * o.vocab * sizeof(float));
+    x->experts = (int32_t *)malloc(x->n * (o.n_layers * o.top_k + 1) * sizeof(int32_t));
     out.logits = x->logits;
     out.experts = o.n_dense < o.n_layers ? x->experts : NULL;
     bool ok = CHECK_OK(tiny_open(&x->t, &model, exact(), &e), e) && CHECK_OK(dsv3_session_open(&s, model, NULL, &e), e) &&
-              CHECK_OK(dsv3_session_append(s, x->ids, N, &out, &e), e);
+              CHECK_OK(dsv3_session_append(s, x->ids, x->n, &out, &e), e);
     dsv3_session_close(s);
     dsv3_model_close(model);
     return ok;
@@ -380,15 +384,20 @@ static void release(run_of *x)
 
 static const rope_settings plain = {10000, 0, 0, 0, 0, 0, 0}, yarn = {10000, 4, 64, 32, 1, 1, 1};
 
-static void agrees(const char *what, tiny_opts o, rope_settings rope)
+static void agrees_at(const char *what, tiny_opts o, rope_settings rope, size_t positions)
 {
     run_of x;
-    if (run(&x, o, rope)) {
-        double d = compare(&x.t, rope, RIGHT, x.ids, x.logits, x.experts);
+    if (run(&x, o, rope, positions)) {
+        double d = compare(&x.t, rope, RIGHT, x.n, x.ids, x.logits, x.experts);
         if (!CHECK(d <= TOLERANCE))
             printf("    %s: %.2g of the largest logit\n", what, d);
     }
     release(&x);
+}
+
+static void agrees(const char *what, tiny_opts o, rope_settings rope)
+{
+    agrees_at(what, o, rope, N);
 }
 
 TEST(dtypes)
@@ -442,15 +451,25 @@ TEST(rope)
     }
 }
 
+/* Sums over positions that are made in pieces, each relative to a largest score of its own. */
+TEST(many_positions)
+{
+    tiny_opts o = tiny_default();
+    o.max_pos = 1024;
+    agrees_at("many positions", o, yarn, LONG);
+    o.q_lora = 0, o.n_group = 1, o.topk_group = 1, o.n_heads = 20;
+    agrees_at("many positions, 20 heads", o, plain, LONG);
+}
+
 /* Each mistake must be seen from far off, or the agreement above would mean little. */
 TEST(mistakes_show)
 {
     run_of x;
     tiny_opts o = tiny_default();
     o.n_experts = 16;
-    if (run(&x, o, yarn))
+    if (run(&x, o, yarn, N))
         for (int m = RIGHT + 1; m < LATENT_EPS; m++) {
-            double d = compare(&x.t, yarn, m, x.ids, x.logits, x.experts);
+            double d = compare(&x.t, yarn, m, x.n, x.ids, x.logits, x.experts);
             if (!CHECK(d > 100 * TOLERANCE))
                 printf("    mistake %d: only %.2g\n", m, d);
         }
@@ -464,7 +483,7 @@ TEST(latent_eps)
     tiny_opts o = tiny_default();
     o.dtype = DSV3_DTYPE_F32;
     static const char *const names[2] = {"self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"};
-    bool ok = run(&x, o, yarn);
+    bool ok = run(&x, o, yarn, N);
     for (uint32_t l = 0; l < o.n_layers; l++)
         for (int k = 0; k < 2; k++) {
             char name[100];
@@ -486,8 +505,8 @@ TEST(latent_eps)
     out.logits = x.logits;
     out.experts = x.experts;
     if (ok && CHECK_OK(tiny_open(&x.t, &model, exact(), &e), e) && CHECK_OK(dsv3_session_open(&s, model, NULL, &e), e) &&
-        CHECK_OK(dsv3_session_append(s, x.ids, N, &out, &e), e)) {
-        double right = compare(&x.t, yarn, RIGHT, x.ids, x.logits, x.experts), wrong = compare(&x.t, yarn, LATENT_EPS, x.ids, x.logits, x.experts);
+        CHECK_OK(dsv3_session_append(s, x.ids, x.n, &out, &e), e)) {
+        double right = compare(&x.t, yarn, RIGHT, x.n, x.ids, x.logits, x.experts), wrong = compare(&x.t, yarn, LATENT_EPS, x.n, x.ids, x.logits, x.experts);
         if (!CHECK(right <= TOLERANCE && wrong > 100 * TOLERANCE))
             printf("    right %.2g, wrong %.2g\n", right, wrong);
     }
@@ -496,4 +515,4 @@ TEST(latent_eps)
     release(&x);
 }
 
-TEST_MAIN(RUN(dtypes), RUN(families), RUN(rope), RUN(mistakes_show), RUN(latent_eps))
+TEST_MAIN(RUN(dtypes), RUN(families), RUN(rope), RUN(many_positions), RUN(mistakes_show), RUN(latent_eps))
