@@ -3144,7 +3144,7 @@ typedef struct dsv3__kern {
     uint32_t tile_x;           /* rows of x in a tile: 3 or 6 */
     uint32_t bytes_w, bytes_x; /* rows of either side that `bytes` is best given at a time */
     bool pair_words;           /* x and weights in pairs: words of two bf16, not floats (PAIRS above) */
-    bool ahead_l1;             /* of a half_block */
+    bool ahead_l1;             /* half_scores and half_sums ask for the next half_block into L1, not L2 */
     float up;                  /* a power of two: of x in dots_fp8_pairs, where codes are decoded as their value / up */
     DSV3__KERN_OPS(DSV3__KERN_FIELD)
 } dsv3__kern;

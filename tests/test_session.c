@@ -713,7 +713,7 @@ TEST(memory_is_told_before)
     close_model();
 }
 
-/* Logits of the last `n` of 1,300 tokens, one pass after the other of at most 512; with keys and values written out or not. */
+/* Logits of n of the rows, from passes of at most 512; with keys and values written out or not. */
 static void run_long(const int32_t *ids, size_t n_ids, const uint32_t *rows, size_t n, bool expand, float *logits)
 {
     dsv3_session_opts so;
